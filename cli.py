@@ -1,0 +1,33 @@
+"""The command line: thin. Each verb parses its words, then calls the room that does the work.
+
+Nothing heavy is imported at the top, so that `emoloop --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from .emotion import UserError
+
+app = typer.Typer(
+    name="emoloop",
+    help="Pictures that make people feel what they were meant to.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def main() -> None:
+    """Entry point: bad input ends in one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"emoloop: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The words of the domain: targets, critiques, candidates, results.
+
+Every room speaks these types and none of them imports anything heavy, so that `emoloop --help`, a trace
+reader or a training job on another machine can use them without torch or LangGraph.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: Both axes run from -3 to 3, EmotiCrafter's scale (arXiv 2501.05710).
+LOW, HIGH = -3.0, 3.0
+
+Score = Annotated[float, Field(ge=LOW, le=HIGH, allow_inf_nan=False)]
+
+
+class Emotion(StrEnum):
+    """The eight categories of Mikels et al. (2005)."""
+
+    AMUSEMENT = "amusement"
+    AWE = "awe"
+    CONTENTMENT = "contentment"
+    EXCITEMENT = "excitement"
+    ANGER = "anger"
+    DISGUST = "disgust"
+    FEAR = "fear"
+    SADNESS = "sadness"
+
+
+#: (valence, arousal) that stands for a category when a target names only the category. The authors' own
+#: placement on the circumplex, version 1: frozen, because logged targets and rewards refer to it.
+PROTOTYPES: dict[Emotion, tuple[float, float]] = {
+    Emotion.AMUSEMENT: (2.0, 0.8),
+    Emotion.AWE: (1.2, 1.5),
+    Emotion.CONTENTMENT: (1.8, -1.2),
+    Emotion.EXCITEMENT: (2.2, 2.0),
+    Emotion.ANGER: (-1.8, 2.0),
+    Emotion.DISGUST: (-2.2, 0.6),
+    Emotion.FEAR: (-1.6, 1.4),
+    Emotion.SADNESS: (-1.8, -1.4),
+}
+PROTOTYPES_VERSION = 1
+
+
+class EmotionTarget(BaseModel):
+    """The wanted emotion.
+
+    Attributes:
+        valence: Unpleasant (-3) to pleasant (3), or None where it does not matter.
+        arousal: Calm (-3) to stirred (3), or None where it does not matter.
+        category: One of the eight categories. Alone, it stands for its prototype in `PROTOTYPES`; beside
+            a number, the number wins and the category is judged as well.
+
+    Raises:
+        pydantic.ValidationError: Nothing given, a number outside [-3, 3], or a number on the other side
+            of zero from the category's prototype and more than 2 points away from it (a contradiction).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    valence: Score | None = None
+    arousal: Score | None = None
+    category: Emotion | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> EmotionTarget:
+        if self.valence is None and self.arousal is None and self.category is None:
+            raise ValueError("a target needs a valence, an arousal or a category")
+        if self.category is not None:
+            for name, value, prototype in zip(
+                ("valence", "arousal"), (self.valence, self.arousal), PROTOTYPES[self.category], strict=True
+            ):
+                if value is not None and value * prototype < 0 and abs(value - prototype) > 2:
+                    raise ValueError(
+                        f"{self.category.value} has {name} {prototype:+.1f}; the target asks for {value:+.1f}: "
+                        "drop one of the two"
+                    )
+        return self
+
+    @property
+    def point(self) -> tuple[float | None, float | None]:
+        """(valence, arousal) to aim at; a category fills in only where it stands alone."""
+        if self.valence is None and self.arousal is None and self.category is not None:
+            return PROTOTYPES[self.category]
+        return self.valence, self.arousal
+
+
+class Critique(BaseModel):
+    """What a critic read from one candidate.
+
+    Attributes:
+        analysis: What the critic sees, in its own words; written before the numbers.
+        valence: Estimated valence in [-3, 3].
+        arousal: Estimated arousal in [-3, 3].
+        category: The category that the picture carries, or None where the critic names none.
+        alignment: How much of the *neutral* prompt the picture shows, 0 (nothing) to 1 (all).
+        suggestion: What would bring the picture nearer to the target.
+        samples: How many answers were averaged.
+        valence_spread: Standard deviation of valence over those answers; None for a single one.
+        arousal_spread: The same for arousal.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    analysis: str = ""
+    valence: Score
+    arousal: Score
+    category: Emotion | None = None
+    alignment: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    suggestion: str = ""
+    samples: int = 1
+    valence_spread: float | None = None
+    arousal_spread: float | None = None
+
+
+class Missing(BaseModel):
+    """A critique or reward that could not be had: a reason, never a number.
+
+    Attributes:
+        reason: One line: what failed.
+        raw: The model's answer as it came, where there was one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reason: str
+    raw: str | None = None
+
+
+class Candidate(BaseModel):
+    """One image of a round.
+
+    Attributes:
+        round: Round number, from 0.
+        index: Place in the round, from 0.
+        prompt: The prompt that made it.
+        seed: Seed of its initial noise.
+        sha256: Content address of the PNG in the blob store.
+        path: Where that PNG lies; None when the candidate came without a store.
+        model: Model id or folder.
+        adapter: Content hash of the adapter, or None.
+        critique: What the critic read, or why there is nothing.
+        reward: Reward of the critique against the target; None where the critique is missing.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    round: int
+    index: int
+    prompt: str
+    seed: int
+    sha256: str
+    path: Path | None = None
+    model: str = ""
+    adapter: str | None = None
+    critique: Critique | Missing | None = None
+    reward: float | None = None
+
+    @property
+    def image(self) -> Image:
+        """The picture, opened from the blob store."""
+        from PIL import Image
+
+        if self.path is None:
+            raise FileNotFoundError(f"candidate {self.sha256[:12]} has no blob store behind it")
+        with Image.open(self.path) as image:
+            return image.convert("RGB")
+
+
+class Round(BaseModel):
+    """One generate-critique iteration.
+
+    Attributes:
+        prompt: The prompt of this round; round 0 has the neutral prompt.
+        changes: What the rewriter changed to get here; empty in round 0.
+        why: Its reason.
+        candidates: The images, in order of index.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    changes: str = ""
+    why: str = ""
+    candidates: list[Candidate] = []
+
+    @property
+    def mean_reward(self) -> float | None:
+        """Mean over the candidates that have a reward; None where none has."""
+        rewards = [c.reward for c in self.candidates if c.reward is not None]
+        return sum(rewards) / len(rewards) if rewards else None
+
+
+class RunStatus(StrEnum):
+    """How a run stands."""
+
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+class StopReason(StrEnum):
+    """Why a run ended."""
+
+    TARGET_REACHED = "target_reached"
+    NO_IMPROVEMENT = "no_improvement"
+    ROUNDS_USED = "rounds_used"
+    NO_CRITIQUE = "no_critique"
+    ERROR = "error"
+
+
+class RunResult(BaseModel):
+    """What `loop.run` returns.
+
+    Attributes:
+        run_id: The run's name in the trace store.
+        status: How it ended.
+        stop_reason: Why it ended.
+        prompt: The neutral prompt.
+        target: The wanted emotion.
+        best: The candidate with the highest reward over all rounds; None where nothing was rewarded.
+        rounds: Every round in order.
+        gain: Mean reward of the winning round minus mean reward of round 0.
+        best_gain: Best reward minus best reward of round 0.
+        home: Folder that holds trace and blobs.
+        warnings: One line for each thing that went wrong without ending the run.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    run_id: str
+    status: RunStatus
+    stop_reason: StopReason
+    prompt: str
+    target: EmotionTarget
+    best: Candidate | None = None
+    rounds: list[Round] = []
+    gain: float | None = None
+    best_gain: float | None = None
+    home: Path | None = None
+    warnings: list[str] = []
+
+
+class UserError(Exception):
+    """Wrong input or setting: one line that says what, where and how to mend it (exit code 2)."""
