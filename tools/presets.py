@@ -1,0 +1,133 @@
+"""Presets: short names for models, and the defaults that a model brings along.
+
+A model brings its defaults in an `emoloop.json` inside its folder; for models of a hub, whose folders we
+don't write, they stand here. Nothing else in the package knows a model by name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..emotion import UserError
+
+Kind = Literal["generator", "lvlm"]
+
+_WEIGHTS = Path(__file__).resolve().parent.parent / "miniature" / "weights"
+
+#: Name of the defaults file in a model folder.
+DEFAULTS_FILE = "emoloop.json"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named model.
+
+    Attributes:
+        model: Folder or hub id.
+        defaults: What `emoloop.json` would say, for a model that has none.
+    """
+
+    model: Path | str
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+#: SD3.5-Medium, EmoFeedback²'s generator, comes with Flow-GRPO's evaluation settings; the others with those
+#: that their model cards recommend.
+GENERATORS: dict[str, Preset] = {
+    "miniature": Preset(_WEIGHTS / "generator"),
+    "sd35-medium": Preset(
+        "stabilityai/stable-diffusion-3.5-medium",
+        {"steps": 40, "guidance": 4.5, "height": 512, "width": 512, "micro_batch": 4},
+    ),
+    "sd35-large": Preset(
+        "stabilityai/stable-diffusion-3.5-large",
+        {"steps": 28, "guidance": 3.5, "height": 1024, "width": 1024, "micro_batch": 2},
+    ),
+    "flux-dev": Preset(
+        "black-forest-labs/FLUX.1-dev",
+        {"steps": 28, "guidance": 3.5, "height": 1024, "width": 1024, "micro_batch": 2},
+    ),
+    "sdxl": Preset(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        {"steps": 25, "guidance": 7.5, "height": 1024, "width": 1024, "micro_batch": 4},
+    ),
+    "sd15": Preset(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        {"steps": 50, "guidance": 7.5, "height": 512, "width": 512, "micro_batch": 8},
+    ),
+}
+
+LVLMS: dict[str, Preset] = {
+    "miniature": Preset(_WEIGHTS / "lvlm"),
+    "qwen25-vl-7b": Preset("Qwen/Qwen2.5-VL-7B-Instruct"),
+    "qwen25-vl-3b": Preset("Qwen/Qwen2.5-VL-3B-Instruct"),
+}
+
+_PRESETS: dict[Kind, dict[str, Preset]] = {"generator": GENERATORS, "lvlm": LVLMS}
+
+
+def resolve(name: str | Path, kind: Kind = "generator") -> Path | str:
+    """Where a model lies.
+
+    Args:
+        name: A preset's name, a folder or a hub id ("owner/name").
+        kind: Which table of presets to look in.
+
+    Returns:
+        A folder, or the hub id as given.
+
+    Raises:
+        UserError: Neither a preset, nor an existing folder, nor shaped like a hub id.
+    """
+    presets = _PRESETS[kind]
+    if str(name) in presets:
+        found = presets[str(name)].model
+        if isinstance(found, Path) and not found.is_dir():
+            raise UserError(
+                f"the {kind} preset {str(name)!r} has no weights in this installation ({found.name}/)"
+            )
+        return found
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    text = str(name)
+    looks_like_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~")) and "\\" not in text
+    if isinstance(name, Path) or not looks_like_hub_id:
+        raise UserError(f"no {kind} {text!r}: not a folder, and the presets are {', '.join(presets)}")
+    return text
+
+
+def defaults(name: str | Path, kind: Kind = "generator") -> dict[str, Any]:
+    """What the model says about its own use: `emoloop.json` of its folder over its preset's table.
+
+    Args:
+        name: As for `resolve`.
+        kind: As for `resolve`.
+
+    Raises:
+        UserError: As `resolve`; or the file is not a JSON object.
+    """
+    table = _PRESETS[kind].get(str(name))
+    found = resolve(name, kind)
+    path = Path(found) / DEFAULTS_FILE if isinstance(found, Path) else None
+    return {**(table.defaults if table else {}), **(read_defaults(path) if path else {})}
+
+
+def read_defaults(path: Path) -> dict[str, Any]:
+    """The defaults file at `path`, or an empty dict where there is none.
+
+    Raises:
+        UserError: It is not a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a JSON object is wanted, with keys such as steps and guidance")
+    return content
