@@ -1,0 +1,430 @@
+"""Judges: who says what a delivered picture feels like.
+
+A judge is anything with `read(images) -> readings`; the miniature's law judge is one, and so is a class of yours
+named by a dotted path. What it leaves unsaid stays None. Judges that need more than pixels (ratings by address, an
+LVLM that is told the prompt) implement `Judge` itself. Whoever gave the reward that trained or steered the images
+is no judge of them: `conflict` finds that out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from ..emotion import PROTOTYPES, Critique, Emotion, EmotionTarget, UserError
+from ..settings import Settings
+from ..tools.registry import resolve
+from .metrics import mean
+from .records import Reading
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to read.
+
+    Attributes:
+        sha256: Its address.
+        path: Its PNG.
+        prompt: The neutral prompt.
+        target: What was wanted; a judge that wants to be fair does not look at it.
+    """
+
+    sha256: str
+    path: Path
+    prompt: str
+    target: EmotionTarget
+
+    def open(self) -> Image:
+        """The picture, RGB."""
+        from PIL import Image
+
+        with Image.open(self.path) as image:
+            return image.convert("RGB")
+
+
+class Judge(Protocol):
+    """Reads pictures.
+
+    Attributes:
+        name: For the report.
+        version: Changes when a reading could change; part of the cache's key.
+        models: What speaks in it (model ids, dotted paths): compared with what gave the reward.
+        sees_target: Whether `read` looks at the target, so that readings are per target.
+    """
+
+    name: str
+    version: str
+    models: frozenset[str]
+    sees_target: bool
+
+    async def read(self, items: Sequence[Item]) -> list[Reading | None]:
+        """One reading for each item, in order; None where this judge cannot say anything."""
+        ...
+
+
+@runtime_checkable
+class PixelReader(Protocol):
+    """The simple form: sees images only. `subject_of`, `alignment` and `version` are used where they exist."""
+
+    def read(self, images: list[Image]) -> Sequence[Any]:
+        """Readings with `valence` and `arousal`, and perhaps `category`, `subject`, `features`."""
+        ...
+
+
+class PixelJudge:
+    """A `PixelReader` as a judge: in a thread, in batches.
+
+    Args:
+        reader: The reader.
+        name: Its name in the report.
+        batch: Images at a time, so that memory stays bounded.
+    """
+
+    sees_target = False
+
+    def __init__(self, reader: PixelReader, name: str, batch: int = 64) -> None:
+        self.reader, self.name, self.batch = reader, name, batch
+        self.version = str(getattr(reader, "version", 1))
+        kind = type(reader)
+        self.models = frozenset({name, f"{kind.__module__}:{kind.__qualname__}"})
+
+    async def read(self, items: Sequence[Item]) -> list[Reading | None]:
+        """See `Judge`."""
+        found: list[Reading | None] = []
+        for start in range(0, len(items), self.batch):
+            found += await asyncio.to_thread(self._read, items[start : start + self.batch])
+        return found
+
+    def _read(self, items: Sequence[Item]) -> list[Reading | None]:
+        images = [item.open() for item in items]
+        subject_of = getattr(self.reader, "subject_of", None)
+        alignment = getattr(self.reader, "alignment", None)
+        readings: list[Reading | None] = []
+        for item, image, seen in zip(items, images, self.reader.read(images), strict=True):
+            subject = getattr(seen, "subject", None)
+            asked = subject_of(item.prompt) if subject_of else None
+            features = getattr(seen, "features", None)
+            readings.append(
+                Reading(
+                    valence=_number(getattr(seen, "valence", None)),
+                    arousal=_number(getattr(seen, "arousal", None)),
+                    category=Emotion(seen.category) if getattr(seen, "category", None) else None,
+                    subject=subject,
+                    subject_right=None if asked is None or subject is None else subject == asked,
+                    alignment=float(alignment(image, item.prompt)) if alignment else None,
+                    features=None if features is None else [round(float(value), 5) for value in features],
+                )
+            )
+        return readings
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+class LVLMJudge:
+    """An LVLM that looks at each picture with the critic's schema.
+
+    Args:
+        critic: A critic with `critique(image, prompt, target, …)`.
+        name: Its name in the report.
+        model: Its model id, compared with the one that gave the reward.
+        version: Prompt version and weights.
+        concurrency: Pictures in flight.
+        sees_target: False for a prompt that keeps the target from the judge.
+    """
+
+    def __init__(
+        self,
+        critic: Any,
+        name: str,
+        model: str,
+        version: str,
+        concurrency: int = 16,
+        sees_target: bool = True,
+    ) -> None:
+        self.critic, self.name, self.version, self.sees_target = critic, name, version, sees_target
+        self.models = frozenset({model})
+        self._slots = asyncio.Semaphore(concurrency)
+
+    async def read(self, items: Sequence[Item]) -> list[Reading | None]:
+        """See `Judge`; a critique that stays missing is a missing reading."""
+        return list(await asyncio.gather(*(self._one(item) for item in items)))
+
+    async def _one(self, item: Item) -> Reading | None:
+        async with self._slots:
+            image = await asyncio.to_thread(item.open)
+            critique = await self.critic.critique(image, item.prompt, item.target)
+        if not isinstance(critique, Critique):
+            return None
+        return Reading(
+            valence=critique.valence,
+            arousal=critique.arousal,
+            category=critique.category,
+            alignment=critique.alignment,
+        )
+
+
+class HumanJudge:
+    """Ratings by people: a CSV with `sha256` and any of `valence`, `arousal`, `category`, `alignment`; one row for each
+    rating. Numbers are averaged over the rows of an image; a category counts where more than half name it.
+
+    Args:
+        path: The CSV.
+
+    Raises:
+        UserError: No such file, a missing column, or a value that does not fit, with its line.
+    """
+
+    sees_target = False
+    models = frozenset({"human"})
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(
+                f"no ratings at {path}: --judge human:FILE.csv wants a CSV with sha256, valence, arousal"
+            )
+        raw = path.read_bytes()
+        self.name, self.version = f"human ratings ({path.name})", hash_of(raw)
+        self.ratings: dict[str, list[Reading]] = {}
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            rows = csv.DictReader(stream)
+            if "sha256" not in (rows.fieldnames or []):
+                raise UserError(f"{path}: no column sha256 (found: {', '.join(rows.fieldnames or [])})")
+            for line, row in enumerate(rows, start=2):
+                try:
+                    reading = Reading(
+                        category=Emotion(row["category"].strip().lower()) if row.get("category") else None,
+                        **{
+                            key: float(row[key]) if row.get(key) else None
+                            for key in ("valence", "arousal", "alignment")
+                        },
+                    )
+                except ValueError as error:
+                    raise UserError(f"{path}, line {line}: {str(error).splitlines()[0]}") from error
+                self.ratings.setdefault(row["sha256"].strip(), []).append(reading)
+
+    async def read(self, items: Sequence[Item]) -> list[Reading | None]:
+        """See `Judge`; an image that nobody rated has no reading."""
+        return [self._pooled(self.ratings.get(item.sha256, [])) for item in items]
+
+    @staticmethod
+    def _pooled(ratings: list[Reading]) -> Reading | None:
+        if not ratings:
+            return None
+        named = [rating.category for rating in ratings if rating.category]
+        top = max(set(named), key=named.count) if named else None
+        return Reading(
+            valence=mean(rating.valence for rating in ratings),
+            arousal=mean(rating.arousal for rating in ratings),
+            alignment=mean(rating.alignment for rating in ratings),
+            category=top if top and named.count(top) * 2 > len(named) else None,
+        )
+
+
+class ClipHeadJudge:
+    """An image encoder of the CLIP family with a trained head; its text tower gives CLIPScore to the neutral prompt.
+
+    The head is a stack of linear layers with ReLU between them, saved as a state dict (safetensors or .pth, weights
+    only). Two outputs are valence and arousal on [-3, 3]. Eight are the categories in Mikels' order (EmoGen's and
+    EmoEdit's public heads have this shape); valence and arousal are then the mean of the categories' prototypes under
+    the softmax, a coarse reading.
+
+    Args:
+        encoder: Folder or hub id of a CLIP model.
+        head: File of the head.
+        device: Where to run.
+        batch: Images at a time.
+
+    Raises:
+        UserError: A head of another shape, or an encoder that cannot be loaded.
+    """
+
+    sees_target = False
+
+    def __init__(self, encoder: str, head: Path, device: str = "cpu", batch: int = 32) -> None:
+        import torch
+        from transformers import AutoProcessor, CLIPModel
+
+        if not head.is_file():
+            raise UserError(f"no head at {head}: --judge clip:ENCODER,HEAD wants its state dict")
+        try:
+            self.model = CLIPModel.from_pretrained(encoder).to(device).eval()  # pyright: ignore[reportArgumentType]
+            self.processor = AutoProcessor.from_pretrained(encoder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"CLIP encoder {encoder!r}: {str(error).splitlines()[0]}") from error
+        if head.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(head)
+        else:
+            state = torch.load(head, map_location="cpu", weights_only=True)
+        self.layers = _linear_stack(state, head)
+        if self.layers[0].in_features != self.model.config.projection_dim or self.layers[
+            -1
+        ].out_features not in (2, 8):
+            raise UserError(
+                f"{head}: takes {self.layers[0].in_features} features and gives {self.layers[-1].out_features} numbers; "
+                f"wanted {self.model.config.projection_dim} and 2 (valence, arousal) or 8 (categories)"
+            )
+        self.layers = [layer.to(device).eval() for layer in self.layers]
+        self.device, self.batch = device, batch
+        self.name = f"CLIP head {head.name} on {Path(encoder).name}"
+        self.version = hash_of(head.read_bytes())
+        self.models = frozenset({encoder, str(head)})
+
+    async def read(self, items: Sequence[Item]) -> list[Reading | None]:
+        """See `Judge`. Alignment is CLIPScore / 100 (Hessel et al., 2021): max(cos, 0) in [0, 1]."""
+        found: list[Reading | None] = []
+        for start in range(0, len(items), self.batch):
+            found += await asyncio.to_thread(self._read, items[start : start + self.batch])
+        return found
+
+    def _read(self, items: Sequence[Item]) -> list[Reading | None]:
+        import torch
+
+        with torch.inference_mode():
+            inputs = self.processor(
+                text=[item.prompt for item in items],
+                images=[item.open() for item in items],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+            ).to(self.device)
+            out = self.model(**inputs)
+            image, text = out.image_embeds, out.text_embeds
+            hidden = image
+            for place, layer in enumerate(self.layers):
+                hidden = layer(torch.relu(hidden) if place else hidden)
+            aligned = torch.cosine_similarity(image, text).clamp(min=0)
+            points, names = _affect(hidden)
+        return [
+            Reading(
+                valence=float(valence),
+                arousal=float(arousal),
+                category=name,
+                alignment=float(score),
+                features=[round(float(value), 5) for value in vector],
+            )
+            for (valence, arousal), name, score, vector in zip(points, names, aligned, image, strict=True)
+        ]
+
+
+def _linear_stack(state: dict[str, torch.Tensor], path: Path) -> list[torch.nn.Linear]:
+    import torch
+
+    layers = []
+    for key in (key for key in state if key.endswith("weight") and state[key].ndim == 2):
+        weight, bias = state[key].float(), state.get(key.removesuffix("weight") + "bias")
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
+        layer.weight.data = weight
+        layer.bias.data = torch.zeros(weight.shape[0]) if bias is None else bias.float()
+        layers.append(layer)
+    if not layers or any(a.out_features != b.in_features for a, b in zip(layers, layers[1:], strict=False)):
+        raise UserError(f"{path}: not a stack of linear layers")
+    return layers
+
+
+def _affect(hidden: torch.Tensor) -> tuple[torch.Tensor, list[Emotion | None]]:
+    import torch
+
+    if hidden.shape[-1] == 2:
+        return hidden.clamp(-3, 3), [None] * len(hidden)
+    order = list(Emotion)
+    prototypes = torch.tensor([PROTOTYPES[emotion] for emotion in order], device=hidden.device)
+    return hidden.softmax(-1) @ prototypes, [order[int(place)] for place in hidden.argmax(-1)]
+
+
+def hash_of(raw: bytes) -> str:
+    """Twelve hex digits of SHA-256: enough to tell versions apart."""
+    return hashlib.sha256(raw).hexdigest()[:12]
+
+
+def _lvlm(argument: str, settings: Settings) -> Judge:
+    from ..agents.critic import Critic
+    from ..tools.lvlm import load_lvlm
+
+    ours = settings.lvlm.model_copy(update={"model": argument} if argument else {})
+    critic = Critic(load_lvlm(ours), **({"prompt": ours.critic_prompt} if ours.critic_prompt else {}))
+    return LVLMJudge(critic, f"LVLM {ours.model}", ours.model, "1", ours.concurrency)
+
+
+def _clip(argument: str, settings: Settings) -> Judge:
+    encoder, _, head = argument.rpartition(",")
+    if not encoder:
+        raise UserError("--judge clip:ENCODER,HEAD wants an encoder and the file of its head")
+    device = settings.generator.device
+    return ClipHeadJudge(encoder, Path(head), "cpu" if device == "auto" else device)
+
+
+def _human(argument: str, settings: Settings) -> Judge:
+    return HumanJudge(Path(argument))
+
+
+#: Judges by name. A value is a reader's dotted path, or takes what follows the colon and the settings.
+JUDGES: dict[str, str | Callable[[str, Settings], Judge]] = {
+    "law": ".miniature.judge:LawJudge",
+    "guard": ".miniature.judge:Guard",
+    "lvlm": _lvlm,
+    "human": _human,
+    "clip": _clip,
+}
+
+
+def load_judge(spec: str, settings: Settings) -> Judge:
+    """A judge by name (`law`, `guard`, `lvlm[:MODEL]`, `human:FILE.csv`, `clip:ENCODER,HEAD`) or dotted path.
+
+    Raises:
+        UserError: Unknown, not importable, or not a judge.
+    """
+    name, _, argument = spec.partition(":")
+    known = JUDGES.get(name)
+    if callable(known):
+        return known(argument, settings)
+    found = resolve(spec, JUDGES, "judge")
+    made = found() if callable(found) else found
+    if isinstance(made, PixelReader) and not hasattr(made, "sees_target"):
+        return PixelJudge(made, spec)
+    if not hasattr(made, "read"):
+        raise UserError(f"judge {spec!r} has no read(images)")
+    return made
+
+
+def reward_sources(settings: Settings, adapters: Sequence[Path]) -> set[str]:
+    """What gave the reward: the critic and reward of this evaluation, and those in the adapters' `training.json`."""
+    sources = {settings.lvlm.model, settings.loop.reward}
+    for adapter in adapters:
+        file = adapter / "training.json"
+        if file.is_file():
+            sources |= set(_rewarding(json.loads(file.read_text(encoding="utf-8"))))
+    return sources
+
+
+def _rewarding(document: Any, inside: bool = False) -> Iterator[str]:
+    # Every string below a key that speaks of rewards or critics, whatever the shape of the file.
+    if isinstance(document, str) and inside:
+        yield document
+    elif isinstance(document, dict):
+        for key, value in document.items():
+            here = inside or "reward" in key or "critic" in key
+            if here and isinstance(value, int | float):
+                yield key
+            yield from _rewarding(value, here)
+    elif isinstance(document, list):
+        for value in document:
+            yield from _rewarding(value, inside)
+
+
+def conflict(judge: Judge, sources: set[str]) -> str | None:
+    """The name under which this judge also gave the reward; None where it is independent."""
+    return next(iter(sorted(judge.models & sources)), None)

@@ -1,0 +1,122 @@
+"""What is measured, each as one small function of numbers.
+
+Definitions follow the papers where they give one: V-Error, A-Error and the rank correlation along a sweep from
+EmotiCrafter (arXiv 2501.05710), Emo-A from EmoGen (arXiv 2401.04608). A value that cannot be had is None and
+never 0: a missing reading must not look like a perfect or a hopeless one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+from scipy.spatial.distance import cosine
+from scipy.stats import kendalltau
+
+from ..emotion import EmotionTarget
+from .records import Reading
+from .suites import Request
+
+#: Whether less is better, by metric; the order is that of the report.
+METRICS: dict[str, bool] = {
+    "error": True,
+    "valence_error": True,
+    "arousal_error": True,
+    "emotion_accuracy": False,
+    "subject_accuracy": False,
+    "alignment": False,
+    "diversity": False,
+    "reward": False,
+    "valence_tau": False,
+    "arousal_tau": False,
+    "smoothness": True,
+}
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of those that are there; None where none is."""
+    kept = [value for value in values if value is not None]
+    return float(np.mean(kept)) if kept else None
+
+
+def axis_errors(reading: Reading, target: EmotionTarget) -> tuple[float | None, float | None]:
+    """(|valence - wanted|, |arousal - wanted|); None on an axis that is not wanted or was not read."""
+
+    def off(read: float | None, wanted: float | None) -> float | None:
+        return None if read is None or wanted is None else abs(read - wanted)
+
+    valence, arousal = target.point
+    return off(reading.valence, valence), off(reading.arousal, arousal)
+
+
+def error(reading: Reading, target: EmotionTarget) -> float | None:
+    """|ΔV| + |ΔA| over the wanted axes; None where a wanted axis was not read."""
+    errors = axis_errors(reading, target)
+    if any(off is None for off, wanted in zip(errors, target.point, strict=True) if wanted is not None):
+        return None
+    return sum(off for off in errors if off is not None)
+
+
+def emotion_right(reading: Reading, target: EmotionTarget) -> float | None:
+    """1 where the judge names the wanted category, else 0 (its mean is Emo-A); None without a wanted or named one."""
+    if target.category is None or reading.category is None:
+        return None
+    return float(reading.category == target.category)
+
+
+def rank_tau(wanted: Sequence[float], read: Sequence[float | None]) -> float | None:
+    """Kendall's τ-b between target and reading along a sweep, in [-1, 1].
+
+    A sweep whose readings are all the same follows nothing: 0, where the formula has no value.
+    """
+    pairs = [(w, r) for w, r in zip(wanted, read, strict=True) if r is not None]
+    if len(pairs) < 3:
+        return None
+    tau = kendalltau(*zip(*pairs, strict=True)).statistic
+    return float(tau) if np.isfinite(tau) else 0.0
+
+
+def feature_distance(a: Sequence[float], b: Sequence[float]) -> float:
+    """Cosine distance in [0, 2]; 0 between two vectors of zeros."""
+    if not np.any(a) or not np.any(b):
+        return 0.0 if not np.any(a) and not np.any(b) else 1.0
+    return float(cosine(a, b))
+
+
+def smoothness(
+    features: Sequence[Sequence[float] | None],
+    distance: Callable[[Sequence[float], Sequence[float]], float] = feature_distance,
+) -> float | None:
+    """Mean distance between neighbours of a sweep (same prompt, same seed); lower is smoother.
+
+    0 for a picture that never changes, so it says something only beside `rank_tau`. With LPIPS as `distance` it is
+    the shape of EmotiCrafter's LPIPS-Continuous.
+    """
+    return mean(distance(a, b) for a, b in pairwise(features) if a is not None and b is not None)
+
+
+def amortisation(base: np.ndarray, student: np.ndarray, loop: np.ndarray) -> np.ndarray:
+    """(error of base - error of one pass) / (error of base - error of the loop), of mean errors."""
+    return (base - student) / (base - loop)
+
+
+def sweeps(requests: Sequence[Request]) -> list[tuple[str, list[int]]]:
+    """Every sweep hidden in the requests: same prompt, one axis running over 3 values or more, the rest equal.
+
+    Returns:
+        ("valence" | "arousal", places in `requests` in rising order of that axis).
+    """
+    found: dict[tuple, dict[float, int]] = {}
+    for place, request in enumerate(requests):
+        target = request.target
+        for axis, other in (("valence", "arousal"), ("arousal", "valence")):
+            value = getattr(target, axis)
+            if value is not None:
+                key = (axis, request.prompt, getattr(target, other), target.category)
+                found.setdefault(key, {})[value] = place
+    return [
+        (key[0], [places[value] for value in sorted(places)])
+        for key, places in found.items()
+        if len(places) >= 3
+    ]

@@ -1,0 +1,101 @@
+"""What arms hand over and judges say: plain records that go to the cache and into the report as they are."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..emotion import Critique, Emotion, Missing
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Shot(_Record):
+    """One image that an arm made.
+
+    Attributes:
+        sha256: Address of its PNG.
+        prompt: The prompt that made it.
+        seed: Seed of its noise.
+        round: Round of the loop; 0 elsewhere.
+        index: Place in its round.
+        reward: What the critic's reading was worth to the arm, where the arm looked.
+        critique: That reading.
+    """
+
+    sha256: str
+    prompt: str
+    seed: int
+    round: int = 0
+    index: int = 0
+    reward: float | None = None
+    critique: Critique | Missing | None = None
+
+
+class Cost(_Record):
+    """What one delivered image takes.
+
+    Attributes:
+        images: Images made for it.
+        lvlm_calls: Answers of the LVLM.
+        tokens: Tokens of those answers and their prompts, where the engine counts them.
+        seconds: Time in the models (not the wall clock: arms run side by side).
+    """
+
+    images: float = 0
+    lvlm_calls: float = 0
+    tokens: float | None = None
+    seconds: float | None = None
+
+
+class Delivery(_Record):
+    """One arm's answer to one request.
+
+    Attributes:
+        arm: The arm.
+        request: `Request.id`.
+        prompt: The prompt behind what was delivered.
+        shots: Everything that was made.
+        delivered: Places in `shots` of what the arm hands over: one image where the arm selects; several where
+            it does not, and then the arm's figure is their mean.
+        run_id: The run in the evaluation's log; None where the arm failed before it began one.
+        cost: For one delivered image.
+        failure: Why nothing was delivered.
+    """
+
+    arm: str
+    request: str
+    prompt: str = ""
+    shots: list[Shot] = []
+    delivered: list[int] = []
+    run_id: str | None = None
+    cost: Cost = Cost()
+    failure: str | None = None
+
+    @property
+    def handed_over(self) -> list[Shot]:
+        """The delivered shots."""
+        return [self.shots[place] for place in self.delivered]
+
+
+class Reading(_Record):
+    """What a judge sees in one image. None is "this judge does not say".
+
+    Attributes:
+        valence: In [-3, 3].
+        arousal: In [-3, 3].
+        category: One of the eight.
+        subject: The thing that the picture shows, in the judge's words.
+        subject_right: Whether that is what the neutral prompt names.
+        alignment: How much of the neutral prompt is in the picture, 0 to 1.
+        features: A description of the picture for distances.
+    """
+
+    valence: float | None = None
+    arousal: float | None = None
+    category: Emotion | None = None
+    subject: str | None = None
+    subject_right: bool | None = None
+    alignment: float | None = None
+    features: list[float] | None = Field(default=None, repr=False)

@@ -1,0 +1,185 @@
+"""Suites: which requests are judged, frozen in a YAML file.
+
+A suite is neutral prompts × targets × seeds and the arms and judge that go with them. It is versioned and
+content-hashed, because a figure means nothing without the requests behind it: a changed suite is a new version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..emotion import EmotionTarget, Score, UserError
+
+Words = Annotated[str, Field(min_length=1, max_length=2000)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Grid(_Part):
+    """Every pair of the two lists."""
+
+    valence: list[Score] = Field(min_length=1)
+    arousal: list[Score] = Field(min_length=1)
+
+
+class Sweep(_Part):
+    """One axis runs while the other stands still (or is left open, with None)."""
+
+    axis: Literal["valence", "arousal"]
+    values: list[Score] = Field(min_length=3)
+    other: Score | None = 0.0
+
+
+class Block(_Part):
+    """Prompts × targets; targets come as a list, a grid, sweeps, or all of them.
+
+    Attributes:
+        prompts: Neutral prompts.
+        targets: Targets as `{valence, arousal, category}`.
+        grid: A grid of (valence, arousal).
+        sweeps: Sweeps of one axis.
+    """
+
+    prompts: list[Words] = Field(min_length=1)
+    targets: list[EmotionTarget] = []
+    grid: Grid | None = None
+    sweeps: list[Sweep] = []
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Block:
+        if not self.points:
+            raise ValueError("a block needs targets, a grid or sweeps")
+        return self
+
+    @property
+    def points(self) -> list[EmotionTarget]:
+        """All targets of the block, without repeats, in the order given."""
+        points = list(self.targets)
+        if self.grid:
+            points += [
+                EmotionTarget(valence=v, arousal=a) for v, a in product(self.grid.valence, self.grid.arousal)
+            ]
+        for sweep in self.sweeps:
+            other = "arousal" if sweep.axis == "valence" else "valence"
+            points += [EmotionTarget(**{sweep.axis: value, other: sweep.other}) for value in sweep.values]
+        return list(dict.fromkeys(points))
+
+
+class Request(_Part):
+    """One neutral prompt and what its picture shall make people feel."""
+
+    prompt: Words
+    target: EmotionTarget
+
+    @cached_property
+    def id(self) -> str:
+        """Short content address, the same in every suite."""
+        text = json.dumps([self.prompt, self.target.model_dump(mode="json")], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Suite(_Part):
+    """A frozen set of requests with the arms and the judge that belong to it.
+
+    Attributes:
+        name: What `emoloop eval NAME` calls it.
+        version: Raised whenever a request, a seed or a budget changes.
+        about: One or two sentences for the report.
+        seed: From it and the neutral prompt come all seeds of a request.
+        images: Images in a round, and images over which an arm that does not select is averaged.
+        rounds: Rounds of the loop; selecting arms get `rounds × images` images.
+        arms: Arms by name, in the order of the report.
+        adapters: Further arms: name → distilled artifact (path from the suite's file, or absolute).
+        judge: Headline judge: a name in the registry or a dotted path.
+        guard: Second reader for alignment, diversity and smoothness; likewise.
+        settings: Overrides of emoloop's settings that belong to the suite, nested by section.
+        blocks: The requests.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    version: Annotated[int, Field(ge=1)]
+    about: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    images: Annotated[int, Field(ge=1, le=256)] = 8
+    rounds: Annotated[int, Field(ge=1, le=50)] = 3
+    arms: list[str] = Field(min_length=1)
+    adapters: dict[str, Path] = {}
+    judge: str | None = None
+    guard: str | None = None
+    settings: dict[str, dict[str, Any]] = {}
+    blocks: list[Block] = Field(min_length=1)
+
+    @field_validator("arms")
+    @classmethod
+    def _once(cls, arms: list[str]) -> list[str]:
+        if len(set(arms)) != len(arms):
+            raise ValueError("an arm is named twice")
+        return arms
+
+    @cached_property
+    def requests(self) -> list[Request]:
+        """Every request once, in the order of the file."""
+        return list(
+            dict.fromkeys(
+                Request(prompt=prompt, target=target)
+                for block in self.blocks
+                for prompt in block.prompts
+                for target in block.points
+            )
+        )
+
+    @cached_property
+    def sha256(self) -> str:
+        """Content hash of what decides the figures: everything but the words about it."""
+        kept = self.model_dump(mode="json", exclude={"about", "arms", "adapters"})
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    def seed_of(self, prompt: str) -> int:
+        """The run seed of a neutral prompt: its targets share it, other prompts have their own.
+
+        Sharing makes a sweep's images comparable and lets arms that ignore the target make their images once.
+        """
+        return int.from_bytes(hashlib.sha256(f"{self.seed}\n{prompt}".encode()).digest()[:4], "big") >> 1
+
+
+def shipped() -> list[str]:
+    """Names of the suites that come with emoloop."""
+    return sorted(
+        Path(f.name).stem for f in files(__package__).joinpath("suites").iterdir() if f.name.endswith(".yaml")
+    )
+
+
+def load_suite(name: str | Path) -> Suite:
+    """Read a suite.
+
+    Args:
+        name: A shipped name ("loop") or the path of a YAML file.
+
+    Raises:
+        UserError: Unknown name, unreadable file or a field that does not fit, in one line that names it.
+    """
+    inside = Path(str(files(__package__).joinpath("suites", f"{name}.yaml")))
+    path = inside if str(name) in shipped() else Path(name)
+    if not path.is_file():
+        raise UserError(f"no suite {str(name)!r}: neither one of {', '.join(shipped())} nor a YAML file")
+    try:
+        suite = Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "suite"
+        raise UserError(f"{path}: {where}: {first['msg']}") from error
+    adapters = {arm: (path.parent / folder).resolve() for arm, folder in suite.adapters.items()}
+    return suite.model_copy(update={"adapters": adapters})

@@ -1,0 +1,203 @@
+"""Judges: readers become judges, ratings are pooled, a head is checked, and who gave the reward is found out."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from emoloop.emotion import Critique, Emotion, EmotionTarget, Missing, UserError
+from emoloop.evals import judges
+from emoloop.evals.judges import ClipHeadJudge, HumanJudge, Item, LVLMJudge, PixelJudge, conflict, load_judge
+from emoloop.settings import load_settings
+
+TARGET = EmotionTarget(valence=1, arousal=1)
+
+
+class Brightness:
+    """A reader that knows one thing: how bright the picture is."""
+
+    version = 3
+
+    def read(self, images):
+        return [
+            SimpleNamespace(
+                valence=np.float32(np.asarray(i).mean() / 85 - 1.5), arousal=0, subject="dog", features=[1]
+            )
+            for i in images
+        ]
+
+    def subject_of(self, prompt):
+        return next((word for word in ("dog", "cat") if word in prompt), None)
+
+    def alignment(self, image, prompt):
+        return 0.5
+
+
+@pytest.fixture
+def items(tmp_path):
+    made = []
+    for shade, prompt in ((0, "a dog"), (255, "a cat"), (128, "something")):
+        path = tmp_path / f"{shade}.png"
+        Image.new("RGB", (8, 8), (shade,) * 3).save(path)
+        made.append(Item(hashlib.sha256(path.read_bytes()).hexdigest(), path, prompt, TARGET))
+    return made
+
+
+async def test_a_reader_of_pixels_is_a_judge(items):
+    judge = PixelJudge(Brightness(), "brightness", batch=2)
+    readings = await judge.read(items)
+    assert [r.valence for r in readings] == pytest.approx([-1.5, 1.5, 128 / 85 - 1.5], abs=1e-5)
+    assert [r.subject_right for r in readings] == [True, False, None]
+    assert readings[0].features == [1.0] and readings[0].alignment == 0.5
+    assert judge.version == "3"
+
+
+async def test_a_dotted_path_is_a_judge(items):
+    judge = load_judge(f"{__name__}:Brightness", load_settings())
+    assert (await judge.read(items))[0].arousal == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("oracle", "unknown judge"),
+        ("emoloop.nowhere:Judge", "cannot import"),
+        ("emoloop.emotion:LOW", "no read"),
+        ("human:nowhere.csv", "no ratings"),
+        ("clip:model", "ENCODER,HEAD"),
+    ],
+)
+def test_an_unknown_judge_is_one_clear_line(spec, said):
+    with pytest.raises(UserError, match=said):
+        load_judge(spec, load_settings())
+
+
+async def test_an_lvlm_judge_leaves_what_it_cannot_read_missing(items):
+    class Critic:
+        async def critique(self, image, prompt, target):
+            if prompt == "something":
+                return Missing(reason="timed out")
+            return Critique(valence=1.0, arousal=-1.0, alignment=0.7, category=Emotion.AWE)
+
+    readings = await LVLMJudge(Critic(), "LVLM x", "x", "1").read(items)
+    assert readings[2] is None
+    assert (readings[0].valence, readings[0].category, readings[0].alignment) == (1.0, Emotion.AWE, 0.7)
+
+
+async def test_human_ratings_are_pooled_over_people(items, tmp_path):
+    sha = items[0].sha256
+    path = tmp_path / "ratings.csv"
+    path.write_text(f"sha256,valence,arousal,category\n{sha},1,,awe\n{sha},2,-1,awe\n{sha},3,,fear\n")
+    readings = await HumanJudge(path).read(items)
+    assert (readings[0].valence, readings[0].arousal, readings[0].category) == (2.0, -1.0, Emotion.AWE)
+    assert readings[1:] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("image,valence\nx,1\n", "sha256"),
+        ("sha256,valence\nx,much\n", "line 2"),
+        ("sha256,category\nx,joy\n", "joy"),
+    ],
+)
+def test_a_bad_rating_is_named_with_its_line(tmp_path, content, said):
+    path = tmp_path / "ratings.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=said):
+        HumanJudge(path)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPProcessor,
+        CLIPTextConfig,
+        CLIPVisionConfig,
+        PreTrainedTokenizerFast,
+    )
+
+    folder = tmp_path_factory.mktemp("clip")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 3, "a": 2, "dog": 4, "cat": 5, "<unk>": 6}
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=8, max_position_embeddings=8, eos_token_id=3, bos_token_id=1, pad_token_id=0, **small
+    )
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **small)
+    CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)
+    ).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=8,
+    )
+    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16), fast).save_pretrained(folder)
+    return folder
+
+
+async def test_a_head_of_eight_reads_categories_and_their_prototypes(clip_folder, items, tmp_path):
+    weight = torch.zeros(8, 12)
+    head = tmp_path / "head.safetensors"
+    save_file({"fc.weight": weight, "fc.bias": torch.tensor([0.0, 0, 0, 0, 0, 0, 30, 0])}, head)
+    judge = ClipHeadJudge(str(clip_folder), head)
+    readings = await judge.read(items)
+    assert readings[0].category is Emotion.FEAR
+    assert (readings[0].valence, readings[0].arousal) == pytest.approx((-1.6, 1.4), abs=1e-4)
+    assert len(readings[0].features) == 12
+    assert all(0 <= r.alignment <= 1 for r in readings)
+
+
+async def test_clip_alignment_equals_torchmetrics(clip_folder, items, tmp_path, monkeypatch):
+    from torchmetrics.multimodal import CLIPScore
+
+    save_file({"w.weight": torch.ones(2, 12)}, tmp_path / "head.safetensors")
+    judge = ClipHeadJudge(str(clip_folder), tmp_path / "head.safetensors")
+    ours = [reading.alignment for reading in await judge.read(items[:2])]
+    for kind in ("image", "text"):  # torchmetrics 1.9 expects what transformers 4 gave
+        get = getattr(judge.model, f"get_{kind}_features")
+        monkeypatch.setattr(judge.model, f"get_{kind}_features", lambda *a, get=get: get(*a).pooler_output)
+    score = CLIPScore(model_name_or_path=lambda: (judge.model, judge.processor))
+    for item, alignment in zip(items, ours, strict=False):
+        image = torch.from_numpy(np.array(item.open())).permute(2, 0, 1)
+        score.reset()
+        score.update(image, item.prompt)
+        assert float(score.compute()) / 100 == pytest.approx(alignment, abs=1e-4)
+
+
+def test_a_head_of_another_shape_is_refused(clip_folder, tmp_path):
+    save_file({"w.weight": torch.zeros(3, 12)}, tmp_path / "three.safetensors")
+    with pytest.raises(UserError, match="gives 3 numbers"):
+        ClipHeadJudge(str(clip_folder), tmp_path / "three.safetensors")
+    save_file({"w.weight": torch.zeros(2, 5)}, tmp_path / "five.safetensors")
+    with pytest.raises(UserError, match="takes 5 features"):
+        ClipHeadJudge(str(clip_folder), tmp_path / "five.safetensors")
+    with pytest.raises(UserError, match="encoder"):
+        ClipHeadJudge(str(tmp_path / "empty"), tmp_path / "five.safetensors")
+
+
+def test_who_gave_the_reward_is_found_in_settings_and_training_files(tmp_path):
+    settings = load_settings({"lvlm": {"model": "critic-x"}, "loop": {"reward": "my.mod:Reward"}})
+    (tmp_path / "training.json").write_text(
+        json.dumps({"rewards": [{"name": "emotion", "critic": "old-critic"}], "seed": 1})
+    )
+    sources = judges.reward_sources(settings, [tmp_path])
+    assert {"critic-x", "my.mod:Reward", "old-critic", "emotion"} <= sources
+    assert conflict(LVLMJudge(None, "j", "old-critic", "1"), sources) == "old-critic"
+    assert conflict(LVLMJudge(None, "j", "other", "1"), sources) is None
+    assert conflict(PixelJudge(Brightness(), "law"), sources) is None
