@@ -1,0 +1,53 @@
+"""`python -m emoloop.miniature.train MODEL`."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from .common import Recipe
+
+#: Model → (module, steps, batch, peak learning rate, largest averaging decay).
+RECIPES = {
+    "generator": ("generator", 5000, 32, 1.2e-3, 0.998),
+    "lvlm": ("lvlm", 6000, 32, 1.0e-3, 0.998),
+    "judge": ("recogniser", 2500, 48, 2.0e-3, 0.995),
+    "guard": ("recogniser", 2500, 48, 2.0e-3, 0.995),
+}
+
+
+def main() -> None:
+    """Run one recipe."""
+    parser = argparse.ArgumentParser(prog="python -m emoloop.miniature.train", description=__doc__)
+    parser.add_argument("model", choices=RECIPES)
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for checkpoints and the model (default runs/MODEL)"
+    )
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--batch", type=int, default=None)
+    parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument("--bf16", action="store_true", help="forward passes in bfloat16")
+    parser.add_argument("--minutes", type=float, default=None, help="stop after so many minutes")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    module, steps, batch, lr, ema = RECIPES[args.model]
+    recipe = Recipe(
+        out=args.out or Path("runs") / args.model, steps=args.steps or steps, batch=args.batch or batch,
+        lr=args.lr or lr, seed=args.seed, device=args.device, minutes=args.minutes, ema=ema, bf16=args.bf16,
+    )  # fmt: skip
+    losses = import_module(f"{__package__}.{module}").train(
+        recipe, *([args.model] if module == "recogniser" else [])
+    )
+    if losses:
+        print(f"loss {losses[0]:.4f} → {sum(losses[-20:]) / len(losses[-20:]):.4f} after {len(losses)} steps")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,577 @@
+"""The miniature world, version 1: scenes, the renderer, and captions that name part of them.
+
+A scene is one subject in a place, none to three companions, weather and light. Everything sits on the image
+token grid (12 pixels): a net that learns within an hour can't also learn hidden positions, so a thing has a
+default side and words (left, right, far) move it. What a caption leaves out is drawn at random: a neutral
+prompt therefore gives varied pictures, as with real models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from numpy.random import Generator as Rng
+from numpy.typing import NDArray
+
+from .icons import FAR, NEAR, SUBJECT, sprites
+
+VERSION = 1
+SIZE = 96
+TOKEN = 12
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A thing that a picture is about: its icon, its words."""
+
+    icon: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A thing beside the subject: where it hangs or stands, its default side, its words."""
+
+    icon: str
+    sky: bool
+    side: Side
+    words: tuple[str, ...]
+
+
+def _subjects() -> dict[str, Subject]:
+    table = """
+    dog dog-face dog puppy hound|cat cat-face cat kitten|lion lion lion|fox fox fox|bear bear bear
+    panda panda panda|koala koala koala|rabbit rabbit-face rabbit bunny hare|cow cow-face cow calf
+    pig pig-face pig piglet|frog frog frog toad|monkey monkey-face monkey ape|horse horse-face horse pony
+    unicorn unicorn unicorn|wolf wolf wolf|hedgehog hedgehog hedgehog|penguin penguin penguin|owl owl owl
+    duck duck duck mallard|eagle eagle eagle hawk|parrot parrot parrot|chicken chicken chicken hen
+    turtle turtle turtle tortoise|snake snake snake serpent|fish fish fish|octopus octopus octopus
+    shark shark shark|whale spouting-whale whale|dolphin dolphin dolphin|crab crab crab|snail snail snail
+    butterfly butterfly butterfly moth|elephant elephant elephant|giraffe giraffe giraffe|camel camel camel
+    kangaroo kangaroo kangaroo|goat goat goat|dinosaur t-rex dinosaur|dragon dragon-face dragon
+    tiger tiger-face tiger|mouse mouse-face mouse|clown clown-face clown jester|robot robot robot android
+    teddy teddy-bear teddy|snowman snowman snowman|car automobile car automobile|bus bus bus
+    tractor tractor tractor|train locomotive train locomotive|bicycle bicycle bicycle bike
+    boat sailboat boat sailboat|plane airplane plane airplane|rocket rocket rocket spaceship
+    house house house home cottage|castle castle castle palace|tent tent tent|chair chair chair seat
+    guitar guitar guitar|violin violin violin fiddle|drum drum drum|trumpet trumpet trumpet horn
+    clock alarm-clock clock|books books books|television television television|tree deciduous-tree tree oak
+    cactus cactus cactus|mushroom mushroom mushroom toadstool|teapot teapot teapot kettle|lobster lobster lobster
+    """
+    entries = [entry.split() for entry in table.replace("\n", "|").split("|") if entry.strip()]
+    return {name: Subject(icon, tuple(words)) for name, icon, *words in entries}
+
+
+def _companions() -> dict[str, Companion]:
+    table = """
+    sun sun sky left sun sunshine|cloud cloud sky right cloud|moon crescent-moon sky right moon crescent
+    rainbow rainbow sky left rainbow|star star sky right star|balloon balloon sky left balloon
+    kite kite sky right kite|dove dove sky left dove pigeon|bat bat sky right bat|ghost ghost sky left ghost phantom
+    fireworks fireworks sky right fireworks|lightning high-voltage sky left lightning thunderbolt
+    tornado tornado sky right tornado whirlwind|comet comet sky right comet meteor
+    snowflake snowflake sky left snowflake|saucer flying-saucer sky right saucer ufo
+    bubbles bubbles sky left bubbles|notes musical-notes sky right notes melody|heart red-heart sky left heart
+    heartbreak broken-heart sky right heartbreak|rage anger-symbol sky left rage fury
+    leaf fallen-leaf sky right leaf
+    fire fire ground left fire flames|skull skull ground right skull|spider spider ground left spider tarantula
+    bomb bomb ground right bomb explosive|gift wrapped-gift ground left gift present
+    cake birthday-cake ground right cake|sunflower sunflower ground left sunflower|rose rose ground right rose
+    wilted wilted-flower ground left wilted withered|candle candle ground right candle
+    coffin coffin ground left coffin casket|tombstone headstone ground right tombstone gravestone
+    trophy trophy ground right trophy|candy lollipop ground left candy lollipop
+    popper party-popper ground left popper confetti|clover four-leaf-clover ground right clover
+    sword dagger ground right sword dagger|poop pile-of-poo ground left poop dung
+    coffee hot-beverage ground right coffee cocoa|rat rat ground left rat|roach cockroach ground right roach cockroach
+    icecream soft-ice-cream ground left icecream sundae|pumpkin jack-o-lantern ground right pumpkin
+    trash wastebasket ground left trash garbage
+    """
+    entries = [entry.split() for entry in table.replace("\n", "|").split("|") if entry.strip()]
+    return {
+        name: Companion(icon, sky == "sky", "left" if side == "left" else "right", tuple(words))
+        for name, icon, sky, side, *words in entries
+    }
+
+
+SUBJECTS = _subjects()
+COMPANIONS = _companions()
+
+#: Values of each background factor with its prior, and the phrases that name it.
+PLACES: dict[str, tuple[str, ...]] = {
+    "meadow": ("in a meadow", "on the grass", "in a field", "on a lawn"),
+    "sea": ("by the sea", "on the beach", "at the shore", "by the ocean"),
+    "snow": ("in the snow", "in a winter landscape", "on the snow"),
+    "desert": ("in the desert", "among dunes", "on the sand"),
+    "city": ("in the city", "in town", "on a street"),
+    "graveyard": ("in a graveyard", "in a cemetery", "among headstones"),
+}
+WEATHER: dict[str, tuple[float, tuple[str, ...]]] = {
+    "clear": (0.55, ("in clear weather", "under fair skies")),
+    "rain": (0.15, ("in the rain", "while raining", "in a downpour")),
+    "snowfall": (0.15, ("while snowing", "in a blizzard", "in snowfall")),
+    "fog": (0.15, ("in the fog", "in mist", "in haze")),
+}
+BRIGHTNESS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "dark": (0.18, ("dark", "gloomy", "black")),
+    "dim": (0.20, ("dim", "dusky", "shadowy")),
+    "plain": (0.37, ("plain", "ordinary")),
+    "bright": (0.25, ("bright", "radiant", "luminous")),
+}
+SATURATION: dict[str, tuple[float, tuple[str, ...]]] = {
+    "gray": (0.15, ("gray", "colorless", "ashen")),
+    "muted": (0.20, ("muted", "faded", "pale")),
+    "natural": (0.40, ("natural", "normal")),
+    "vivid": (0.25, ("vivid", "colorful", "rich")),
+}
+TINT: dict[str, tuple[float, tuple[str, ...]]] = {
+    "none": (0.52, ("untinted", "neutral")),
+    "warm": (0.12, ("warm", "golden", "amber")),
+    "cold": (0.12, ("cold", "cool", "bluish")),
+    "pink": (0.12, ("pink", "rosy")),
+    "green": (0.12, ("green", "greenish")),
+}
+FAR_WORDS = ("far", "distant", "small")
+NEAR_WORDS = ("near", "close", "big")
+NOTHING_ELSE = ("nothing else", "alone", "only that")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A companion in a scene."""
+
+    name: str
+    side: Side
+    far: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that a picture shows."""
+
+    subject: str
+    place: str
+    weather: str = "clear"
+    brightness: str = "plain"
+    saturation: str = "natural"
+    tint: str = "none"
+    companions: tuple[Placed, ...] = ()
+
+    @property
+    def fold(self) -> int:
+        """Split of the scene's composition (subject, place, companions), 0 to 9; 0 is held out everywhere."""
+        key = "|".join([self.subject, self.place, *sorted(c.name for c in self.companions)])
+        return hashlib.sha256(f"emoloop-miniature-{VERSION}|{key}".encode()).digest()[0] % 10
+
+
+#: Folds of compositions that each model may train on. No recogniser shares one with another.
+FOLDS = {
+    "generator": tuple(range(1, 10)),
+    "critic": (7, 8, 9),
+    "judge": (1, 2, 3),
+    "guard": (4, 5, 6),
+    "test": (0,),
+}
+
+
+def _draw(rng: Rng, table: dict[str, tuple[float, tuple[str, ...]]]) -> str:
+    names = list(table)
+    return names[rng.choice(len(names), p=[table[name][0] for name in names])]
+
+
+def sample_companions(rng: Rng, count: int, avoid: tuple[Placed, ...] = ()) -> tuple[Placed, ...]:
+    """Draw companions that do not share a corner with each other or with those in `avoid`."""
+    placed = list(avoid)
+    names = list(COMPANIONS)
+    tries = 0
+    while len(placed) - len(avoid) < count and tries < 200:
+        tries += 1
+        name = names[rng.integers(len(names))]
+        thing = COMPANIONS[name]
+        side: Side = thing.side
+        if rng.random() < 0.3:
+            side = "right" if side == "left" else "left"
+        taken = {(COMPANIONS[p.name].sky, p.side) for p in placed}
+        if name in {p.name for p in placed} or (thing.sky, side) in taken:
+            continue
+        placed.append(Placed(name, side, bool(rng.random() < 0.2)))
+    return tuple(placed[len(avoid) :])
+
+
+def sample_scene(rng: Rng, folds: tuple[int, ...] | None = None) -> Scene:
+    """Draw a scene from the prior.
+
+    Args:
+        rng: NumPy generator.
+        folds: Allowed composition folds (`FOLDS`); None allows all.
+    """
+    while True:
+        scene = Scene(
+            subject=list(SUBJECTS)[rng.integers(len(SUBJECTS))],
+            place=list(PLACES)[rng.integers(len(PLACES))],
+            weather=_draw(rng, WEATHER),
+            brightness=_draw(rng, BRIGHTNESS),
+            saturation=_draw(rng, SATURATION),
+            tint=_draw(rng, TINT),
+            companions=sample_companions(rng, int(rng.choice(4, p=[0.2, 0.35, 0.3, 0.15]))),
+        )
+        if folds is None or scene.fold in folds:
+            return scene
+
+
+# --- rendering -----------------------------------------------------------------------------------------
+
+_HORIZON = 60
+_SKY = {
+    "meadow": ((126, 190, 250), (205, 232, 252)),
+    "sea": ((110, 185, 245), (215, 235, 248)),
+    "snow": ((170, 198, 226), (226, 234, 243)),
+    "desert": ((240, 205, 150), (250, 232, 200)),
+    "city": ((150, 165, 190), (205, 205, 214)),
+    "graveyard": ((128, 124, 150), (182, 178, 190)),
+}
+_GROUND = {
+    "meadow": ((120, 190, 80), (84, 150, 58)),
+    "sea": ((52, 132, 205), (228, 204, 150)),
+    "snow": ((244, 248, 252), (214, 226, 240)),
+    "desert": ((232, 186, 112), (206, 152, 84)),
+    "city": ((128, 128, 134), (92, 92, 100)),
+    "graveyard": ((104, 112, 84), (74, 80, 62)),
+}
+
+
+def _gradient(top: tuple[int, ...], bottom: tuple[int, ...], rows: int) -> NDArray[np.float32]:
+    t = np.linspace(0, 1, rows, dtype=np.float32)[:, None, None]
+    return np.asarray(top, np.float32) * (1 - t) + np.asarray(bottom, np.float32) * t
+
+
+@cache
+def _background(place: str) -> NDArray[np.float32]:
+    canvas = np.zeros((SIZE, SIZE, 3), np.float32)
+    canvas[:_HORIZON] = _gradient(*_SKY[place], _HORIZON)
+    canvas[_HORIZON:] = _gradient(*_GROUND[place], SIZE - _HORIZON)
+    y, x = np.mgrid[:SIZE, :SIZE]
+
+    def paint(mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> None:
+        canvas[mask] = colour
+
+    if place == "meadow":
+        paint((x - 20) ** 2 / 900 + (y - 62) ** 2 / 100 < 1, (96, 168, 70))
+        paint((x - 80) ** 2 / 700 + (y - 62) ** 2 / 64 < 1, (84, 156, 62))
+        paint((y > 74) & ((x * 7 + y * 3) % 24 < 2) & (y % 6 < 3), (150, 214, 96))
+    elif place == "sea":
+        paint((y >= _HORIZON) & (y < 80) & ((x + (y // 4) * 9) % 24 < 9) & (y % 4 == 0), (150, 205, 240))
+        paint((y >= 80) & (y < 84), (240, 244, 246))
+    elif place == "snow":
+        paint((x - 16) ** 2 / 800 + (y - 64) ** 2 / 144 < 1, (234, 241, 248))
+        for left in (2, 74, 84):
+            paint((abs(x - left - 5) < (y - 44) / 3) & (y > 44) & (y < 62), (96, 138, 120))
+    elif place == "desert":
+        paint((x - 12) ** 2 / 1200 + (y - 66) ** 2 / 144 < 1, (224, 174, 100))
+        paint((x - 84) ** 2 / 900 + (y - 66) ** 2 / 196 < 1, (214, 162, 90))
+    elif place == "city":
+        for left, top, shade in ((0, 34, 104), (14, 44, 120), (70, 28, 96), (84, 40, 116)):
+            paint((x >= left) & (x < left + 12) & (y >= top) & (y < _HORIZON), (shade, shade, shade + 10))
+            paint(
+                (x >= left)
+                & (x < left + 12)
+                & (y >= top + 3)
+                & (y < _HORIZON - 2)
+                & (x % 4 == 1)
+                & (y % 5 < 2),
+                (246, 220, 130),
+            )
+        paint((y > 76) & (y < 79) & (x % 16 < 8), (236, 226, 170))
+    else:
+        for left in (3, 15, 73, 85):
+            paint((x >= left) & (x < left + 8) & (y >= 52) & (y < 64), (150, 150, 154))
+            paint((x - left - 3.5) ** 2 + (y - 52) ** 2 < 16, (150, 150, 154))
+            paint((abs(x - left - 3.5) < 1) & (y >= 52) & (y < 60), (92, 92, 98))
+            paint((abs(y - 54.5) < 1) & (abs(x - left - 3.5) < 3), (92, 92, 98))
+    return canvas
+
+
+def corner(placed: Placed) -> tuple[int, int, int]:
+    """Left, top and side length of a companion, in pixels; all multiples of the token size."""
+    sky, size = COMPANIONS[placed.name].sky, FAR if placed.far else NEAR
+    left = 0 if placed.side == "left" else SIZE - size
+    top = 0 if sky else (SIZE - size if not placed.far else 4 * TOKEN)
+    return left, top, size
+
+
+SUBJECT_BOX = (2 * TOKEN, 2 * TOKEN, SUBJECT)
+
+
+def _paste(canvas: NDArray[np.float32], sprite: NDArray[np.uint8], left: int, top: int) -> None:
+    size = sprite.shape[0]
+    alpha = sprite[..., 3:].astype(np.float32) / 255
+    region = canvas[top : top + size, left : left + size]
+    region[:] = region * (1 - alpha) + sprite[..., :3] * alpha
+
+
+def _weather(canvas: NDArray[np.float32], weather: str) -> NDArray[np.float32]:
+    y, x = np.mgrid[:SIZE, :SIZE]
+    if weather == "rain":
+        streak = ((x * 2 + y) % 24 < 2) & ((y // 12 + x // 12) % 2 == 0)
+        canvas = canvas * 0.88 + np.asarray((120, 130, 150), np.float32) * 0.12
+        canvas[streak] = canvas[streak] * 0.35 + np.asarray((190, 212, 240), np.float32) * 0.65
+    elif weather == "snowfall":
+        flake = ((x % 12 - 3 - (y // 12 % 2) * 5) ** 2 + (y % 12 - 5) ** 2) < 4
+        canvas[flake] = canvas[flake] * 0.15 + 255 * 0.85
+    elif weather == "fog":
+        veil = np.clip(0.18 + 0.37 * np.exp(-(((y - 62) / 26.0) ** 2)), 0, 1)[..., None].astype(np.float32)
+        canvas = canvas * (1 - veil) + np.asarray((206, 208, 212), np.float32) * veil
+    return canvas
+
+
+_TINT = {
+    "none": (1.0, 1.0, 1.0),
+    "warm": (1.12, 0.96, 0.66),
+    "cold": (0.72, 0.94, 1.16),
+    "pink": (1.12, 0.80, 0.98),
+    "green": (0.80, 1.10, 0.76),
+}
+_CHROMA = {"gray": 0.12, "muted": 0.5, "natural": 1.0, "vivid": 1.6}
+
+
+def _light(canvas: NDArray[np.float32], scene: Scene) -> NDArray[np.float32]:
+    image = canvas / 255 * np.asarray(_TINT[scene.tint], np.float32)
+    luma = image @ np.asarray((0.299, 0.587, 0.114), np.float32)
+    image = luma[..., None] + _CHROMA[scene.saturation] * (image - luma[..., None])
+    image = np.clip(image, 0, 1)
+    if scene.brightness == "dark":
+        image = image * 0.38
+    elif scene.brightness == "dim":
+        image = image * 0.62
+    elif scene.brightness == "bright":
+        image = 1 - (1 - image) * 0.58
+    return np.clip(image, 0, 1)
+
+
+def render(scene: Scene, style: str = "fluent") -> NDArray[np.uint8]:
+    """Draw a scene.
+
+    Args:
+        scene: What to draw.
+        style: Icon set: "fluent", or "noto" for the out-of-domain test.
+
+    Returns:
+        RGB array of shape (96, 96, 3).
+    """
+    sheet = sprites(style)
+    canvas = _background(scene.place).copy()
+    for placed in scene.companions:
+        left, top, size = corner(placed)
+        _paste(canvas, sheet[placed.name, size], left, top)
+    _paste(canvas, sheet[scene.subject, SUBJECT], SUBJECT_BOX[0], SUBJECT_BOX[1])
+    image = _light(_weather(canvas, scene.weather), scene)
+    return np.round(image * 255).astype(np.uint8)
+
+
+# --- captions ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Named:
+    """Which factors of a scene a caption names. `nothing_else`: says that no other companion is there."""
+
+    place: bool = False
+    weather: bool = False
+    brightness: bool = False
+    saturation: bool = False
+    tint: bool = False
+    companions: tuple[bool, ...] = ()
+    nothing_else: bool = False
+
+
+def sample_named(rng: Rng, scene: Scene) -> Named:
+    """Draw what a caption names: everything (45 %), only the subject and perhaps the place (20 %), or a part."""
+    mode = rng.random()
+    if mode < 0.20:
+        return Named(place=bool(rng.random() < 0.6), companions=(False,) * len(scene.companions))
+    full = mode < 0.65
+
+    def keep(p: float) -> bool:
+        return bool(rng.random() < p)
+
+    companions = tuple(full or keep(0.6) for _ in scene.companions)
+    return Named(
+        place=full or keep(0.7),
+        weather=keep(0.9 if full and scene.weather != "clear" else 0.5 if full else 0.3),
+        brightness=keep(0.85 if full else 0.45),
+        saturation=keep(0.85 if full else 0.45),
+        tint=keep(0.8 if full and scene.tint != "none" else 0.35),
+        companions=companions,
+        nothing_else=all(companions) and keep(0.6 if full else 0.3),
+    )
+
+
+def _pick(rng: Rng, words: tuple[str, ...]) -> str:
+    return words[0] if rng.random() < 0.5 else words[rng.integers(len(words))]
+
+
+def _article(word: str) -> str:
+    if word in {
+        "books",
+        "bubbles",
+        "notes",
+        "fireworks",
+        "lightning",
+        "flames",
+        "confetti",
+        "candy",
+        "dung",
+        "garbage",
+    }:
+        return ""
+    if word in {"trash", "rage", "fury", "coffee", "cocoa", "wilted", "withered", "heartbreak", "sunshine"}:
+        return ""
+    return "an " if word[0] in "aeiou" else "a "
+
+
+def phrase(rng: Rng, placed: Placed) -> str:
+    """Words for a companion: its side only where it is not the default, its distance only where it is far."""
+    thing = COMPANIONS[placed.name]
+    word = _pick(rng, thing.words)
+    if placed.far:
+        word = f"{_pick(rng, FAR_WORDS)} {word}"
+    elif rng.random() < 0.1:
+        word = f"{_pick(rng, NEAR_WORDS)} {word}"
+    side = ""
+    if placed.side != thing.side or rng.random() < 0.15:
+        side = f" {placed.side}"
+    return f"{_article(word)}{word}{side}"
+
+
+def caption(rng: Rng, scene: Scene, named: Named) -> str:
+    """Write a caption.
+
+    Args:
+        rng: NumPy generator: chooses synonyms and word order.
+        scene: The scene.
+        named: Which of its factors to name.
+
+    Returns:
+        Lower-case words without punctuation, at most 30.
+    """
+    adjectives = [
+        _pick(rng, table[value][1])
+        for wanted, table, value in (
+            (named.brightness, BRIGHTNESS, scene.brightness),
+            (named.saturation, SATURATION, scene.saturation),
+            (named.tint, TINT, scene.tint),
+        )
+        if wanted
+    ]
+    rng.shuffle(adjectives)
+    subject = _pick(rng, SUBJECTS[scene.subject].words)
+    after: list[str] = []
+    if named.place:
+        after.append(_pick(rng, PLACES[scene.place]))
+    if named.weather:
+        after.append(_pick(rng, WEATHER[scene.weather][1]))
+    if adjectives and rng.random() < 0.4:
+        after.append(f"in {' '.join(adjectives)} light")
+        lead = f"{_article(subject)}{subject}"
+    else:
+        first = f"{' '.join(adjectives)} {subject}".strip()
+        lead = f"{_article(first) if subject != 'books' else ''}{first}"
+    things = [phrase(rng, p) for p, wanted in zip(scene.companions, named.companions, strict=True) if wanted]
+    if things:
+        rng.shuffle(things)
+        after.append("with " + " and ".join(things))
+    rng.shuffle(after)
+    parts = [lead, *after]
+    if rng.random() < 0.12 and named.place:
+        place = next(part for part in after if part in PLACES[scene.place])
+        parts = [place, lead, *[part for part in after if part != place]]
+    if named.nothing_else:
+        parts.append(_pick(rng, NOTHING_ELSE))
+    return " ".join(parts)
+
+
+def words() -> list[str]:
+    """Every word that a caption can hold, sorted."""
+    found: set[str] = {"a", "an", "with", "and", "in", "light", "left", "right"}
+    for thing in (*SUBJECTS.values(), *COMPANIONS.values()):
+        found |= set(thing.words)
+    for phrases in PLACES.values():
+        found |= {word for text in phrases for word in text.split()}
+    for table in (WEATHER, BRIGHTNESS, SATURATION, TINT):
+        found |= {word for _, phrases in table.values() for text in phrases for word in text.split()}
+    for text in (*FAR_WORDS, *NEAR_WORDS, *NOTHING_ELSE):
+        found |= set(text.split())
+    # Words a person may well add; they carry no meaning here and are learned as such.
+    found |= {
+        "the",
+        "of",
+        "at",
+        "on",
+        "by",
+        "under",
+        "near",
+        "picture",
+        "photo",
+        "image",
+        "beside",
+        "to",
+        "is",
+        "there",
+        "only",
+    }
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a text names: the subject, and each background factor or companion that a word of it refers to."""
+
+    subject: str | None = None
+    place: str | None = None
+    weather: str | None = None
+    brightness: str | None = None
+    saturation: str | None = None
+    tint: str | None = None
+    companions: tuple[Placed, ...] = ()
+    nothing_else: bool = False
+
+
+def parse(text: str) -> Parsed:
+    """Read a caption back, by its words.
+
+    Args:
+        text: Any text; unknown words are skipped.
+
+    Returns:
+        The named factors; a companion without a side word stands at its default side.
+    """
+    tokens = "".join(c if c.isalpha() else " " for c in text.lower()).split()
+    joined = f" {' '.join(tokens)} "
+    found = Parsed(nothing_else=any(f" {phrase} " in joined for phrase in NOTHING_ELSE))
+    for place, phrases in PLACES.items():
+        if any(f" {text} " in joined for text in phrases):
+            found = replace(found, place=place)
+    for weather, (_, phrases) in WEATHER.items():
+        if any(f" {text} " in joined for text in phrases):
+            found = replace(found, weather=weather)
+    for field, table in (("brightness", BRIGHTNESS), ("saturation", SATURATION), ("tint", TINT)):
+        for value, (_, synonyms) in table.items():
+            if any(word in tokens for word in synonyms):
+                found = replace(found, **{field: value})
+    companions: list[Placed] = []
+    for position, token in enumerate(tokens):
+        for name, subject in SUBJECTS.items():
+            if token in subject.words and found.subject is None:
+                found = replace(found, subject=name)
+        for name, thing in COMPANIONS.items():
+            if token in thing.words and name not in {c.name for c in companions}:
+                following = tokens[position + 1] if position + 1 < len(tokens) else ""
+                side: Side = thing.side
+                if following in ("left", "right"):
+                    side = "left" if following == "left" else "right"
+                companions.append(Placed(name, side, position > 0 and tokens[position - 1] in FAR_WORDS))
+    return replace(found, companions=tuple(companions))
