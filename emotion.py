@@ -223,7 +223,7 @@ class RunResult(BaseModel):
     Attributes:
         run_id: The run's name in the trace store.
         status: How it ended.
-        stop_reason: Why it ended.
+        stop_reason: Why it ended; None while it has not.
         prompt: The neutral prompt.
         target: The wanted emotion.
         best: The candidate with the highest reward over all rounds; None where nothing was rewarded.
@@ -238,7 +238,7 @@ class RunResult(BaseModel):
 
     run_id: str
     status: RunStatus
-    stop_reason: StopReason
+    stop_reason: StopReason | None
     prompt: str
     target: EmotionTarget
     best: Candidate | None = None

@@ -114,7 +114,7 @@ class Rewarded(_Event):
     sha256: str
     name: str
     version: str
-    value: float | None = None
+    value: float | None = Field(default=None, allow_inf_nan=False)
     reason: str | None = None
 
 

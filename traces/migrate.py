@@ -1,0 +1,103 @@
+"""From older logs to this version's, in steps; from newer ones not at all.
+
+Each step lifts the tables and the event bodies from one version to the next, inside one transaction, and the
+derived tables are made again at the end. So only the events need care, and a step that fails leaves the log
+as it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from sqlalchemy import Connection, MetaData, Table, insert, inspect, select, text
+
+from ..emotion import UserError
+from ..recording import EVENT, SCHEMA_VERSION, Event
+from . import derive
+from .schema import TABLES_VERSION, candidates, events, meta, metadata, runs
+
+
+def version(connection: Connection) -> int | None:
+    """The version of the tables, None for an empty database; 0 is the log from before versions were kept."""
+    names = inspect(connection).get_table_names()
+    if "meta" in names:
+        return int(connection.scalars(select(meta.c.value).where(meta.c.key == "tables_version")).one())
+    return 0 if "events" in names else None
+
+
+def migrate(connection: Connection) -> None:
+    """Bring the database to `TABLES_VERSION`, in the caller's transaction.
+
+    Raises:
+        UserError: A newer emoloop wrote it.
+    """
+    found = version(connection)
+    refuse_newer(found)
+    if found == TABLES_VERSION:
+        return
+    if found is None:
+        metadata.create_all(connection)
+    else:
+        for step in range(found, TABLES_VERSION):
+            _STEPS[step](connection)
+        rebuild(connection)
+    connection.execute(meta.delete().where(meta.c.key == "tables_version"))
+    connection.execute(insert(meta).values(key="tables_version", value=str(TABLES_VERSION)))
+
+
+def refuse_newer(found: int | None) -> None:
+    """Raise UserError for a database that this version cannot know."""
+    if found is not None and found > TABLES_VERSION:
+        raise UserError(
+            f"the trace log has version {found}, this emoloop knows up to {TABLES_VERSION}: "
+            "upgrade emoloop, or choose another home"
+        )
+
+
+def rebuild(connection: Connection) -> None:
+    """Make the derived tables again from the events."""
+    for table in (candidates, runs):
+        connection.execute(table.delete())
+    run_ids = connection.scalars(select(events.c.run_id).distinct().order_by(events.c.run_id)).all()
+    for run_id in run_ids:
+        bodies = connection.scalars(
+            select(events.c.body).where(events.c.run_id == run_id).order_by(events.c.seq)
+        )
+        derive.apply(connection, [EVENT.validate_json(body) for body in bodies])
+
+
+def _from_0(connection: Connection) -> None:
+    # Version 0 had `events (run_id, seq, body)` alone: no idempotency key, and bodies without a version.
+    connection.execute(text("ALTER TABLE events RENAME TO events_0"))
+    metadata.create_all(connection)
+    old = Table("events_0", MetaData(), autoload_with=connection)
+    rows = connection.execute(
+        select(old.c.run_id, old.c.seq, old.c.body).order_by(old.c.run_id, old.c.seq)
+    ).all()
+    seen: set[tuple[str, int, str, int]] = set()
+    for run_id, seq, body in rows:
+        raw = body if isinstance(body, dict) else json.loads(body)
+        event = EVENT.validate_python({**raw, "run_id": run_id, "seq": seq, "schema_version": SCHEMA_VERSION})
+        if event.key not in seen:
+            seen.add(event.key)
+            connection.execute(insert(events).values(row_of(event)))
+    old.drop(connection)
+
+
+def row_of(event: Event) -> dict[str, object]:
+    """An event as a row of `events`."""
+    return {
+        "run_id": event.run_id,
+        "seq": event.seq,
+        "round": event.round,
+        "node": event.node,
+        "index": event.index,
+        "type": event.type,
+        "time": event.time,
+        "body": event.model_dump_json(),
+    }
+
+
+#: From which version: what lifts the log to the next.
+_STEPS: dict[int, Callable[[Connection], None]] = {0: _from_0}
