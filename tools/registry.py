@@ -42,7 +42,7 @@ def resolve(spec: Any, registry: Mapping[str, Any], kind: str = "name") -> Any:
         )
     module, _, attribute = target.partition(":")
     try:
-        found: Any = import_module(module, __package__.rpartition(".")[0] if module.startswith(".") else None)
+        found: Any = import_module(module, __name__.partition(".")[0] if module.startswith(".") else None)
         for part in attribute.split("."):
             found = getattr(found, part)
     except ImportError as error:
