@@ -1,0 +1,54 @@
+"""Message forms that the chat models share."""
+
+import pytest
+from emoloop.tools.chat import image_from_url, image_url, to_openai, to_result, with_layout
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from PIL import Image
+
+
+def test_image_survives_the_data_url():
+    image = Image.effect_noise((20, 12), 80).convert("RGB")
+    assert image_from_url(image_url(image)).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.com/a.png",
+        "file:///etc/passwd",
+        "data:image/png;base64,????",
+        "data:image/png;base64,QUJD",
+    ],
+)
+def test_other_urls_are_refused(url):
+    with pytest.raises(ValueError, match="data URL"):
+        image_from_url(url)
+
+
+def test_layout_goes_into_json_schemas_only():
+    asked = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    laid_out = with_layout(asked)
+    assert laid_out is not None
+    assert laid_out["json_schema"]["schema"]["x-guidance"]["key_separator"] == ": "
+    assert "x-guidance" not in asked["json_schema"]["schema"]
+    assert with_layout({"type": "text"}) == {"type": "text"}
+    assert with_layout(None) is None
+
+
+def test_messages_become_parts():
+    got = to_openai(
+        [SystemMessage("be kind"), HumanMessage([{"type": "text", "text": "hm"}]), AIMessage("ok")]
+    )
+    assert [m["role"] for m in got] == ["system", "user", "assistant"]
+    assert got[0]["content"] == [{"type": "text", "text": "be kind"}]
+
+
+def test_result_reports_usage():
+    result = to_result(
+        "x", model="m", finish_reason="stop", prompt_tokens=7, answer_tokens=2, cached_tokens=4
+    )
+    message = result.generations[0].message
+    assert isinstance(message, AIMessage)
+    assert message.usage_metadata is not None
+    assert message.usage_metadata["total_tokens"] == 9
+    assert message.usage_metadata["input_token_details"] == {"cache_read": 4}
