@@ -130,12 +130,16 @@ def _apply(connection: Connection, event: Event) -> None:
             }
             _put(connection, event, failed)
         case Critiqued():
-            if _candidate(connection, event, "valence") is not None:
-                return
             critique = event.critique
+            if _candidate(connection, event, "valence") is not None:
+                if isinstance(critique, Critique):
+                    _disagree(connection, event, critique)
+                return
             if isinstance(critique, Critique):
                 read = critique.model_dump(include={"valence", "arousal", "category", "alignment"})
-                _put(connection, event, {**read, "missing": None})
+                spreads = (critique.valence_spread, critique.arousal_spread)
+                spread = max((value for value in spreads if value is not None), default=None)
+                _put(connection, event, {**read, "spread": spread, "missing": None})
             else:
                 _put(connection, event, {"missing": _text(critique.reason)})
         case Rewarded():
@@ -177,6 +181,15 @@ def _here(event: Event) -> Any:
 
 def _candidate(connection: Connection, event: Event, column: str) -> Any:
     return connection.scalar(select(candidates.c[column]).where(_here(event)))
+
+
+def _disagree(connection: Connection, event: Event, second: Critique) -> None:
+    # A later critique changes nothing that the run did; it only says how sure the first one was.
+    row = connection.execute(
+        select(candidates.c.valence, candidates.c.arousal, candidates.c.spread).where(_here(event))
+    ).one()
+    apart = max(abs(row.valence - second.valence), abs(row.arousal - second.arousal))
+    _put(connection, event, {"spread": max(apart, row.spread or 0.0)})
 
 
 def _put(connection: Connection, event: Event, values: dict[str, Any]) -> None:

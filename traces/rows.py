@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
-from sqlalchemy import Select
+from sqlalchemy import ColumnElement, Select
 
 from ..emotion import Emotion, EmotionTarget, RunStatus, StopReason
 from .schema import runs
@@ -75,6 +75,7 @@ class CandidateRow(_Row):
     arousal: float | None
     category: Emotion | None
     alignment: float | None
+    spread: float | None
     reward: float | None
     reward_name: str | None
     reward_version: str | None
@@ -93,6 +94,7 @@ class RunFilter(BaseModel):
         min_gain: At least this gain.
         prompt: Substring of the neutral prompt, in any case.
         model: Model id or folder.
+        adapter: Content hash of the adapter that made the images, or its beginning; "none" is the bare model.
         since: Started at or after.
         limit: At most so many, the newest.
     """
@@ -107,6 +109,7 @@ class RunFilter(BaseModel):
     min_gain: float | None = None
     prompt: str | None = None
     model: str | None = None
+    adapter: str | None = None
     since: AwareDatetime | None = None
     limit: int | None = None
 
@@ -121,8 +124,16 @@ class RunFilter(BaseModel):
             None if self.min_gain is None else runs.c.gain >= self.min_gain,
             None if self.prompt is None else runs.c.prompt.icontains(self.prompt, autoescape=True),
             None if self.model is None else runs.c.model == self.model,
+            self._adapter(),
             None if self.since is None else runs.c.started >= self.since,
         ]
         query = query.where(*[condition for condition in conditions if condition is not None])
         query = query.order_by(runs.c.started.desc(), runs.c.run_id.desc())
         return query if self.limit is None else query.limit(self.limit)
+
+    def _adapter(self) -> ColumnElement[bool] | None:
+        if self.adapter is None:
+            return None
+        if self.adapter == "none":
+            return runs.c.adapter.is_(None)
+        return runs.c.adapter.startswith(self.adapter, autoescape=True)

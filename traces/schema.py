@@ -140,6 +140,8 @@ candidates = Table(
     Column("arousal", Float),
     Column("category", String(32)),
     Column("alignment", Float),
+    # How far critics differ on this image: over one critic's samples, or between critics; the larger axis.
+    Column("spread", Float),
     Column("reward", Float),
     Column("reward_name", Text),
     Column("reward_version", Text),

@@ -80,13 +80,13 @@ class TraceStore:
     def events(self, run_id: str) -> list[Event]:
         """The run's events in order of `seq`; empty for an unknown run."""
         query = select(events.c.body).where(events.c.run_id == run_id).order_by(events.c.seq)
-        with self._read() as connection:
+        with self.read() as connection:
             return [EVENT.validate_json(body) for body in connection.scalars(query)]
 
     def runs(self, where: RunFilter | None = None) -> list[RunRow]:
         """Runs, newest first."""
         query = (where or RunFilter()).apply(select(runs))
-        with self._read() as connection:
+        with self.read() as connection:
             return [RunRow.model_validate(dict(row)) for row in connection.execute(query).mappings()]
 
     def candidates(
@@ -102,7 +102,7 @@ class TraceStore:
             chosen = candidates.c.run_id.in_((where or RunFilter()).apply(select(runs.c.run_id)))
         query = select(candidates).where(chosen)
         query = query.order_by(candidates.c.run_id, candidates.c.round, candidates.c.index)
-        with self._read() as connection:
+        with self.read() as connection:
             for row in connection.execution_options(yield_per=500).execute(query).mappings():
                 yield CandidateRow.model_validate(dict(row))
 
@@ -116,7 +116,7 @@ class TraceStore:
             found = [row.run_id for row in self.runs(RunFilter(limit=1))]
         else:
             query = select(runs.c.run_id).where(runs.c.run_id.startswith(name, autoescape=True)).limit(5)
-            with self._read() as connection:
+            with self.read() as connection:
                 found = list(connection.scalars(query))
             found = [name] if name in found else found
         if not found:
@@ -185,7 +185,8 @@ class TraceStore:
         return named
 
     @contextmanager
-    def _read(self) -> Iterator[Connection]:
+    def read(self) -> Iterator[Connection]:
+        """A connection for queries over the tables of `schema`, for readers with questions of their own."""
         with store_errors(self._engine), self._engine.connect() as connection:
             yield connection
 

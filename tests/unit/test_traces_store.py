@@ -111,7 +111,7 @@ def a_run(
 
 
 def tables(store: TraceStore) -> dict[str, list[tuple]]:
-    with store._read() as connection:
+    with store.read() as connection:
         return {
             table.name: [tuple(row) for row in connection.execute(select(table).order_by(*table.primary_key))]
             for table in (runs, candidates)
