@@ -10,6 +10,7 @@ import sys
 import typer
 
 from .emotion import UserError
+from .traces.commands import app as traces
 
 app = typer.Typer(
     name="emoloop",
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(traces, name="traces")
 
 
 def main() -> None:

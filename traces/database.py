@@ -169,7 +169,8 @@ def _prepare(engine: Engine, read_only: bool) -> None:
         return
     if read_only:
         state = "is empty" if found is None else f"has the older version {found}"
-        raise UserError(f"the trace log {engine.url.render_as_string()} {state}: open it for writing once")
+        url = engine.url.render_as_string()
+        raise UserError(f"the trace log {url} {state}: `emoloop traces rebuild` brings it up to date")
     with engine.execution_options(**{WRITES: True}).begin() as connection:
         lock(connection, "emoloop migration")
         migrate.migrate(connection)
