@@ -17,7 +17,6 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -32,9 +31,12 @@ from PIL import Image
 from ..emotion import EmotionTarget, UserError
 from ..settings import GeneratorSettings
 from . import presets
+from .adapter import Adapter, load_artifact
 from .batching import BatchWorker
+from .emotion_tokens import points
 from .families import Embeds, family_of
 from .fingerprint import revision, versions
+from .quiet import quiet
 from .registry import resolve
 
 if TYPE_CHECKING:
@@ -160,6 +162,7 @@ class DiffusersGenerator:
     Attributes:
         pipe: The pipeline.
         family: What its class needs.
+        adapter: The adapter that is bound, if any.
         steps: Denoising steps.
         guidance: Guidance scale, in the pipeline's own meaning.
         height: Pixels.
@@ -185,7 +188,7 @@ class DiffusersGenerator:
             defaults: The model's `emoloop.json`.
 
         Raises:
-            UserError: Unsupported class, or a size or a default that it cannot take.
+            UserError: Unsupported class, a size or default that it cannot take, an adapter that does not fit.
         """
         self.pipe: Any = pipe
         self.family = family_of(pipe)
@@ -218,11 +221,17 @@ class DiffusersGenerator:
                 component.eval()
         pipe.set_progress_bar_config(disable=True)
         self._device, self._dtype = pipe.device, self.family.network(pipe).dtype
+        self.adapter: Adapter | None = None
+        if settings.adapter is not None:
+            self.adapter = load_artifact(
+                pipe, settings.adapter, scale=settings.adapter_scale, call=self._call
+            )
         self._embeds: OrderedDict[str | None, Embeds] = OrderedDict()
         self._worker: BatchWorker[ImageRequest, GeneratedImage] = BatchWorker(
             self._run,
             size=pick("micro_batch", 1 if self._device.type == "cpu" else 4),
             window=settings.batch_window_ms / 1000,
+            key=self._emotional,  # extra tokens make other shapes
             name="emoloop-generator",
         )
 
@@ -292,7 +301,16 @@ class DiffusersGenerator:
 
     @property
     def _adapter_id(self) -> str | None:
-        return None
+        return self.adapter.id if self.adapter else None
+
+    def _emotional(self, request: ImageRequest) -> bool:
+        adapter = self.adapter
+        return (
+            adapter is not None
+            and adapter.emotion_tokens is not None
+            and adapter.scale != 0
+            and request.target is not None
+        )
 
     def _check_size(self) -> None:
         multiple, largest = self.family.multiple(self.pipe), self.family.largest_size(self.pipe)
@@ -361,6 +379,13 @@ class DiffusersGenerator:
         positive = self._encode(request.prompt)
         guided = self.family.guided(self.pipe, self.guidance, self._call)
         negative = self._encode(self._negative(request)) if guided else None
+        if self._emotional(request):
+            assert self.adapter is not None and self.adapter.emotion_tokens is not None
+            tokens = self.adapter.emotion_tokens
+            with torch.no_grad():
+                wanted = points([request.target], self._device)
+                positive = tokens(positive, wanted, self.adapter.scale)
+                negative = tokens.null(negative) if negative is not None else None
         return _Row(positive, negative, request.seed)
 
     def _sample(self, rows: list[_Row]) -> list[Image.Image | Exception]:
@@ -483,7 +508,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, load: dict[str, Any] | None 
         raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     components = presets.read_defaults(index)
     name = str(components.pop("_class_name", ""))
-    with _quiet():
+    with quiet():
         pipeline_class = getattr(import_module("diffusers"), family_of(name).pipeline)
     parameters = inspect.signature(pipeline_class.__init__).parameters
     # What has another default (flags such as requires_safety_checker) is no component.
@@ -499,7 +524,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, load: dict[str, Any] | None 
         if isinstance(value, list) and value and str(value[0]).partition(".")[0] == own:
             _import_component(folder, str(value[0]))
     try:
-        with _quiet():
+        with quiet():
             pipe = pipeline_class.from_pretrained(folder, dtype=dtype, **{**absent, **(load or {})})
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -513,26 +538,6 @@ def _import_component(folder: Path, module: str) -> None:
             import_module(module)
         except ImportError as error:
             raise UserError(f"{folder} names a component in {module!r}, which cannot be imported") from error
-
-
-@contextmanager
-def _quiet() -> Any:
-    """Silence progress bars and the warnings about component types while a model loads."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, (verbosity, bar) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
-            if bar:
-                library.enable_progress_bar()
 
 
 def _download(hub_id: str) -> Path:

@@ -1,0 +1,175 @@
+"""EmotionTokens: a target emotion as continuous control of any pipeline that takes prompt embeddings.
+
+How emotion enters. Each row of prompt embeddings E (L, D) becomes
+
+    E' = E + U (g(h) * N(norm(E)) + s(h)),     pooled' = pooled + P h,     h = trunk(valence, arousal)
+
+with N: D → r and U: r → D of low rank; U and P start at zero. So an untrained module returns its input
+unchanged and training starts at the base model *exactly*. Tokens that are merely appended cannot give that:
+in softmax attention a further token takes attention away from the others whatever it holds, and stock
+pipelines have no attention bias to silence it. Nothing is lost: text encoders pad prompts to a fixed length,
+the padding takes part in attention and its embeddings differ by position, so that the residual can turn it
+into tokens for the emotion.
+
+Extra tokens can still be asked for (`tokens` > 0), and then as many null tokens go to the negative branch,
+which must keep the same length. They start as copies of the prompt's last token, most often padding: near the
+base, but not exactly at it.
+
+A target without numbers, or a scale of 0, leaves everything out: no residual and no extra tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..emotion import HIGH, EmotionTarget, UserError
+from .families import Embeds
+
+_FORMAT = "emoloop.emotion_tokens"
+_VERSION = "1"
+
+
+def points(targets: Sequence[EmotionTarget | None], device: torch.device | str | None = None) -> Tensor:
+    """Targets as numbers.
+
+    Returns:
+        Float32, shape (B, 2): valence and arousal in [-3, 3], NaN where an axis is not wanted.
+    """
+    rows = [(None, None) if target is None else target.point for target in targets]
+    nan = float("nan")
+    return torch.tensor([[nan if x is None else x for x in row] for row in rows], device=device).reshape(
+        -1, 2
+    )
+
+
+class EmotionTokens(nn.Module):
+    """Adds (valence, arousal) to prompt embeddings.
+
+    Attributes:
+        config: The arguments it was made with; they are saved in the file's header.
+        tokens: Extra tokens appended to the prompt, 0 by default.
+    """
+
+    def __init__(
+        self, dim: int, pooled_dim: int = 0, tokens: int = 0, rank: int = 32, hidden: int = 128
+    ) -> None:
+        """Make an untrained module.
+
+        Args:
+            dim: Width D of the prompt embeddings.
+            pooled_dim: Width P of the pooled embeddings; 0 for models that have none.
+            tokens: Extra tokens K.
+            rank: Rank r of the residual.
+            hidden: Width of the trunk.
+        """
+        super().__init__()
+        self.config = dict(dim=dim, pooled_dim=pooled_dim, tokens=tokens, rank=rank, hidden=hidden)
+        self.tokens = tokens
+        self.trunk = nn.Sequential(nn.Linear(4, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.gate = nn.Linear(hidden, rank)
+        self.shift = nn.Linear(hidden, rank)
+        self.up = nn.Linear(rank, dim, bias=False)
+        nn.init.zeros_(self.up.weight)
+        if pooled_dim:
+            self.pooled = nn.Linear(hidden, pooled_dim)
+            nn.init.zeros_(self.pooled.weight)
+            nn.init.zeros_(self.pooled.bias)
+        if tokens:
+            self.extra = nn.Linear(hidden, tokens * rank)
+            self.null_extra = nn.Parameter(torch.zeros(tokens, rank))
+            self.up_extra = nn.Linear(rank, dim, bias=False)
+            nn.init.zeros_(self.up_extra.weight)
+
+    @classmethod
+    def for_embeds(cls, embeds: Embeds, **kwargs: Any) -> EmotionTokens:
+        """A module of the widths that a model's embeddings have; `kwargs` as for the constructor."""
+        pooled = embeds.pooled
+        return cls(embeds.prompt.shape[-1], 0 if pooled is None else pooled.shape[-1], **kwargs)
+
+    def fits(self, embeds: Embeds) -> bool:
+        """Whether a model's embeddings have this module's widths."""
+        pooled = 0 if embeds.pooled is None else embeds.pooled.shape[-1]
+        return (embeds.prompt.shape[-1], pooled) == (self.config["dim"], self.config["pooled_dim"])
+
+    def forward(self, embeds: Embeds, wanted: Tensor, scale: float = 1.0) -> Embeds:
+        """Add the emotion.
+
+        Args:
+            embeds: Encoded prompts: (B, L, D) and (B, P).
+            wanted: Valence and arousal, (B, 2), NaN where an axis is not wanted; see `points`. A row of NaN
+                alone gets no residual and, with K > 0, null tokens, since a batch has one length.
+            scale: Strength of the residual and of what the extra tokens say; 0 returns `embeds` as they are.
+
+        Returns:
+            Embeddings of the same dtype, (B, L + K, D) and (B, P).
+        """
+        if scale == 0:
+            return embeds
+        missing = wanted.isnan()
+        present = (~missing.all(-1)).to(self.up.weight.dtype)[:, None] * scale
+        numbers = torch.where(missing, 0.0, wanted) / HIGH
+        h = self.trunk(torch.cat([numbers, missing], -1).to(self.up.weight.dtype))
+        low = self.gate(h)[:, None] * self.down(self.norm(embeds.prompt.to(self.up.weight.dtype)))
+        residual = self.up(low + self.shift(h)[:, None]) * present[..., None]
+        prompt = embeds.prompt + residual.to(embeds.prompt.dtype)
+        pooled = embeds.pooled
+        if pooled is not None:
+            pooled = pooled + (self.pooled(h) * present).to(pooled.dtype)
+        if self.tokens:
+            spoken = self.extra(h).unflatten(-1, (self.tokens, -1)) * present[..., None]
+            silent = self.null_extra * (1 - (present != 0).to(h.dtype))[..., None]
+            prompt = self._append(prompt, embeds.prompt, spoken + silent)
+        return Embeds(prompt, pooled)
+
+    def null(self, embeds: Embeds) -> Embeds:
+        """The negative branch beside `forward`: null tokens where there are extra ones, nothing else.
+
+        Args:
+            embeds: Encoded negative prompts: (B, L, D) and (B, P).
+        """
+        if not self.tokens:
+            return embeds
+        silent = self.null_extra.expand(len(embeds.prompt), -1, -1)
+        return Embeds(self._append(embeds.prompt, embeds.prompt, silent), embeds.pooled)
+
+    def _append(self, prompt: Tensor, source: Tensor, low: Tensor) -> Tensor:
+        extra = source[:, -1:] + self.up_extra(low).to(source.dtype)
+        return torch.cat([prompt, extra], dim=1)
+
+    def save(self, path: Path) -> None:
+        """Write weights as safetensors; format, version and arguments go into the header."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        header = {"format": "pt", _FORMAT: _VERSION, "config": json.dumps(self.config, sort_keys=True)}
+        save_file(state, path, metadata=header)
+
+    @classmethod
+    def load(cls, path: Path) -> EmotionTokens:
+        """Read a file that `save` wrote; on the CPU, in eval mode.
+
+        Raises:
+            UserError: Not such a file, or written by a newer version.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+        if header.get(_FORMAT) != _VERSION:
+            raise UserError(f"{path} holds no emotion tokens of version {_VERSION}")
+        try:
+            module = cls(**json.loads(header["config"]))
+            module.load_state_dict(state)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        return module.eval()
