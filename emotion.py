@@ -6,11 +6,12 @@ reader or a training job on another machine can use them without torch or LangGr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -214,6 +215,7 @@ class StopReason(StrEnum):
     NO_IMPROVEMENT = "no_improvement"
     ROUNDS_USED = "rounds_used"
     NO_CRITIQUE = "no_critique"
+    STOPPED = "stopped"
     ERROR = "error"
 
 
@@ -251,3 +253,36 @@ class RunResult(BaseModel):
 
 class UserError(Exception):
     """Wrong input or setting: one line that says what, where and how to mend it (exit code 2)."""
+
+
+def read_target(value: EmotionTarget | Mapping[str, Any]) -> EmotionTarget:
+    """A target from what a person or a file gave; `emotion` is another name for `category`.
+
+    Raises:
+        UserError: It is none, in one line.
+    """
+    if isinstance(value, EmotionTarget):
+        return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"a target is valence, arousal or category, not {value!r}")
+    given = {str(key): item for key, item in value.items() if item is not None}
+    if "emotion" in given and "category" in given and given["emotion"] != given["category"]:
+        raise UserError("emotion and category are two names for one thing: give one of them")
+    if "emotion" in given:
+        given["category"] = given.pop("emotion")
+    if isinstance(given.get("category"), str):
+        given["category"] = given["category"].strip().lower()
+    try:
+        return EmotionTarget.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        if where in ("valence", "arousal"):
+            message = f"{where} {first['input']!r}: a number from {LOW:+.0f} to {HIGH:+.0f} is wanted"
+        elif where == "category":
+            message = f"unknown emotion {first['input']!r}: known are {', '.join(Emotion)}"
+        elif where:
+            message = f"a target has no {where!r}: valence, arousal and category are known"
+        else:
+            message = first["msg"].removeprefix("Value error, ")
+        raise UserError(message) from error

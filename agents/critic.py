@@ -1,0 +1,126 @@
+"""The critic: looks at one picture and says what it makes people feel, how well it shows the prompt, and what
+would help. It judges against the *neutral* prompt, so that a rewrite that drops the dog is caught."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass, field
+
+from langchain_core.language_models import BaseChatModel
+from PIL import Image
+
+from ..emotion import Critique, EmotionTarget, Missing
+from ..recording import Recorder
+from ..tools.chat import image_url
+from .ask import Asker, Reply, span
+from .prompt import load_prompt
+from .schemas import CRITIC_SCHEMA, CriticAnswer, average, target_text
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A critique and what it cost.
+
+    Attributes:
+        critique: What was read, or why there is nothing.
+        usage: Tokens over all samples.
+        seconds: Wall-clock time.
+        error: The exception where the model itself failed.
+    """
+
+    critique: Critique | Missing
+    usage: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: Exception | None = None
+
+
+class Critic:
+    """Reads pictures with a chat model.
+
+    Args:
+        model: Any LangChain chat model that takes images, or an `Asker` that shares one.
+        prompt: Name or path of the prompt file.
+        samples: Answers per picture; above 1 the model needs a temperature. Their mean counts, answers that
+            cannot be used are left out, and only a picture without any is missing.
+    """
+
+    def __init__(self, model: BaseChatModel | Asker, prompt: str = "critic", samples: int = 1):
+        self.asker = model if isinstance(model, Asker) else Asker(model)
+        self.prompt = load_prompt(prompt)
+        self.samples = samples
+
+    @property
+    def model(self) -> str:
+        """The model's name, for the log."""
+        return self.asker.name
+
+    async def critique(
+        self,
+        image: Image.Image,
+        prompt: str,
+        target: EmotionTarget,
+        recorder: Recorder | None = None,
+        *,
+        seed: int = 0,
+    ) -> Critique | Missing:
+        """What a picture makes people feel.
+
+        Args:
+            image: The picture, RGB.
+            prompt: The neutral prompt.
+            target: The wanted emotion; the suggestion aims at it.
+            recorder: Where spans go.
+            seed: For a model that samples.
+
+        Returns:
+            The critique, or a `Missing` with the reason; never a made-up number.
+        """
+        return (await self.read(image, prompt, target, recorder, seed=seed)).critique
+
+    async def read(
+        self,
+        image: Image.Image,
+        prompt: str,
+        target: EmotionTarget,
+        recorder: Recorder | None = None,
+        *,
+        seed: int = 0,
+    ) -> Reading:
+        """As `critique`, with what it cost."""
+        with span(
+            recorder,
+            "invoke_agent critic",
+            gen_ai__operation__name="invoke_agent",
+            gen_ai__agent__name="critic",
+        ):
+            url = await asyncio.to_thread(image_url, image)
+            messages = self.prompt.messages((url,), prompt=prompt, target=target_text(target))
+            replies: list[Reply[CriticAnswer]] = await asyncio.gather(
+                *(
+                    self.asker.ask(
+                        messages,
+                        CriticAnswer,
+                        "critique",
+                        CRITIC_SCHEMA,
+                        seed=_mix(seed, sample),
+                        recorder=recorder,
+                    )
+                    for sample in range(self.samples)
+                )
+            )
+        usage: dict[str, int] = {}
+        for reply in replies:
+            for key, value in reply.usage.items():
+                usage[key] = usage.get(key, 0) + value
+        answers = [reply.answer.critique() for reply in replies if isinstance(reply.answer, CriticAnswer)]
+        seconds = max(reply.seconds for reply in replies)
+        if answers:
+            return Reading(average(answers), usage, seconds)
+        first = replies[0]
+        assert isinstance(first.answer, Missing)
+        return Reading(first.answer, usage, seconds, first.error)
+
+
+def _mix(seed: int, sample: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"critic:{seed}:{sample}".encode()).digest()[:4]) >> 1

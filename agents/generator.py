@@ -1,0 +1,66 @@
+"""The generator agent: from a request to a stored, logged picture.
+
+It asks for one picture at a time and leaves the batching to the generator, which coalesces the requests of
+all runs; so each picture is safe on disk as soon as its batch is done, and not when its round is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..recording import ImageGenerated, Recorder
+from .ask import span
+
+if TYPE_CHECKING:
+    from ..tools.generator import Generator, ImageRequest
+
+_FIELDS = set(ImageGenerated.model_fields) - {
+    "run_id",
+    "seq",
+    "time",
+    "round",
+    "node",
+    "index",
+    "type",
+    "sha256",
+}
+
+
+async def paint(
+    generator: Generator,
+    request: ImageRequest,
+    recorder: Recorder,
+    *,
+    run_id: str,
+    round: int,
+    index: int,
+    node: str = "generate",
+) -> ImageGenerated:
+    """Make one picture, store it, log it.
+
+    Returns:
+        The committed event.
+
+    Raises:
+        Exception: What the generator or the disk raised; nothing is logged then.
+    """
+    with span(
+        recorder,
+        "generate_content",
+        gen_ai__operation__name="generate_content",
+        gen_ai__output__type="image",
+        gen_ai__request__seed=request.seed,
+    ):
+        [made] = await generator.generate([request])
+        sha256 = await recorder.put_image(made.image)
+    known = {key: value for key, value in made.provenance.items() if key in _FIELDS}
+    event = ImageGenerated(
+        run_id=run_id,
+        round=round,
+        index=index,
+        node=node,
+        sha256=sha256,
+        **{**known, "prompt": request.prompt, "seed": request.seed},
+    )
+    await recorder.record(event)
+    return event

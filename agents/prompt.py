@@ -1,0 +1,98 @@
+"""Prompts are files: versioned, readable, and named in every event that they led to.
+
+A file has a `name`, a `version`, and three Jinja2 templates: `system` (the rubric, the same for every call),
+`task` (what this call is about) and `question`. Pictures go between task and question: everything before a
+picture can then be reused by a server's prefix cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
+
+from ..emotion import UserError
+from .schemas import signed
+
+_FOLDER = Path(__file__).parent / "prompts"
+_ENVIRONMENT = SandboxedEnvironment(
+    undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+)
+_ENVIRONMENT.filters["signed"] = signed
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt file.
+
+    Attributes:
+        name: As in the file.
+        version: As in the file.
+        system: Template of the system message.
+        task: Template of the text before the pictures.
+        question: Template of the text after them.
+    """
+
+    name: str
+    version: str
+    system: str
+    task: str
+    question: str
+
+    @property
+    def id(self) -> str:
+        """How events name it: "critic@1"."""
+        return f"{self.name}@{self.version}"
+
+    def messages(self, images: tuple[str, ...] = (), **values: Any) -> list[BaseMessage]:
+        """The chat: system rubric, then task, pictures and question as one user message.
+
+        Args:
+            images: Data or http URLs.
+            **values: What the templates name.
+
+        Raises:
+            UserError: The template names something that it is not given.
+        """
+        content: list[str | dict[str, Any]] = [
+            {"type": "text", "text": self._render(self.task, values)},
+            *({"type": "image_url", "image_url": {"url": url}} for url in images),
+            {"type": "text", "text": self._render(self.question, values)},
+        ]
+        return [SystemMessage(self._render(self.system, values)), HumanMessage(content)]
+
+    def _render(self, template: str, values: dict[str, Any]) -> str:
+        try:
+            return _ENVIRONMENT.from_string(template).render(values)
+        except TemplateError as error:
+            raise UserError(f"prompt {self.id}: {error}") from error
+
+
+@cache
+def load_prompt(name: str) -> Prompt:
+    """Read a prompt.
+
+    Args:
+        name: A file of this package's `prompts/`, without its suffix; or a path that ends in `.yaml`.
+
+    Raises:
+        UserError: There is none, or the file lacks a key.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
+        raise UserError(f"no prompt {name!r}: known are {known}, or give a path to a .yaml file") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"prompt {path}: {' '.join(str(error).split())}") from error
+    keys = ("name", "version", "system", "task", "question")
+    if not isinstance(content, dict) or set(content) != set(keys):
+        raise UserError(f"prompt {path}: the keys {', '.join(keys)} are wanted, no more and no fewer")
+    return Prompt(**{key: str(content[key]) for key in keys})

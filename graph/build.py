@@ -1,0 +1,68 @@
+"""The graph: generate → critique → stop or (review →) rewrite → generate …
+
+Models are bound when the graph is built and settings of a call travel as `Context`, so that `ainvoke` needs
+nothing but a thread id.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.types import Checkpointer
+
+from ..settings import LoopSettings
+from .nodes import Nodes, Parts
+from .retry import retry_policy
+from .state import Context, RunInput, State
+
+#: generate, critique, review, rewrite.
+_STEPS_PER_ROUND = 4
+
+
+def _most_rounds() -> int:
+    """The settings' own upper limit, so that a call's context may ask for any allowed number of rounds."""
+    return next(m.le for m in LoopSettings.model_fields["rounds"].metadata if hasattr(m, "le"))
+
+
+def build_graph(
+    parts: Parts, checkpointer: Checkpointer = None
+) -> CompiledStateGraph[State, Context, RunInput, State]:
+    """Compile the loop.
+
+    Args:
+        parts: What the nodes work with.
+        checkpointer: Where states are saved; None under a server that brings its own.
+    """
+    nodes = Nodes(parts)
+    graph = StateGraph(State, context_schema=Context, input_schema=RunInput)
+    graph.set_node_defaults(retry_policy=retry_policy(), timeout=parts.settings.loop.node_timeout)
+    graph.add_node("start", nodes.start)
+    graph.add_node("generate", nodes.generate)
+    graph.add_node("critique", nodes.critique)
+    graph.add_node("review", nodes.review)
+    graph.add_node("rewrite", nodes.rewrite)
+    graph.add_node("finish", nodes.finish)
+    graph.add_edge(START, "start")
+    graph.add_edge("start", "generate")
+    graph.add_conditional_edges("generate", _or_finish("critique"), ["critique", "finish"])
+    graph.add_conditional_edges("critique", _after_critique, ["review", "rewrite", "finish"])
+    graph.add_conditional_edges("review", _or_finish("rewrite"), ["rewrite", "finish"])
+    graph.add_edge("rewrite", "generate")
+    graph.add_edge("finish", END)
+    compiled: Any = graph.compile(checkpointer=checkpointer, name="emoloop")
+    return compiled.with_config(recursion_limit=_STEPS_PER_ROUND * _most_rounds() + 2)
+
+
+def _or_finish(onward: str) -> Any:
+    def route(state: State) -> str:
+        return "finish" if state.get("stop_reason") else onward
+
+    return route
+
+
+def _after_critique(state: State) -> str:
+    if state.get("stop_reason"):
+        return "finish"
+    return "review" if state["options"]["review"] else "rewrite"

@@ -1,0 +1,160 @@
+"""The graph's state: plain JSON that names things and holds none of them.
+
+The checkpointer writes the whole state at every step, so pictures and critiques stay in the log and the state
+says where to look. Everything here could be made again from the log, and a resumed run does so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
+
+from langgraph.channels import EphemeralValue
+from typing_extensions import TypedDict
+
+from ..emotion import UserError
+
+if TYPE_CHECKING:
+    from ..settings import LoopSettings
+
+#: Longest neutral prompt, in characters: twice what the longest text encoder in use (T5, 512 tokens) reads.
+LONGEST_PROMPT = 4000
+
+
+class RunInput(TypedDict):
+    """What a run starts from.
+
+    Attributes:
+        prompt: The neutral prompt.
+        target: `{"valence": 2.0, "arousal": -1.0, "category": "awe"}`, any of them left out.
+        seed: Drawn at random, and logged, where it is left out.
+    """
+
+    prompt: str
+    target: dict[str, Any]
+    seed: NotRequired[int | None]
+
+
+class State(TypedDict):
+    """Where a run stands.
+
+    Attributes:
+        prompt: The neutral prompt.
+        target: The wanted emotion.
+        seed: As asked for; gone after the first step, so that the next run of a thread draws its own.
+        run_id: The run's name in the log: the thread id, with a number from the thread's second run on.
+        options: What the run goes by: seed, rounds, images, tolerance, patience, review.
+        round: The current round.
+        current: Its prompt.
+        comment: What a person said in a review, for the next rewrite.
+        rounds: For each finished round its prompt, images (SHA-256) and mean reward.
+        best: The best candidate so far: round, index, sha256, prompt, seed, reward, image (path).
+        status: A `RunStatus`.
+        stop_reason: A `StopReason`, once there is one.
+        gain: Mean reward of the winning round minus that of round 0.
+        best_gain: Best reward minus best reward of round 0.
+        warnings: One line each.
+    """
+
+    prompt: str
+    target: dict[str, Any]
+    seed: Annotated[NotRequired[int | None], EphemeralValue]
+    run_id: str
+    options: dict[str, Any]
+    round: int
+    current: str
+    comment: str
+    rounds: list[dict[str, Any]]
+    best: dict[str, Any] | None
+    status: str
+    stop_reason: str | None
+    gain: float | None
+    best_gain: float | None
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Settings of one invocation, over those that the graph was built with; None leaves one as it is.
+
+    Attributes:
+        rounds: Most rounds.
+        images: Candidates in a round.
+        tolerance: How near is reached, on each wanted axis.
+        patience: Rounds without a better candidate that end the run.
+        review: Wait for a person before each rewrite.
+    """
+
+    rounds: int | None = None
+    images: int | None = None
+    tolerance: float | None = None
+    patience: int | None = None
+    review: bool | None = None
+
+    def over(self, base: LoopSettings) -> dict[str, Any]:
+        """The options of a run.
+
+        Raises:
+            UserError: A value is out of range.
+        """
+        from pydantic import ValidationError
+
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        try:
+            chosen = type(base).model_validate({**base.model_dump(), **given})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{where}: {first['msg']} (got {first.get('input')!r})") from error
+        return chosen.model_dump(include={f.name for f in fields(self)})
+
+
+def read_prompt(prompt: Any) -> str:
+    """A neutral prompt on one line.
+
+    Raises:
+        UserError: Empty, too long, or not text.
+    """
+    if not isinstance(prompt, str):
+        raise UserError(f"the prompt must be text, not {type(prompt).__name__}")
+    text = " ".join(prompt.split())
+    if not text:
+        raise UserError("the prompt is empty: say what the picture should show")
+    if len(text) > LONGEST_PROMPT:
+        raise UserError(f"the prompt has {len(text)} characters; {LONGEST_PROMPT} are the most that is read")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+        raise UserError("the prompt has control characters or broken bytes in it: give plain text")
+    return text
+
+
+def read_run_id(run_id: str) -> str:
+    """A run id that is safe as a file name.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not re.fullmatch(r"[\w.:@+-]{1,120}", run_id) or run_id.startswith("."):
+        raise UserError(f"run id {run_id!r}: letters, digits and . : @ + - _ are allowed, 120 at most")
+    return run_id
+
+
+def candidate_seed(seed: int, round: int, index: int) -> int:
+    """The seed of a candidate's noise, in [0, 2³¹): the same on every machine and in every version.
+
+    Args:
+        seed: The run's seed.
+        round: Round number, from 0.
+        index: Place in the round, from 0.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}:{round}:{index}".encode()).digest()[:4]) >> 1
+
+
+def same_target(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two targets in JSON are the same; None and absent are."""
+    return {k: v for k, v in one.items() if v is not None} == {
+        k: v for k, v in other.items() if v is not None
+    }
