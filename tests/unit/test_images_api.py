@@ -1,0 +1,110 @@
+import base64
+import io
+import json
+from collections.abc import Callable
+
+import httpx
+import pytest
+from emoloop.emotion import EmotionTarget, UserError
+from emoloop.settings import GeneratorSettings
+from emoloop.tools import images_api
+from emoloop.tools.generator import GenerationError, Generator, ImageRequest, load_generator
+from PIL import Image
+
+URL = "http://images.test/v1"
+
+
+def answer(request: httpx.Request) -> httpx.Response:
+    body = json.loads(request.content)
+    width, height = map(int, body["size"].split("x"))
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height), (body["seed"], 0, 0)).save(stream, "PNG")
+    return httpx.Response(200, json={"data": [{"b64_json": base64.b64encode(stream.getvalue()).decode()}]})
+
+
+def generator(handler: Callable[[httpx.Request], httpx.Response], **more) -> images_api.ImagesApiGenerator:
+    settings = GeneratorSettings(model="served", base_url=URL, width=16, height=8, **more)
+    return images_api.ImagesApiGenerator(settings, transport=httpx.MockTransport(handler))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(images_api, "wait_exponential_jitter", lambda **_: lambda state: 0.0)
+
+
+async def test_each_image_is_one_request_with_everything_in_it():
+    bodies = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert str(request.url) == f"{URL}/images/generations"
+        bodies.append(json.loads(request.content))
+        return answer(request)
+
+    source = generator(handler, steps=5, guidance=2.5, negative_prompt="rain")
+    assert isinstance(source, Generator)
+    requests = [ImageRequest("a dog", seed, EmotionTarget(valence=1)) for seed in (3, 4)]
+    made = await source.generate(requests)
+    assert [image.image.getpixel((0, 0)) for image in made] == [(3, 0, 0), (4, 0, 0)]
+    assert sorted(body.pop("seed") for body in bodies) == [3, 4]
+    assert bodies[0] == {
+        "model": "served",
+        "prompt": "a dog",
+        "n": 1,
+        "size": "16x8",
+        "response_format": "b64_json",
+        "num_inference_steps": 5,
+        "guidance_scale": 2.5,
+        "negative_prompt": "rain",
+    }
+    provenance = made[0].provenance
+    assert (provenance["model"], provenance["steps"], provenance["width"], provenance["height"]) == (
+        "served",
+        5,
+        16,
+        8,
+    )
+    assert source.unknown_words("anything") == []
+    await source.aclose()
+
+
+async def test_overload_is_waited_out():
+    calls = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        calls.append(1)
+        if len(calls) == 1:
+            return httpx.Response(429, text="slow down")
+        if len(calls) == 2:
+            raise httpx.ConnectError("away")
+        return answer(request)
+
+    source = generator(handler)
+    assert len(await source.generate([ImageRequest("a dog", 1)])) == 1
+    assert len(calls) == 3
+    await source.aclose()
+
+
+@pytest.mark.parametrize(
+    ("response", "words"),
+    [
+        (httpx.Response(400, text="no\nsuch model"), "answered 400: no such model"),
+        (httpx.Response(200, json={"data": []}), "holds no image"),
+        (httpx.Response(200, json={"data": [{"b64_json": "AAAA"}]}), "holds no image"),
+    ],
+)
+async def test_bad_answers_are_errors_of_their_request_alone(response: httpx.Response, words: str):
+    def handler(request: httpx.Request) -> httpx.Response:
+        return response if json.loads(request.content)["seed"] == 2 else answer(request)
+
+    source = generator(handler)
+    with pytest.raises(GenerationError, match=f"1 of 2 images failed: .*{words}") as failure:
+        await source.generate([ImageRequest("a dog", 1), ImageRequest("a dog", 2)])
+    assert failure.value.results[0].image.size == (16, 8)
+    await source.aclose()
+
+
+def test_wrong_settings_are_one_line():
+    with pytest.raises(UserError, match="base_url"):
+        load_generator(GeneratorSettings(base_url="images.test"))
+    with pytest.raises(UserError, match="adapter works in this process only"):
+        load_generator(GeneratorSettings(base_url=URL, adapter="x"))

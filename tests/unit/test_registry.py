@@ -1,0 +1,58 @@
+import json
+from pathlib import Path
+
+import pytest
+from emoloop.emotion import UserError
+from emoloop.tools import presets
+from emoloop.tools.registry import resolve
+
+
+def test_registry_gives_objects_and_follows_dotted_paths():
+    registry = {"here": 42, "far": "json:dumps", "own": ".emotion:UserError"}
+    assert resolve("here", registry) == 42
+    assert resolve("far", registry) is json.dumps
+    assert resolve("own", registry) is UserError
+    assert resolve("pathlib:Path.home", registry) == Path.home
+    assert resolve(len, registry) is len
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("heer", "did you mean 'here'"),
+        ("nothing_like_it", "known are here"),
+        ("no_such_module_x:Y", "cannot import 'no_such_module_x'"),
+        ("json:nothing", "'json' has no 'nothing'"),
+    ],
+)
+def test_registry_explains_what_it_cannot_find(spec: str, words: str):
+    with pytest.raises(UserError, match=words):
+        resolve(spec, {"here": 1}, "reward")
+
+
+def test_presets_give_folders_and_hub_ids(tmp_path: Path):
+    assert presets.resolve("sd35-medium") == "stabilityai/stable-diffusion-3.5-medium"
+    assert presets.resolve("qwen25-vl-7b", "lvlm") == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert presets.resolve("somebody/model") == "somebody/model"
+    assert presets.resolve(tmp_path) == tmp_path
+    assert presets.defaults("sd35-medium")["steps"] == 40
+
+
+@pytest.mark.parametrize(
+    "name", ["miniatur", "/not/there", "./not/there", "not/there/either", Path("gone/away")]
+)
+def test_presets_refuse_what_is_neither(name: str | Path):
+    with pytest.raises(UserError, match="presets are miniature"):
+        presets.resolve(name)
+
+
+def test_a_folder_brings_its_defaults(tmp_path: Path):
+    assert presets.defaults(tmp_path) == {}
+    (tmp_path / "emoloop.json").write_text('{"steps": 3}')
+    assert presets.defaults(tmp_path) == {"steps": 3}
+    (tmp_path / "emoloop.json").write_text("[3]")
+    with pytest.raises(UserError, match=r"emoloop\.json: a JSON object"):
+        presets.defaults(tmp_path)
+    (tmp_path / "emoloop.json").write_text("{")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        presets.defaults(tmp_path)
