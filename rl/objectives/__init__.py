@@ -1,0 +1,47 @@
+"""Objectives by name. Each is a file; the registry only names them, so that reading it imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...emotion import UserError
+from ...tools.registry import resolve
+
+if TYPE_CHECKING:
+    from .base import Objective
+
+OBJECTIVES: dict[str, str] = {
+    "opd": ".rl.objectives.opd:OPD",
+    "dpo": ".rl.objectives.dpo:DPO",
+    "nft": ".rl.objectives.nft:NFT",
+    "rwr": ".rl.objectives.rwr:RWR",
+    "sft": ".rl.objectives.sft:SFT",
+}
+
+
+def load_objective(spec: Any, knobs: dict[str, Any] | None = None) -> Objective:
+    """An objective by registry name, dotted path, class, or as it is.
+
+    Args:
+        spec: "opd", "my_pkg.my_mod:MyObjective", a subclass of `Objective`, or an instance (knobs unused).
+        knobs: Its fields.
+
+    Raises:
+        UserError: Unknown name, not an objective, or a knob it does not have.
+    """
+    from pydantic import ValidationError
+
+    from .base import Objective
+
+    found = resolve(spec, OBJECTIVES, "objective")
+    if isinstance(found, Objective):
+        return found
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise UserError(f"objective {spec!r} is no subclass of emoloop.rl.objectives.base.Objective")
+    try:
+        return found(**(knobs or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        known = ", ".join(found.model_fields)
+        raise UserError(f"objective.{where}: {first['msg']}; knobs of {found.__name__}: {known}") from error

@@ -1,0 +1,170 @@
+"""What an objective is: knobs, the batch keys it needs, and a loss made of calls to the policy.
+
+An objective holds no weights and no state. Everything random comes from the generator it is handed, so a step
+can be computed again. To add one: subclass `Objective` in a file of your own and name it by a dotted path
+(`emoloop distill my_pkg.my_mod:MyObjective`).
+
+Batch keys (B rows, one for each example):
+
+    prompt     Conditioning of the neutral prompt
+    refined    Conditioning of the prompt that the loop found
+    target     (B, 2) wanted valence and arousal, NaN where an axis does not matter
+    advantage  (B,) gain of the refined prompt, from images that were not selected
+    winner     (B, C, H, W) latent of the preferred image
+    loser      (B, C, H, W) latent of the other image
+    latents    (B, C, H, W) latent of one image of a group
+    reward     (B,) its reward
+    rewards    (B, G) the rewards of its whole group, NaN where the group is smaller
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ...emotion import UserError
+from ..networks import Conditioning
+from ..process import Process, TimeSampling
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, float]
+
+
+class PolicyView(Protocol):
+    """What an objective may ask of the policy. Predictions are (B, C, H, W) of the process's kind."""
+
+    process: Process
+    #: Conditioning of the negative prompt, one row.
+    null: Conditioning
+
+    def student(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
+        """Prediction of the weights in training; carries gradient."""
+        ...
+
+    def reference(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
+        """Prediction of what made the traces; no gradient."""
+        ...
+
+    def slow(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor | None) -> Tensor:
+        """Prediction of the student's moving average; no gradient. Needs `Objective.slow_decay`."""
+        ...
+
+    def rollout(
+        self,
+        condition: Conditioning,
+        target: Tensor,
+        *,
+        steps: int | None,
+        guidance: float | None,
+        generator: torch.Generator,
+        keep: int,
+    ) -> tuple[Tensor, Tensor]:
+        """`keep` states for each row of the student's own guided sampling: (keep * B, …), (keep * B,)."""
+        ...
+
+
+class Objective(BaseModel, ABC):
+    """Base of all objectives; its fields are its knobs (`--set objective.NAME=VALUE`).
+
+    Attributes:
+        coupled: True where the loss needs what only the sampler knew (SDE latents, log-probabilities, the
+            policy's version). Logged traces do not hold these.
+        hold_fraction: Share of rows, added to each batch, that hold the answer to the negative prompt at the
+            reference: guidance subtracts that answer, so letting it drift spoils every image.
+        hold_weight: Weight of those rows.
+        time_sampling: How training times are drawn: "logit_normal", "uniform" or "steps" (of a sampler).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    coupled: ClassVar[bool] = False
+
+    hold_fraction: float = Field(default=0.15, ge=0, le=1)
+    hold_weight: float = Field(default=1.0, ge=0)
+    time_sampling: TimeSampling = "logit_normal"
+
+    @property
+    @abstractmethod
+    def required_keys(self) -> frozenset[str]:
+        """Batch keys that `loss` reads."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, policy: PolicyView, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        """The scalar loss of one batch and figures worth logging."""
+
+    def slow_decay(self, step: int) -> float | None:
+        """Decay of the policy's moving average after optimizer step `step`; None where none is needed."""
+        return None
+
+    def draw_states(
+        self, batch: Batch, key: str, policy: PolicyView, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise `batch[key]`: (x_t, t, noise), each a row per example."""
+        clean = batch[key]
+        t = policy.process.draw(len(clean), generator, self.time_sampling).to(clean.device)
+        noise = normal_like(clean, generator)
+        return policy.process.add_noise(clean, noise, t), t, noise
+
+    def with_hold(
+        self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor, policy: PolicyView
+    ) -> tuple[Tensor, Tensor]:
+        """Student prediction for the rows, and the loss of the held rows, in one forward pass.
+
+        Returns:
+            (prediction of the given rows, scalar hold loss already weighted).
+        """
+        held = round(self.hold_fraction * len(x))
+        if not held or not self.hold_weight:
+            return policy.student(x, t, condition, target), x.new_zeros(())
+        null, nothing = policy.null.expand(held), no_target(held, x.device)
+        out = policy.student(
+            torch.cat([x, x[:held]]),
+            torch.cat([t, t[:held]]),
+            Conditioning.cat([condition, null]),
+            torch.cat([target, nothing]),
+        )
+        reference = policy.reference(x[:held], t[:held], null, nothing)
+        return out[: len(x)], self.hold_weight * self.hold_fraction * per_row(
+            out[len(x) :] - reference
+        ).mean()
+
+
+def per_row(error: Tensor) -> Tensor:
+    """Mean square over all but the first dimension, at least in float32: (B, …) → (B,)."""
+    error = error if error.dtype == torch.float64 else error.float()
+    return error.square().flatten(1).mean(1)
+
+
+def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal of x's shape, drawn on the CPU so that a seed means the same everywhere."""
+    return torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+
+
+def no_target(n: int, device: torch.device | str = "cpu") -> Tensor:
+    """Targets that ask for nothing: they stand for the null tokens."""
+    return torch.full((n, 2), torch.nan, device=device)
+
+
+def check_keys(objective: Objective, available: Iterable[str]) -> None:
+    """Refuse an objective that needs more than the traces hold.
+
+    Raises:
+        UserError: Names the missing keys.
+    """
+    available = set(available)
+    missing = sorted(objective.required_keys - available)
+    if missing:
+        why = (
+            " (a coupled objective: these exist only where the sampler logged them while generating)"
+            if objective.coupled
+            else ""
+        )
+        raise UserError(
+            f"{type(objective).__name__} needs {', '.join(missing)}, which the traces do not hold{why}; "
+            f"available: {', '.join(sorted(available))}"
+        )

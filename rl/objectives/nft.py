@@ -1,0 +1,102 @@
+"""DiffusionNFT (arXiv 2509.16117): forward-process reinforcement with a positive and a negative policy.
+
+    v± = (1 ∓ β) v_old ± β v_θ,    r = 1/2 + 1/2 clip(A, ±c) / c
+    L  = E[ r ||x̂0⁺ - x0||² / w⁺ + (1 - r) ||x̂0⁻ - x0||² / w⁻ ] · c / β  +  λ ||v_θ - v_ref||²
+
+in the space of clean images, each term divided by its own mean absolute error w (a constant), as the paper's
+code does. v_old is a moving average of the student. The images have to come from (near) that policy: on the
+groups of round 0 of the latest traces this holds; on other rounds it is off-policy, and the dataset says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .base import Batch, Metrics, Objective, PolicyView, per_row
+
+
+def group_advantage(reward: Tensor, rewards: Tensor) -> Tensor:
+    """(R - mean of its group) / standard deviation of its group; 0 where the group is all alike.
+
+    Args:
+        reward: (B,) rewards.
+        rewards: (B, G) rewards of the groups, NaN where a group is smaller.
+    """
+    mean = rewards.nanmean(1)
+    std = (rewards - mean[:, None]).square().nanmean(1).sqrt()
+    return torch.where(std > 1e-6, (reward - mean) / std.clamp_min(1e-6), torch.zeros_like(reward))
+
+
+def nft_loss(
+    clean_plus: Tensor, clean_minus: Tensor, clean: Tensor, advantage: Tensor, beta: float, clip: float
+) -> Tensor:
+    """The formula above without its last term.
+
+    Args:
+        clean_plus: (B, …) clean images implied by v⁺.
+        clean_minus: (B, …) clean images implied by v⁻.
+        clean: (B, …) the images.
+        advantage: (B,) normalised advantages.
+        beta: Mixing strength.
+        clip: Advantages beyond ± this count as this.
+    """
+    optimality = 0.5 + 0.5 * advantage.clamp(-clip, clip) / clip
+
+    def scaled(guess: Tensor) -> Tensor:
+        width = (guess - clean).detach().abs().flatten(1).mean(1).clamp_min(1e-5)
+        return per_row(guess - clean) / width
+
+    return ((optimality * scaled(clean_plus) + (1 - optimality) * scaled(clean_minus)) * clip / beta).mean()
+
+
+class NFT(Objective):
+    """Negative-aware fine-tuning on groups of rewarded images.
+
+    Attributes:
+        beta: Mixing strength; 1, or .1 for mixed rewards.
+        advantage_clip: 5 keeps r near 1/2 for most images; 1 to 2 sharpens.
+        kl_weight: λ.
+        decay_rate: The average's decay rises by this each step …
+        decay_max: … up to this.
+    """
+
+    beta: float = Field(default=1.0, gt=0)
+    advantage_clip: float = Field(default=2.0, gt=0)
+    kl_weight: float = Field(default=1e-4, ge=0)
+    decay_rate: float = Field(default=0.001, ge=0)
+    decay_max: float = Field(default=0.5, ge=0, lt=1)
+
+    @property
+    def required_keys(self) -> frozenset[str]:
+        """Images with the rewards of their group."""
+        return frozenset({"prompt", "target", "latents", "reward", "rewards"})
+
+    def slow_decay(self, step: int) -> float:
+        """The paper's first schedule."""
+        return min(self.decay_rate * step, self.decay_max)
+
+    def loss(self, batch: Batch, policy: PolicyView, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        """See the module's formula."""
+        clean, prompt, target = batch["latents"], batch["prompt"], batch["target"]
+        x, t, _ = self.draw_states(batch, "latents", policy, generator)
+        student, hold = self.with_hold(x, t, prompt, target, policy)
+        old = policy.slow(x, t, prompt, target)
+        plus, minus = (
+            policy.process.clean(x, (1 - sign * self.beta) * old + sign * self.beta * student, t)
+            for sign in (1, -1)
+        )
+        advantage = group_advantage(batch["reward"], batch["rewards"])
+        loss = nft_loss(plus, minus, clean, advantage, self.beta, self.advantage_clip)
+        kl = (
+            per_row(student - policy.reference(x, t, prompt, target)).mean()
+            if self.kl_weight
+            else loss.new_zeros(())
+        )
+        return loss + self.kl_weight * kl + hold, {
+            "nft": loss.item(),
+            "kl": kl.item(),
+            "hold": hold.item(),
+            "drift": per_row(student.detach() - old).mean().item(),
+        }

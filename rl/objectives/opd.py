@@ -1,0 +1,112 @@
+"""On-policy distillation of the loop.
+
+The teacher is the reference under the prompt that the loop found, the student the model in training under
+the neutral prompt and the target; they are compared on states of the student's own guided sampling:
+
+    L = E[ clip(A, 0, A_max) w(t) || v_student(x_t, t | neutral, target) - sg v_teacher(x_t, t | refined) ||²]
+
+A is the mean reward of the refined prompt's images minus that of the neutral prompt's, counted on images that
+selected nothing, so that a revision is imitated only as far as it beat the unaided attempt. That baseline is
+RLTF-SD's (arXiv 2602.02482), the on-policy velocity match D-OPSD's (arXiv 2605.05204). Both sides are
+conditional predictions: guidance stays a choice of sampling.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .base import Batch, Metrics, Objective, PolicyView, no_target, per_row
+
+
+def opd_loss(
+    student: Tensor, teacher: Tensor, advantage: Tensor, a_max: float, weight: Tensor | float = 1.0
+) -> Tensor:
+    """The formula above for given predictions.
+
+    Args:
+        student: (N, …) predictions with gradient.
+        teacher: (N, …) predictions; taken as constants.
+        advantage: (N,) gains.
+        a_max: Upper end of the clip, above 0.
+        weight: w(t), a number or (N,).
+
+    Returns:
+        Scalar; rows with a gain of 0 or less contribute nothing but still count in the mean.
+    """
+    return (advantage.clamp(0, a_max) * weight * per_row(student - teacher.detach())).mean()
+
+
+class OPD(Objective):
+    """Loop distillation on the student's own states.
+
+    Attributes:
+        a_max: Gains above this count as this, so that a few lucky runs don't rule.
+        states: States used from each rollout.
+        rollout_steps: Sampler steps of a rollout; None takes the model's default.
+        guidance: Guidance of a rollout; None takes the model's default.
+        on_policy: Share of batches that use the student's own states; the rest use noised images of the
+            winning round, which cost no rollout and lie where the teacher's own images lie.
+        space: "velocity" weighs all times alike; "clean" compares the implied clean images (w = t²).
+        teacher: "reference" is what made the traces; "slow" is the student's own moving average, which hears
+            the refined prompt as well.
+        teacher_decay: Decay of that average.
+    """
+
+    a_max: float = Field(default=1.0, gt=0)
+    states: int = Field(default=3, ge=1)
+    rollout_steps: int | None = Field(default=None, ge=1)
+    guidance: float | None = Field(default=None, ge=0)
+    on_policy: float = Field(default=1.0, ge=0, le=1)
+    space: Literal["velocity", "clean"] = "velocity"
+    teacher: Literal["reference", "slow"] = "reference"
+    teacher_decay: float = Field(default=0.999, ge=0, lt=1)
+
+    @property
+    def required_keys(self) -> frozenset[str]:
+        """Prompts and gains are enough; images only where logged states are wanted."""
+        keys = {"prompt", "refined", "target", "advantage"}
+        return frozenset(keys if self.on_policy == 1 else keys | {"latents"})
+
+    def slow_decay(self, step: int) -> float | None:
+        """Only the "slow" teacher needs an average."""
+        return self.teacher_decay if self.teacher == "slow" else None
+
+    def loss(self, batch: Batch, policy: PolicyView, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        """See the module's formula."""
+        prompt, target = batch["prompt"], batch["target"]
+        own = self.on_policy == 1 or torch.rand((), generator=generator).item() < self.on_policy
+        if own:
+            x, t = policy.rollout(
+                prompt,
+                target,
+                steps=self.rollout_steps,
+                guidance=self.guidance,
+                generator=generator,
+                keep=self.states,
+            )
+        else:
+            parts = [self.draw_states(batch, "latents", policy, generator)[:2] for _ in range(self.states)]
+            x, t = (torch.cat(part) for part in zip(*parts, strict=True))
+        k = self.states
+        refined = batch["refined"].repeat(k)
+        if self.teacher == "slow":
+            teacher = policy.slow(x, t, refined, None)
+        else:
+            teacher = policy.reference(x, t, refined, no_target(len(x), x.device))
+        student, hold = self.with_hold(x, t, prompt.repeat(k), target.repeat(k, 1), policy)
+        advantage = batch["advantage"].repeat(k)
+        if self.space == "clean":
+            student, teacher = (policy.process.clean(x, v, t) for v in (student, teacher))
+        imitation = opd_loss(student, teacher, advantage, self.a_max)
+        with torch.no_grad():
+            gap = per_row(student - teacher).mean()
+        return imitation + hold, {
+            "imitation": imitation.item(),
+            "hold": hold.item(),
+            "gap": gap.item(),
+            "gate": advantage.clamp(0, self.a_max).mean().item(),
+        }

@@ -1,0 +1,54 @@
+"""Reward-weighted regression (Peters & Schaal 2007; for diffusion: Lee et al., arXiv 2302.12192).
+
+L = E[ G · softmax(R / T over the group) · || v_θ(x_t, t | neutral, target) - v(x_0, ε) ||² ]
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .base import Batch, Metrics, Objective, PolicyView, per_row
+
+
+def reward_weights(reward: Tensor, rewards: Tensor, temperature: float) -> Tensor:
+    """Softmax weight of each image in its group, times the group's size: 1 on average.
+
+    Args:
+        reward: (B,) rewards.
+        rewards: (B, G) rewards of the groups, NaN where a group is smaller.
+        temperature: T; small picks the best, large weighs all alike.
+    """
+    scaled = torch.where(rewards.isnan(), -torch.inf, rewards / temperature)
+    size = (~rewards.isnan()).sum(1)
+    return size * (reward / temperature - scaled.logsumexp(1)).exp()
+
+
+class RWR(Objective):
+    """Regression on all images of a run, better ones weighing more.
+
+    Attributes:
+        temperature: T, in units of reward.
+    """
+
+    temperature: float = Field(default=0.1, gt=0)
+
+    @property
+    def required_keys(self) -> frozenset[str]:
+        """Images with the rewards of their group."""
+        return frozenset({"prompt", "target", "latents", "reward", "rewards"})
+
+    def loss(self, batch: Batch, policy: PolicyView, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        """See the module's formula."""
+        x, t, noise = self.draw_states(batch, "latents", policy, generator)
+        wanted = policy.process.regression_target(batch["latents"], noise, t)
+        student, hold = self.with_hold(x, t, batch["prompt"], batch["target"], policy)
+        weights = reward_weights(batch["reward"], batch["rewards"], self.temperature)
+        error = per_row(student - wanted)
+        loss = (weights * error).mean()
+        return loss + hold, {
+            "error": error.mean().item(),
+            "weight_max": weights.max().item(),
+            "hold": hold.item(),
+        }

@@ -1,0 +1,385 @@
+"""The policy: one network, spoken to in several voices by switching adapters.
+
+    student    base + LoRA in training + emotion tokens
+    reference  what made the traces: the base, or the base with the adapter of the round before
+    slow       a moving average of the student, where an objective wants one
+
+All share the base's weights in memory. Switching touches two attributes of each LoRA layer and nothing else
+(peft's own switches also flip `requires_grad`, which disturbs a backward pass that is still to come). With
+every adapter off, the network runs the base's own layers, so its output equals the base's to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..emotion import UserError
+from .networks import Conditioning, Network
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..tools.emotion_tokens import EmotionTokens
+
+STUDENT, PREVIOUS, SLOW = "student", "previous", "slow"
+
+
+class Trained(nn.Module):
+    """What the trainer hands to accelerate: the network and the tokens as one module with one forward."""
+
+    def __init__(self, network: Network, tokens: EmotionTokens) -> None:
+        super().__init__()
+        self.denoiser: nn.Module = network.module
+        self.tokens = tokens
+        self._network = network
+
+    def forward(
+        self, x: Tensor, t: Tensor, prompt: Tensor, pooled: Tensor | None, target: Tensor, guidance: float
+    ) -> Tensor:
+        """Prediction (B, C, H, W) of the adapter that is switched on, with the student's tokens."""
+        told = with_tokens(self.tokens, Conditioning(prompt, pooled), target)
+        return self._network.denoise(self.denoiser, x, t, told, guidance)
+
+
+def with_tokens(tokens: EmotionTokens, told: Conditioning, target: Tensor) -> Conditioning:
+    """Emotion added to prompts for targets (B, 2); a row of NaN gets none."""
+    out = tokens(told, target)
+    return Conditioning(out.prompt, out.pooled)
+
+
+class Policy:
+    """See the module's text.
+
+    Args:
+        network: The base, frozen by this constructor.
+        tokens: The student's emotion tokens.
+        rank: Rank of the LoRA.
+        alpha: Its alpha; the update is scaled by alpha / rank.
+        targets: Name endings of the layers to adapt; None takes the family's attention projections.
+        dropout: Dropout in front of the LoRA.
+        seed: Seed of the LoRA's first weights.
+        steps: Sampler steps by default.
+        guidance: Guidance by default.
+        size: (height, width) in pixels.
+        negative_prompt: Of the unconditional branch.
+        previous: (LoRA config, LoRA weights, tokens) of the round before; the student starts as its copy.
+
+    Raises:
+        UserError: The LoRA binds no layer, or the previous adapter does not fit.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        tokens: EmotionTokens,
+        *,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str] | None = None,
+        dropout: float = 0.0,
+        seed: int = 0,
+        steps: int,
+        guidance: float,
+        size: tuple[int, int],
+        negative_prompt: str | None = None,
+        previous: tuple[Any, Mapping[str, Tensor], EmotionTokens | None] | None = None,
+    ) -> None:
+        self.network, self.tokens = network, tokens
+        self.process = network.process()
+        self.steps, self.guidance = steps, guidance
+        self.latent_shape = network.latent_shape(*size)
+        module = network.module
+        for component in network.pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        self.device = next(module.parameters()).device
+        self.dtype = next(module.parameters()).dtype
+        self.null = network.encode(negative_prompt)
+        self._previous_tokens: EmotionTokens | None = None
+        self._slow_tokens: EmotionTokens | None = None
+        config = _lora_config(rank, alpha, targets or network.lora_targets, dropout)
+        if previous is not None:
+            config, weights, previous_tokens = previous
+            self._add(PREVIOUS, config, seed)
+            _load_adapter(module, weights, PREVIOUS)
+            self._previous_tokens = previous_tokens
+        self._add(STUDENT, config, seed)
+        self._layers = [layer for layer in module.modules() if _is_lora(layer)]
+        self.bound = len(self._layers)
+        if previous is not None:
+            self._copy(PREVIOUS, STUDENT)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(f".{STUDENT}." in name)
+            if f".{STUDENT}." in name:
+                # Small updates vanish in half precision.
+                parameter.data = parameter.data.float()
+        self.tokens.to(self.device, torch.float32).requires_grad_(True)
+        #: The module to train; the trainer may replace it by its wrapped form.
+        self.trained: nn.Module = Trained(network, tokens)
+        self.config = config
+        self._speak(STUDENT)
+
+    # Voices.
+
+    def student(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
+        """Prediction of the weights in training; carries gradient."""
+        return self.trained(
+            x.to(self.dtype), t.to(x), condition.prompt, condition.pooled, target, self.guidance
+        )
+
+    @torch.no_grad()
+    def reference(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
+        """Prediction of what made the traces; the target matters only to a previous adapter with tokens."""
+        with self._voice(PREVIOUS if self._has(PREVIOUS) else None):
+            return self._predict(self._previous_tokens, x, t, condition, target)
+
+    @torch.no_grad()
+    def slow(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor | None) -> Tensor:
+        """Prediction of the moving average; without a target, without its tokens."""
+        with self._voice(SLOW):
+            return self._predict(None if target is None else self._slow_tokens, x, t, condition, target)
+
+    @torch.no_grad()
+    def _guided(
+        self, x: Tensor, t: Tensor, told: Conditioning, null: Conditioning | None, guidance: float
+    ) -> Tensor:
+        t = t.to(x).expand(len(x))
+        if null is None:
+            return self._denoise(x, t, told, guidance)
+        both = self._denoise(x.repeat(2, 1, 1, 1), t.repeat(2), Conditioning.cat([null, told]), guidance)
+        unconditional, conditional = both.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    def _predict(
+        self, tokens: EmotionTokens | None, x: Tensor, t: Tensor, told: Conditioning, target: Tensor | None
+    ) -> Tensor:
+        if tokens is not None and target is not None:
+            told = with_tokens(tokens, told, target)
+        return self._denoise(x, t.to(x), told, self.guidance)
+
+    def _denoise(self, x: Tensor, t: Tensor, told: Conditioning, guidance: float) -> Tensor:
+        return self.network.denoise(self.network.module, x.to(self.dtype), t, told, guidance)
+
+    # Sampling.
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        condition: Conditioning,
+        target: Tensor,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        generator: torch.Generator,
+        keep: int,
+    ) -> tuple[Tensor, Tensor]:
+        """States of the student's own guided sampling.
+
+        Args:
+            condition: (B) neutral prompts.
+            target: (B, 2).
+            steps: Sampler steps, None for the default.
+            guidance: None for the default.
+            generator: CPU generator of the noise and of the choice of states.
+            keep: States a row, at most `steps`, drawn without repetition and for each row by itself.
+
+        Returns:
+            States (keep · B, C, H, W) and times (keep · B,), state-major.
+        """
+        steps = steps or self.steps
+        n, keep = len(condition), min(keep, steps)
+        noise = torch.randn(n, *self.latent_shape, generator=generator)
+        chosen = torch.rand(n, steps, generator=generator).argsort(1)[:, :keep]
+        states, times = [], []
+        for x, t in self._walk(noise.to(self.device), condition, target, steps, guidance, last=False):
+            states.append(x)
+            times.append(t)
+        rows = torch.arange(n)
+        kept = torch.stack(states)[chosen.T, rows].reshape(-1, *self.latent_shape)
+        return kept, torch.stack(times)[chosen.T].reshape(-1).to(self.device)
+
+    def _walk(
+        self,
+        x: Tensor,
+        condition: Conditioning,
+        target: Tensor | None,
+        steps: int,
+        guidance: float | None,
+        last: bool,
+        tokens: EmotionTokens | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """States and times of guided sampling from noise x; `last` adds the clean one."""
+        guidance = self.guidance if guidance is None else guidance
+        family, null = self.network.family, None
+        if family.guided(self.network.pipe, guidance, self.network.call):
+            null = self.null.expand(len(x))
+        if target is not None:
+            tokens = tokens or self.tokens
+            told = with_tokens(tokens, condition, target)
+            if null is not None:
+                null = Conditioning.cat([tokens.null(null)])
+        else:
+            told = condition
+        times = self.process.schedule(steps, self.network.image_tokens(self.latent_shape))
+        for t, t_next in pairwise(times):
+            yield x, t
+            if last or t_next != times[-1]:
+                x = self.process.step(x, self._guided(x, t, told, null, guidance).to(x), t, t_next)
+        if last:
+            yield x, times[-1]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Conditioning,
+        target: Tensor,
+        seeds: Sequence[int],
+        *,
+        voice: str = STUDENT,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> list[Image]:
+        """Images, each from its own seed, as the pipeline makes them.
+
+        Args:
+            condition: (B) prompts.
+            target: (B, 2) targets; a base reference has no ear for them.
+            seeds: B seeds.
+            voice: "student" or "reference".
+            steps: None for the default.
+            guidance: None for the default.
+        """
+        noise = [
+            torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds
+        ]
+        x = torch.cat(noise).to(self.device)
+        if voice == STUDENT:
+            adapter, tokens, wanted = STUDENT, self.tokens, target
+        else:
+            adapter, tokens = (PREVIOUS if self._has(PREVIOUS) else None), self._previous_tokens
+            wanted = target if tokens is not None else None
+        with self._voice(adapter):
+            *_, (clean, _) = self._walk(x, condition, wanted, steps or self.steps, guidance, True, tokens)
+        return self.network.decode(clean)
+
+    # Weights.
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        named = self.network.module.named_parameters()
+        lora = {f"denoiser.{name}": p for name, p in named if f".{STUDENT}." in name}
+        return lora | {f"tokens.{name}": p for name, p in self.tokens.named_parameters()}
+
+    def lora_state(self) -> dict[str, Tensor]:
+        """The student's LoRA in peft's names, on the CPU."""
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(self.network.module, adapter_name=STUDENT)
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+    def start_slow(self) -> None:
+        """Begin the moving average, equal to the student."""
+        if not self._has(SLOW):
+            self._add(SLOW, self.config, 0)
+            for name, parameter in self.network.module.named_parameters():
+                if f".{SLOW}." in name:
+                    parameter.requires_grad_(False)
+                    parameter.data = parameter.data.float()
+            self._slow_tokens = copy.deepcopy(self.tokens).requires_grad_(False)
+            self._speak(STUDENT)
+        self.update_slow(0.0)
+
+    @torch.no_grad()
+    def update_slow(self, decay: float) -> None:
+        """slow ← decay · slow + (1 - decay) · student."""
+        student = self.parameters()
+        for name, value in self.slow_state().items():
+            value.lerp_(student[name].detach(), 1 - decay)
+
+    def slow_state(self) -> dict[str, Tensor]:
+        """The moving average under the student's names (the live tensors); empty where there is none."""
+        if self._slow_tokens is None:
+            return {}
+        named = self.network.module.named_parameters()
+        lora = {
+            f"denoiser.{name.replace(f'.{SLOW}.', f'.{STUDENT}.')}": p.data
+            for name, p in named
+            if f".{SLOW}." in name
+        }
+        return lora | {f"tokens.{name}": p.data for name, p in self._slow_tokens.named_parameters()}
+
+    # Adapters.
+
+    def _add(self, name: str, config: Any, seed: int) -> None:
+        module = self.network.module
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                module.add_adapter(copy.deepcopy(config), adapter_name=name)
+        except ValueError as error:
+            raise UserError(
+                f"the LoRA binds no layer of {type(module).__name__}: policy.targets "
+                f"{sorted(config.target_modules)} name none ({str(error).splitlines()[0][:120]})"
+            ) from error
+        if not any(_is_lora(layer) for layer in module.modules()):
+            raise UserError(f"the LoRA binds no layer of {type(module).__name__}: check policy.targets")
+
+    def _has(self, name: str) -> bool:
+        return any(name in layer.lora_A for layer in self._layers)
+
+    @torch.no_grad()
+    def _copy(self, source: str, destination: str) -> None:
+        named = dict(self.network.module.named_parameters())
+        for name, parameter in named.items():
+            if f".{source}." in name:
+                named[name.replace(f".{source}.", f".{destination}.")].copy_(parameter)
+
+    def _speak(self, name: str | None) -> None:
+        for layer in self._layers:
+            layer._disable_adapters = name is None
+            if name is not None:
+                layer._active_adapter = [name]
+
+    @contextmanager
+    def _voice(self, name: str | None) -> Iterator[None]:
+        self._speak(name)
+        try:
+            yield
+        finally:
+            self._speak(STUDENT)
+
+
+def _is_lora(layer: nn.Module) -> Any:
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(layer, LoraLayer)
+
+
+def _lora_config(rank: int, alpha: float, targets: Sequence[str], dropout: float) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes floats
+        target_modules=list(targets),
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
+    )
+
+
+def _load_adapter(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+    from peft import set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(module, dict(weights), adapter_name=name)
+    wrong = [*getattr(result, "unexpected_keys", [])]
+    if wrong:
+        raise UserError(
+            f"the previous adapter does not fit this model: {len(wrong)} unknown weights such as {wrong[0]}"
+        )
