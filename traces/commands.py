@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,44 +24,62 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The log: list, show, export, remove, replay, rebuild.", no_args_is_help=True)
 
-Home = Annotated[
-    Path | None, typer.Option(help="Folder of the log; default from the settings.", show_default=False)
-]
+#: Lines of `list` unless `--limit` says otherwise.
+_LINES = 50
+
+Home = Annotated[Path | None, typer.Option(help="Folder of the log; default from the settings.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Status = Annotated[RunStatus | None, typer.Option(help="How the run stands.")]
-Category = Annotated[Emotion | None, typer.Option("--emotion", "--category", help="The wanted category.")]
+Out = Annotated[Path | None, typer.Option(help="File or folder; jsonl goes to stdout without it.")]
+Run = Annotated[str, typer.Argument(help='Run id, its beginning, or "last".')]
+Runs = Annotated[list[str], typer.Argument(help='Run ids, their beginnings, or "last".')]
+SomeRuns = Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Only these runs.")]
 Range = tuple[float, float]
-Valence = Annotated[Range | None, typer.Option(metavar="LOW HIGH", help="Range of the wanted valence.")]
-Arousal = Annotated[Range | None, typer.Option(metavar="LOW HIGH", help="Range of the wanted arousal.")]
-MinGain = Annotated[float | None, typer.Option(help="At least this gain.")]
-Prompt = Annotated[str | None, typer.Option(help="Part of the neutral prompt, in any case.")]
-Since = Annotated[
-    str | None, typer.Option(help="Started since: 2026-01-31, 2026-01-31T12:00, 30m, 12h or 7d ago.")
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many, the newest.")]
-Names = Annotated[
-    list[str] | None, typer.Argument(metavar="[RUN]...", help='Run ids, their beginnings, or "last".')
-]
+
+
+def _conditions(
+    *,
+    status: Annotated[RunStatus | None, typer.Option(help="How the run stands.")] = None,
+    category: Annotated[
+        Emotion | None, typer.Option("--emotion", "--category", help="Wanted category.")
+    ] = None,
+    valence: Annotated[Range | None, typer.Option(metavar="LOW HIGH", help="Wanted valence.")] = None,
+    arousal: Annotated[Range | None, typer.Option(metavar="LOW HIGH", help="Wanted arousal.")] = None,
+    min_gain: Annotated[float | None, typer.Option(help="At least this gain.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Part of the neutral prompt, in any case.")] = None,
+    model: Annotated[str | None, typer.Option(help="Made by this model id or folder.")] = None,
+    adapter: Annotated[str | None, typer.Option(help='Adapter hash or its beginning, or "none".')] = None,
+    since: Annotated[
+        str | None, typer.Option(help="2026-01-31, 2026-01-31T12:00, or 30m, 12h, 7d ago.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many, the newest.")] = None,
+) -> dict[str, Any]:
+    given: dict[str, Any] = {**locals(), "since": None if since is None else _moment(since)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _filtered(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `_conditions`; what the user chose reaches it as `where`."""
+    own, shared = (inspect.signature(each, eval_str=True).parameters for each in (command, _conditions))
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        where = _conditions(**{name: given.pop(name) for name in shared})
+        command(**given, where=where)
+
+    # typer goes by the signature, and wants the annotations to agree with it.
+    options = [each for each in own.values() if each.name != "where"] + list(shared.values())
+    call.__annotations__ = {each.name: each.annotation for each in options}
+    call.__dict__["__signature__"] = inspect.Signature(options)
+    return call
 
 
 @app.command("list")
-def list_(
-    status: Status = None,
-    emotion: Category = None,
-    valence: Valence = None,
-    arousal: Arousal = None,
-    min_gain: MinGain = None,
-    prompt: Prompt = None,
-    since: Since = None,
-    limit: Limit = 50,
-    home: Home = None,
-    as_json: AsJson = False,
-) -> None:
+@_filtered
+def list_(*, where: dict[str, Any], home: Home = None, as_json: AsJson = False) -> None:
     """List runs, newest first."""
     with _store(home) as (store, _):
-        rows = store.runs(
-            _filter(store, None, status, emotion, valence, arousal, min_gain, prompt, since, limit)
-        )
+        limit = where.setdefault("limit", _LINES)
+        rows = store.runs(_filter(store, None, where))
         if as_json:
             _print({"home": str(store.home), "runs": [row.model_dump(mode="json") for row in rows]})
             return
@@ -68,16 +88,12 @@ def list_(
         from .show import show_runs
 
         show_runs(Console(), rows)
-        if limit is not None and len(rows) == limit:
+        if len(rows) == limit:
             typer.echo(f"The newest {limit}; --limit shows more.", err=True)
 
 
 @app.command()
-def show(
-    run: Annotated[str, typer.Argument(help='Run id, its beginning, or "last".')],
-    home: Home = None,
-    as_json: AsJson = False,
-) -> None:
+def show(run: Run, home: Home = None, as_json: AsJson = False) -> None:
     """Show a run: its rounds, prompts, critiques and rewards."""
     from .reader import load_run, result_json
 
@@ -94,20 +110,15 @@ def show(
 
 
 @app.command()
+@_filtered
 def export(
     format: Annotated[
         str, typer.Argument(metavar="FORMAT", help="jsonl (events) or pickapic (preference pairs).")
     ],
-    runs: Names = None,
-    out: Annotated[Path | None, typer.Option(help="File or folder; jsonl goes to stdout without it.")] = None,
-    status: Status = None,
-    emotion: Category = None,
-    valence: Valence = None,
-    arousal: Arousal = None,
-    min_gain: MinGain = None,
-    prompt: Prompt = None,
-    since: Since = None,
-    limit: Limit = None,
+    runs: SomeRuns = None,
+    *,
+    where: dict[str, Any],
+    out: Out = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -120,16 +131,16 @@ def export(
     if out is None and (format != "jsonl" or as_json):
         raise UserError(f"exporting {format} {'with --json ' if as_json else ''}needs --out")
     with _store(home) as (store, _):
-        where = _filter(store, runs, status, emotion, valence, arousal, min_gain, prompt, since, limit)
+        chosen = _filter(store, runs, where)
         if out is None:
-            export_jsonl(store, where, sys.stdout)
+            export_jsonl(store, chosen, sys.stdout)
             return
         if format == "jsonl":
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("w", encoding="utf-8") as file:
-                count = export_jsonl(store, where, file)
+                count = export_jsonl(store, chosen, file)
         else:
-            count = FORMATS[format](store, where, out)
+            count = FORMATS[format](store, chosen, out)
     if as_json:
         _print({"format": format, "out": str(out), "count": count})
     else:
@@ -138,70 +149,56 @@ def export(
 
 @app.command()
 def rm(
-    runs: Annotated[list[str], typer.Argument(help='Run ids, their beginnings, or "last".')],
+    runs: Runs,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Delete runs: their events, and the images that no other run has."""
     with _store(home, write=True) as (store, _):
-        where = _filter(store, runs)
-        chosen = store.runs(where)
+        chosen = store.runs(_filter(store, runs, {}))
         if not yes:
             for row in chosen:
                 going = " (not finished: something may still be writing it)" if row.finished is None else ""
                 typer.echo(f"{row.run_id}  {row.images} images  {row.prompt[:60]}{going}", err=True)
-            typer.confirm(f"Delete {len(chosen)} run{'s' * (len(chosen) != 1)}?", abort=True, err=True)
+            typer.confirm(f"Delete {_many(len(chosen), 'run')}?", abort=True, err=True)
         events, files = store.remove(*(row.run_id for row in chosen))
     if as_json:
         _print({"removed": [row.run_id for row in chosen], "events": events, "files": files})
     else:
-        typer.echo(
-            f"deleted {len(chosen)} run{'s' * (len(chosen) != 1)}, {events} events, {files} files", err=True
-        )
+        parts = _many(len(chosen), "run"), _many(events, "event"), _many(files, "file")
+        typer.echo(f"deleted {', '.join(parts)}", err=True)
 
 
 @app.command()
+@_filtered
 def replay(
-    runs: Names = None,
+    runs: SomeRuns = None,
+    *,
+    where: dict[str, Any],
     endpoint: Annotated[str | None, typer.Option(help="OTLP endpoint; default from the settings.")] = None,
     content: Annotated[bool, typer.Option(help="Put prompts and answers on the spans.")] = False,
-    status: Status = None,
-    emotion: Category = None,
-    valence: Valence = None,
-    arousal: Arousal = None,
-    min_gain: MinGain = None,
-    prompt: Prompt = None,
-    since: Since = None,
-    limit: Limit = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Rebuild OpenTelemetry spans from the log and send them, with their original times."""
-    from .telemetry import open_exporter
-    from .telemetry import replay as send
+    from . import telemetry
 
-    with _store(home, traces={"otlp_endpoint": endpoint, "capture_content": content or None}) as (
-        store,
-        settings,
-    ):
-        where = _filter(store, runs, status, emotion, valence, arousal, min_gain, prompt, since, limit)
-        exporter = open_exporter(settings.traces)
-        spans, sent = 0, store.runs(where)
+    given = {"otlp_endpoint": endpoint, "capture_content": content or None}
+    with _store(home, traces=given) as (store, settings):
+        spans, chosen = 0, store.runs(_filter(store, runs, where))
+        capture = settings.traces.capture_content
+        exporter = telemetry.open_exporter(settings.traces)
         try:
-            for row in sent:
-                spans += send(
-                    store.events(row.run_id),
-                    exporter,
-                    store.blobs,
-                    capture_content=settings.traces.capture_content,
-                )
+            for row in chosen:
+                events = store.events(row.run_id)
+                spans += telemetry.replay(events, exporter, store.blobs, capture_content=capture)
         finally:
             exporter.shutdown()
     if as_json:
-        _print({"runs": [row.run_id for row in sent], "spans": spans})
+        _print({"runs": [row.run_id for row in chosen], "spans": spans})
     else:
-        typer.echo(f"sent {spans} spans of {len(sent)} run{'s' * (len(sent) != 1)}", err=True)
+        typer.echo(f"sent {_many(spans, 'span')} of {_many(len(chosen), 'run')}", err=True)
 
 
 @app.command()
@@ -209,7 +206,7 @@ def rebuild(home: Home = None) -> None:
     """Make the tables behind the lists again from the events; brings an older log up to date."""
     with _store(home, write=True) as (store, _):
         store.rebuild()
-        typer.echo(f"rebuilt {len(store.runs())} runs from their events", err=True)
+        typer.echo(f"rebuilt {_many(len(store.runs()), 'run')} from their events", err=True)
 
 
 @contextmanager
@@ -230,31 +227,10 @@ def _store(
         raise typer.Exit(1) from error
 
 
-def _filter(
-    store: TraceStore,
-    names: list[str] | None,
-    status: RunStatus | None = None,
-    emotion: Emotion | None = None,
-    valence: Range | None = None,
-    arousal: Range | None = None,
-    min_gain: float | None = None,
-    prompt: str | None = None,
-    since: str | None = None,
-    limit: int | None = None,
-) -> RunFilter:
+def _filter(store: TraceStore, names: list[str] | None, where: dict[str, Any]) -> RunFilter:
     from .rows import RunFilter
 
-    return RunFilter(
-        run_ids=tuple(store.resolve(name) for name in names) if names else None,
-        status=status,
-        category=emotion,
-        valence=valence,
-        arousal=arousal,
-        min_gain=min_gain,
-        prompt=prompt,
-        since=None if since is None else _moment(since),
-        limit=limit,
-    )
+    return RunFilter(run_ids=tuple(map(store.resolve, names)) if names else None, **where)
 
 
 def _moment(text: str) -> datetime:
@@ -267,6 +243,10 @@ def _moment(text: str) -> datetime:
         raise UserError(
             f"--since {text!r} is no time: 2026-01-31, 2026-01-31T12:00, 30m, 12h or 7d"
         ) from None
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _print(document: dict[str, Any]) -> None:

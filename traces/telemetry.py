@@ -166,7 +166,7 @@ def open_exporter(settings: TraceSettings) -> SpanExporter:
 
 
 def replay(
-    events: Iterable[Event], exporter: SpanExporter, blobs: BlobStore, *, capture_content: bool
+    events: Iterable[Event], exporter: SpanExporter, blobs: BlobStore, *, capture_content: bool = False
 ) -> int:
     """Send a run's spans, rebuilt from its events.
 

@@ -1,0 +1,227 @@
+"""Spans: the right names and times, no content unless wanted, nothing at all unless configured."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from emoloop.emotion import Critique, EmotionTarget, Missing, RunStatus, StopReason, UserError
+from emoloop.recording import (
+    Critiqued,
+    GenerationFailed,
+    HumanFeedback,
+    ImageGenerated,
+    Rewarded,
+    Rewritten,
+    RunFinished,
+    RunStarted,
+)
+from emoloop.settings import Settings, TraceSettings
+from emoloop.traces.blobs import BlobStore
+from emoloop.traces.database import StoreError
+from emoloop.traces.recorder import StoreRecorder, open_recorder
+from emoloop.traces.store import open_store
+from emoloop.traces.telemetry import Tracing, endpoint, open_exporter, replay, spans_of
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+START = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+SECRET = "a dog by the sea"
+
+
+def at(seconds: float) -> datetime:
+    return START + timedelta(seconds=seconds)
+
+
+@pytest.fixture
+def events():
+    run = {"run_id": "one"}
+    made = {
+        "prompt": SECRET,
+        "model": "tiny",
+        "steps": 2,
+        "guidance": 3.0,
+        "height": 8,
+        "width": 8,
+        "seconds": 1.5,
+    }
+    reading = Critique(analysis=SECRET, valence=1.5, arousal=-0.5, alignment=0.9)
+    asked = {"model": "lvlm", "prompt_version": "critic-1", "usage": {"input_tokens": 5, "output_tokens": 2}}
+    target = EmotionTarget(valence=2.0)
+    done = {"status": RunStatus.COMPLETED, "stop_reason": StopReason.ROUNDS_USED, "gain": 0.4}
+    return [
+        RunStarted(**run, time=at(0), prompt=SECRET, target=target, seed=7),
+        ImageGenerated(**run, time=at(2), sha256="a" * 64, seed=7, **made),
+        GenerationFailed(**run, time=at(2.5), index=1, prompt=SECRET, seed=8, reason=SECRET),
+        Critiqued(**run, time=at(4), sha256="a" * 64, critique=reading, seconds=1.0, **asked),
+        Rewarded(**run, time=at(4), sha256="a" * 64, name="emotion", version="1", value=0.8),
+        Rewritten(**run, time=at(5), round=1, prompt=SECRET, model="lvlm", prompt_version="r", seconds=0.5),
+        ImageGenerated(**run, time=at(7), round=1, sha256="b" * 64, seed=7, **made),
+        Critiqued(**run, time=at(8), round=1, sha256="b" * 64, critique=Missing(reason=SECRET), **asked),
+        Rewarded(
+            **run, time=at(8), round=1, sha256="b" * 64, name="emotion", version="1", reason="no critique"
+        ),
+        HumanFeedback(**run, time=at(9), round=1, rating=1.0, comment=SECRET),
+        RunFinished(**run, time=at(10), **done),
+    ]
+
+
+@pytest.fixture
+def blobs(tmp_path):
+    return BlobStore(tmp_path / "blobs")
+
+
+def nanoseconds(time: datetime) -> int:
+    return (time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1) * 1000
+
+
+def test_replayed_spans_have_the_times_of_the_events(events, blobs):
+    exporter = InMemorySpanExporter()
+    count = replay(events, exporter, blobs)
+    spans = exporter.get_finished_spans()
+    assert count == len(spans)
+    root = spans[0]
+    assert (root.name, root.parent) == ("invoke_workflow emoloop", None)
+    assert (root.start_time, root.end_time) == (nanoseconds(at(0)), nanoseconds(at(10)))
+    assert root.attributes["emoloop.gain"] == 0.4
+    assert root.attributes["emoloop.target.valence"] == 2.0
+    image = next(span for span in spans if span.name == "generate_content tiny")
+    assert (image.start_time, image.end_time) == (nanoseconds(at(0.5)), nanoseconds(at(2)))
+    assert image.kind is SpanKind.CLIENT
+    assert image.attributes["gen_ai.output.type"] == "image"
+    chat = next(span for span in spans if span.name == "chat lvlm")
+    assert chat.attributes["gen_ai.usage.input_tokens"] == 5
+    scores = {e.attributes["gen_ai.evaluation.name"]: e.attributes for e in chat.events}
+    assert scores["reward:emotion"]["gen_ai.evaluation.score.value"] == 0.8
+    assert scores["arousal"]["gen_ai.evaluation.score.value"] == -0.5
+    for span in spans:
+        assert span.attributes["gen_ai.operation.name"] and span.attributes["gen_ai.provider.name"]
+        assert span.attributes["gen_ai.conversation.id"] == "one"
+        assert span.start_time <= span.end_time
+
+
+def test_replayed_spans_form_one_tree(events, blobs):
+    spans = spans_of(events, blobs)
+    by_id = {span.context.span_id: span for span in spans}
+    assert len(by_id) == len(spans)
+    assert len({span.context.trace_id for span in spans}) == 1
+    shape = sorted((by_id[span.parent.span_id].name, span.name) for span in spans if span.parent)
+    assert shape == [
+        ("invoke_agent critic", "chat lvlm"),
+        ("invoke_agent critic", "chat lvlm"),
+        ("invoke_agent generator", "generate_content"),
+        ("invoke_agent generator", "generate_content tiny"),
+        ("invoke_agent generator", "generate_content tiny"),
+        ("invoke_agent human", "human_feedback"),
+        ("invoke_agent rewriter", "chat lvlm"),
+        ("invoke_workflow emoloop", "invoke_agent critic"),
+        ("invoke_workflow emoloop", "invoke_agent critic"),
+        ("invoke_workflow emoloop", "invoke_agent generator"),
+        ("invoke_workflow emoloop", "invoke_agent generator"),
+        ("invoke_workflow emoloop", "invoke_agent human"),
+        ("invoke_workflow emoloop", "invoke_agent rewriter"),
+    ]
+    failed = [span.name for span in spans if span.status.status_code is StatusCode.ERROR]
+    assert failed == ["generate_content", "chat lvlm"]
+
+
+def test_replaying_again_gives_the_same_ids(events, blobs):
+    first, again = spans_of(events, blobs), spans_of(events, blobs)
+    assert [span.context for span in first] == [span.context for span in again]
+    assert spans_of([], blobs) == []
+
+
+def test_content_is_kept_off_spans_unless_wanted(events, blobs):
+    assert SECRET not in "".join(span.to_json() for span in spans_of(events, blobs))
+    spans = spans_of(events, blobs, capture_content=True)
+    image = next(span for span in spans if span.name == "generate_content tiny")
+    assert SECRET in image.attributes["gen_ai.input.messages"]
+    part = json.loads(image.attributes["gen_ai.output.messages"])[0]["parts"][0]
+    assert part["type"] == "uri" and part["uri"] == blobs.path("a" * 64).as_uri()
+
+
+def test_a_refused_replay_is_an_error(events, blobs):
+    class Refusing(SpanExporter):
+        def export(self, spans):
+            return SpanExportResult.FAILURE
+
+    with pytest.raises(StoreError, match="refused"):
+        replay(events, Refusing(), blobs)
+
+
+@pytest.fixture
+def live(tmp_path):
+    """(recorder maker, exporter) of live spans."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+
+    def make(capture_content=False):
+        store = open_store(Settings(home=tmp_path))
+        return StoreRecorder(store, Tracing(provider, capture_content=capture_content))
+
+    return make, exporter
+
+
+async def test_live_spans_nest_and_carry_rewards(live, events):
+    make, exporter = live
+    async with make() as recorder:
+        with (
+            recorder.span("invoke_workflow emoloop"),
+            recorder.span("chat lvlm", {"gen_ai.request.model": "lvlm"}) as span,
+        ):
+            span.set_attributes(
+                {"gen_ai.input.messages": [SECRET], "emoloop.none": None, "emoloop.list": [1, 2]}
+            )
+            await recorder.record(*events)
+    chat, root = exporter.get_finished_spans()
+    assert chat.parent.span_id == root.context.span_id
+    assert chat.kind is SpanKind.CLIENT and root.kind is SpanKind.INTERNAL
+    assert chat.attributes["emoloop.list"] == "[1, 2]"
+    assert "gen_ai.input.messages" not in chat.attributes and "emoloop.none" not in chat.attributes
+    assert "reward:emotion" in {event.attributes["gen_ai.evaluation.name"] for event in chat.events}
+    assert SECRET not in chat.to_json()
+
+
+async def test_a_failing_block_marks_its_span_without_quoting(live):
+    make, exporter = live
+    async with make() as recorder:
+        with pytest.raises(TimeoutError), recorder.span("chat lvlm"):
+            raise TimeoutError(SECRET)
+    (span,) = exporter.get_finished_spans()
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.attributes["error.type"] == "TimeoutError"
+    assert SECRET not in span.to_json()
+
+
+async def test_content_can_be_captured(live):
+    make, exporter = live
+    async with make(capture_content=True) as recorder:
+        with recorder.span("chat lvlm", {"gen_ai.input.messages": [{"role": "user"}]}):
+            pass
+    assert exporter.get_finished_spans()[0].attributes["gen_ai.input.messages"] == '[{"role": "user"}]'
+
+
+def test_the_endpoint_follows_opentelemetry(monkeypatch):
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    assert endpoint(TraceSettings()) is None
+    with pytest.raises(UserError, match="no OTLP endpoint"):
+        open_exporter(TraceSettings())
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318/")
+    assert endpoint(TraceSettings()) == "http://collector:4318/v1/traces"
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://collector:1/other")
+    assert endpoint(TraceSettings()) == "http://collector:1/other"
+    assert endpoint(TraceSettings(otlp_endpoint="http://mine:6006")) == "http://mine:6006/v1/traces"
+
+
+async def test_without_an_endpoint_there_are_no_spans(tmp_path, monkeypatch):
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    async with open_recorder(Settings(home=tmp_path)) as recorder:
+        assert recorder._tracing is None
+        with recorder.span("chat lvlm") as span:
+            span.set_attributes({"a": 1})
