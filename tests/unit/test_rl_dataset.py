@@ -1,0 +1,192 @@
+"""The dataset: what the log becomes, what is left out and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from emoloop.emotion import Critique, EmotionTarget, UserError
+from emoloop.recording import Critiqued, HumanFeedback
+from emoloop.rl.dataset import DataConfig, Dataset, held_out, source_for
+from emoloop.traces.rows import RunFilter
+from emoloop.traces.store import open_store
+from rl_log import default_reward, run_events, settings_for, write_log
+
+ALL = DataConfig(held_out=0)
+
+
+def test_the_gain_leaves_out_the_image_that_won(tmp_path: Path) -> None:
+    rewards = {(0, 0): 0.0, (0, 1): 0.2, (0, 2): 0.1, (1, 0): 0.4, (1, 1): 1.0, (1, 2): 0.6}
+    settings = write_log(tmp_path, 1, reward=lambda run, round_, index: rewards[round_, index])
+    with open_store(settings) as store:
+        (pair,) = Dataset(store, ALL).examples("pairs").fetch([0])
+        assert pair.advantage == pytest.approx(0.5 - 0.1)
+        (biased,) = Dataset(store, DataConfig(held_out=0, gate="all")).examples("pairs").fetch([0])
+        assert biased.advantage == pytest.approx(2.0 / 3 - 0.1)
+    assert pair.prompt == "a dog" and pair.refined == "a dog bright 1"
+
+
+def test_each_source_holds_what_it_says(tmp_path: Path) -> None:
+    with open_store(write_log(tmp_path, 6)) as store:
+        dataset = Dataset(store, ALL)
+        row = {(r.run_id, r.round, r.index): r for r in store.candidates()}
+        by_sha = {r.sha256: r for r in row.values()}
+        (best,) = dataset.examples("bests").fetch([2])
+        assert by_sha[best.winner].reward == max(r.reward for r in row.values() if r.run_id == "run-0002")
+        preferences = dataset.examples("preferences")
+        for pair in preferences.fetch(range(len(preferences))):
+            winner, loser = by_sha[pair.winner], by_sha[pair.loser]
+            if pair.kind == "rounds":
+                assert winner.round == 1 and loser.round == 0 and winner.reward > loser.reward
+            elif pair.kind == "within":
+                assert winner.round == loser.round == 0 and winner.reward > loser.reward
+            else:
+                assert pair.kind == "across" and winner.run_id != loser.run_id
+        for group in dataset.examples("groups").fetch(range(6)):
+            assert len(group.rewards) == 3 and group.reward in group.rewards
+            assert by_sha[group.image].round == 0
+        (whole,) = Dataset(store, DataConfig(held_out=0, group="all")).examples("groups").fetch([0])
+        assert len(whole.rewards) == 6
+
+
+def test_runs_of_one_prompt_with_other_targets_are_compared(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path)
+    with open_store(settings) as store:
+        for run, valence in enumerate((2.0, -2.0, 1.8)):
+            target = EmotionTarget(valence=valence)
+            store.append(*run_events(store, run, prompt="a dog", target=target))
+        dataset = Dataset(store, DataConfig(held_out=0, kinds=("across",)))
+        pairs = dataset.examples("preferences").fetch(range(2))
+        assert {(p.target.valence, p.kind) for p in pairs} == {(2.0, "across"), (-2.0, "across")}
+        assert dataset.statistics.kinds == {"rounds": 0, "within": 0, "across": 2, "human": 0}
+
+
+def test_missing_rewards_are_left_out_not_counted_as_zero(tmp_path: Path) -> None:
+    def reward(run: int, round_: int, index: int) -> float | None:
+        return None if index == 1 else 1.0 + round_ + index / 10
+
+    with open_store(write_log(tmp_path, 1, reward=reward)) as store:
+        dataset = Dataset(store, ALL)
+        (pair,) = dataset.examples("pairs").fetch([0])
+        assert pair.advantage == pytest.approx(2.0 - 1.1)
+        assert dataset.statistics.missing == 2 and dataset.statistics.rewarded == 4
+
+
+def test_why_runs_give_no_pair(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path)
+    with open_store(settings) as store:
+        store.append(*run_events(store, 0, reward=lambda *place: 1.0 - place[1]))
+        store.append(*run_events(store, 1, images=1))
+        store.append(*run_events(store, 2, reward=lambda run, round_, index: 0.5 + (round_ and index) * 0.01))
+        store.append(*run_events(store, 3))
+        dataset = Dataset(store, DataConfig(held_out=0, min_gain=0.05))
+        assert dataset.statistics.dropped == {
+            "gain too small": 1,
+            "one image a round: none is left to measure the gain with": 1,
+            "round 0 won": 1,
+        }
+        assert len(dataset.examples("pairs")) == 1
+        with pytest.raises(UserError, match=r"4 runs give no pairs to train on .*round 0 won.*loosen"):
+            Dataset(store, DataConfig(held_out=0, min_gain=5)).examples("pairs")
+
+
+def test_candidates_on_which_critics_differ_are_left_out(tmp_path: Path) -> None:
+    settings = write_log(tmp_path, 2, spread=0.1)
+    with open_store(settings) as store:
+        place = {"run_id": "run-0000", "round": 0, "index": 0, "node": "second-critic"}
+        sha = next(r.sha256 for r in store.candidates("run-0000"))
+        second = Critique(valence=2.0, arousal=0.0, alignment=1.0)
+        store.append(Critiqued(**place, sha256=sha, critique=second, model="other", prompt_version="1"))
+        assert Dataset(store, DataConfig(held_out=0, max_spread=0.5)).statistics.rewarded == 11
+        with pytest.raises(UserError, match="no pairs"):
+            Dataset(store, DataConfig(held_out=0, max_spread=0.05)).examples("pairs")
+
+
+def test_a_person_stands_above_the_model(tmp_path: Path) -> None:
+    settings = write_log(tmp_path, 1)
+    with open_store(settings) as store:
+        rows = list(store.candidates("run-0000"))
+        low, high = rows[0], rows[4]
+        for place, (row, rating) in enumerate(((low, 5.0), (high, 1.0))):
+            store.append(HumanFeedback(run_id="run-0000", index=place, sha256=row.sha256, rating=rating))
+        (pair,) = Dataset(store, ALL).examples("preferences").fetch([0])
+        assert (pair.kind, pair.winner, pair.loser) == ("human", low.sha256, high.sha256)
+        # A person who reads the wanted emotion from an image of round 0 makes it the best one.
+        target = store.runs()[0].target
+        store.append(
+            HumanFeedback(
+                run_id="run-0000", index=7, sha256=low.sha256, valence=target.valence, arousal=target.arousal
+            )
+        )
+        (best,) = Dataset(store, ALL).examples("bests").fetch([0])
+        assert best.winner == low.sha256
+
+
+def test_the_split_goes_by_neutral_prompt_and_stays(tmp_path: Path) -> None:
+    with open_store(write_log(tmp_path, 40)) as store:
+        dataset = Dataset(store, DataConfig(held_out=0.4))
+        sides = {
+            split: {
+                e.prompt
+                for e in dataset.examples("bests", split).fetch(range(len(dataset.examples("bests", split))))
+            }
+            for split in ("train", "held_out")
+        }
+        assert sides["train"] and sides["held_out"] and not sides["train"] & sides["held_out"]
+    assert held_out("a dog", 0.5, "emoloop") == held_out("a dog", 0.5, "emoloop")
+    share = np.mean([held_out(f"prompt {i}", 0.2, "emoloop") for i in range(2000)])
+    assert share == pytest.approx(0.2, abs=0.03)
+    # A larger share keeps what was held out before.
+    assert all(held_out(f"{i}", 0.5, "x") for i in range(500) if held_out(f"{i}", 0.3, "x"))
+
+
+def test_the_data_hash_follows_the_data(tmp_path: Path) -> None:
+    def hash_of(home: Path, **how: object) -> str:
+        with open_store(write_log(home, 3, **how)) as store:
+            return Dataset(store, ALL).statistics.data_hash
+
+    same = hash_of(tmp_path / "a")
+    assert same == hash_of(tmp_path / "b")
+    assert same != hash_of(tmp_path / "c", reward=lambda *place: default_reward(*place) + 0.001)  # type: ignore[operator]
+
+
+def test_the_filter_picks_runs(tmp_path: Path) -> None:
+    with open_store(write_log(tmp_path, 8)) as store:
+        assert Dataset(store, ALL, RunFilter(prompt="boat")).statistics.runs == 1
+        assert Dataset(store, ALL, RunFilter(limit=3)).statistics.runs == 3
+        with pytest.raises(UserError, match="answers to --from"):
+            Dataset(store, ALL, RunFilter(prompt="zebra"))
+
+
+def test_wrong_logs_are_refused_in_one_line(tmp_path: Path) -> None:
+    with open_store(settings_for(tmp_path / "empty")) as store, pytest.raises(UserError, match="is empty"):
+        Dataset(store)
+    with (
+        open_store(write_log(tmp_path / "missing", 2, reward=lambda *place: None)) as store,
+        pytest.raises(UserError, match=r"all critiques are missing .the critic timed out"),
+    ):
+        Dataset(store)
+    with open_store(settings_for(tmp_path / "mixed")) as store:
+        store.append(*run_events(store, 0), *run_events(store, 1, model="other"))
+        with pytest.raises(UserError, match=r"2 base models \(other@r1; tiny@r1\)"):
+            Dataset(store)
+        assert Dataset(store, where=RunFilter(model="tiny")).base.model == "tiny"
+    with open_store(settings_for(tmp_path / "adapters")) as store:
+        store.append(*run_events(store, 0), *run_events(store, 1, adapter="abcdef0123"))
+        with pytest.raises(UserError, match="adapter abcdef01"):
+            Dataset(store)
+        assert Dataset(store, where=RunFilter(adapter="none")).base.adapter is None
+        assert Dataset(store, where=RunFilter(adapter="abcd")).base.adapter == "abcdef0123"
+    with open_store(settings_for(tmp_path / "rewards")) as store:
+        store.append(*run_events(store, 0), *run_events(store, 1, reward_name="other"))
+        with pytest.raises(UserError, match="different rewards"):
+            Dataset(store)
+
+
+def test_sources_by_keys() -> None:
+    assert source_for(frozenset({"prompt", "target", "winner"})) == "bests"
+    assert source_for(frozenset({"prompt", "target", "winner", "loser"})) == "preferences"
+    assert source_for(frozenset({"prompt", "refined", "advantage"})) == "pairs"
+    with pytest.raises(UserError, match="lack log_probs"):
+        source_for(frozenset({"prompt", "latents", "rewards", "log_probs"}))
