@@ -180,7 +180,8 @@ def save(
 
 
 CORPUS = [
-    "critic prompt: a dog by the sea\ntarget: valence +2.0 arousal -1.0 category awe\ncritique: rewrite: score:",
+    "critic prompt: a dog by the sea\ntarget: valence +2.0 arousal -1.0 category awe\n",
+    "critique: rewrite: score:",
     '{"analysis": "a dog, a sun; bright warm beach", "valence": "+1.2", "arousal": "-0.3", '
     '"category": "awe", "alignment": "1.0", "suggestion": "add balloons"}',
     '{"why": "too calm", "changes": "added a storm", "prompt": "a dog by the sea, storm, dark"}',

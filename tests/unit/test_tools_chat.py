@@ -36,9 +36,7 @@ def test_layout_goes_into_json_schemas_only():
 
 
 def test_messages_become_parts():
-    got = to_openai(
-        [SystemMessage("be kind"), HumanMessage([{"type": "text", "text": "hm"}]), AIMessage("ok")]
-    )
+    got = to_openai([SystemMessage("be kind"), HumanMessage([{"type": "text", "text": "h"}]), AIMessage("o")])
     assert [m["role"] for m in got] == ["system", "user", "assistant"]
     assert got[0]["content"] == [{"type": "text", "text": "be kind"}]
 
