@@ -119,18 +119,18 @@ class Recipe:
                     names = list(average)
                     now = model.state_dict()
                     torch._foreach_lerp_([average[n] for n in names], [now[n] for n in names], 1 - decay)
-                self.losses.append(float(value))
+                self.losses.append(value.item())
                 seconds = time.monotonic() - begin
                 if step % 20 == 0 or step + 1 == self.steps:
                     line = {
                         "step": step,
-                        "loss": round(float(value), 5),
+                        "loss": round(value.item(), 5),
                         "seconds": round(seconds, 1),
                         **{k: round(v, 5) for k, v in metrics.items()},
                     }
                     log.write(json.dumps(line) + "\n")
                     log.flush()
-                progress.update(task, completed=step + 1, note=f"loss {float(value):.4f}")
+                progress.update(task, completed=step + 1, note=f"loss {value.item():.4f}")
                 out_of_time = self.minutes is not None and seconds > 60 * self.minutes
                 if (step + 1) % self.save_every == 0 or step + 1 == self.steps or out_of_time:
                     state: dict[str, Any] = {

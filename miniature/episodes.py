@@ -1,0 +1,300 @@
+"""What the miniature's LVLM learns from: critiques of pictures, and rewriting episodes.
+
+As a critic it is shown rendered scenes and told what the law says of them. As a rewriter it never meets the law.
+An episode has hidden truths of its own (how its place biases feeling, how each thing departs from what is
+commonly felt), readings that follow them, and a next prompt that is an edit of the last one; the target is then
+set to what that edit would read (hindsight). So the rewriter learns what words commonly feel like, and to
+make up for the difference between what its words promised and what the critic saw.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.random import Generator as Rng
+from numpy.typing import NDArray
+
+from . import law, lexicon, world
+from .world import Parsed, Placed, Scene
+
+_LIGHT = ("brightness", "saturation", "tint")
+_FACTORS = ("weather", *_LIGHT)
+_TABLES = {
+    "weather": world.WEATHER,
+    "brightness": world.BRIGHTNESS,
+    "saturation": world.SATURATION,
+    "tint": world.TINT,
+}
+
+
+def signed(value: float) -> str:
+    """One decimal with its sign, as the answer schemas write scores."""
+    text = f"{float(np.clip(value, -3.9, 3.9)):+.1f}"
+    return "+0.0" if text == "-0.0" else text
+
+
+def word(value: str, factor: str) -> str:
+    """The first synonym of a factor's value."""
+    return _TABLES[factor][value][1][0]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One exchange: the texts of the compact prompts, the picture (critic only) and the answer."""
+
+    system: str
+    task: str
+    question: str
+    answer: str
+    pixels: NDArray[np.uint8] | None = None
+
+
+# --- critic --------------------------------------------------------------------------------------------
+
+
+def _target(rng: Rng) -> tuple[float, float]:
+    return round(float(rng.uniform(-2.6, 2.6)), 1), round(float(rng.uniform(-2.6, 2.6)), 1)
+
+
+def target_text(valence: float | None, arousal: float | None, category: str | None = None) -> str:
+    """As `agents.schemas.target_text` writes it."""
+    parts = [f"{n} {signed(x)}" for n, x in (("valence", valence), ("arousal", arousal)) if x is not None]
+    return " ".join(parts + ([f"category {category}"] if category else []))
+
+
+def _draw_target(rng: Rng) -> tuple[tuple[float | None, float | None], str]:
+    valence, arousal = _target(rng)
+    which = rng.random()
+    wanted = (valence, None) if which < 0.06 else (None, arousal) if which < 0.12 else (valence, arousal)
+    category = law.category(valence, arousal) if rng.random() < 0.15 else None
+    return wanted, target_text(*wanted, category)
+
+
+def alignment(named: Parsed, scene: Scene) -> float:
+    """How much of what a text names a scene shows: the subject counts twice; 1 where the text names nothing."""
+    hits = [2.0 * (named.subject == scene.subject)] if named.subject else []
+    total = 2.0 if named.subject else 0.0
+    for factor in ("place", *_FACTORS):
+        wanted = getattr(named, factor)
+        if wanted:
+            total += 1
+            hits.append(float(wanted == getattr(scene, factor)))
+    present = {c.name for c in scene.companions}
+    for placed in named.companions:
+        total += 1
+        hits.append(float(placed.name in present))
+    return sum(hits) / total if total else 1.0
+
+
+def describe(scene: Scene, colour: tuple[float, float]) -> str:
+    """A scene in the critic's words: subject, surroundings and light, colour's feeling, companions."""
+    light = " ".join(word(getattr(scene, f), f) for f in _LIGHT)
+    things = ", ".join(
+        f"{'far ' if c.far else ''}{c.name} {c.side}"
+        for c in sorted(scene.companions, key=lambda c: (not world.COMPANIONS[c.name].sky, c.side))
+    )
+    return (
+        f"{scene.subject} {scene.place} {scene.weather} {light}, colour {signed(colour[0])}{signed(colour[1])}, "
+        f"{things or 'nothing else'}"
+    )
+
+
+def _suggest(rng: Rng, scene: Scene, miss: tuple[float | None, float | None]) -> str:
+    words = [
+        f"{'raise' if gap > 0 else 'lower'} {axis}"
+        for axis, gap in zip(("valence", "arousal"), miss, strict=True)
+        if gap is not None and abs(gap) >= 0.3
+    ]
+    if not words:
+        return "keep it"
+    gap = np.array([g or 0.0 for g in miss])
+    known = lexicon.table()
+    present = {c.name: np.array(known[c.name]) for c in scene.companions}
+    options = {f"add {n}": np.array(known[n]) for n in world.COMPANIONS if n not in present}
+    options |= {f"drop {n}": -v for n, v in present.items()}
+    best = min(options, key=lambda o: float(np.abs(gap - options[o]).sum()) + rng.random() * 0.2)
+    return f"{', '.join(words)}; {best}"
+
+
+def critic_example(rng: Rng, folds: tuple[int, ...], score_only: float = 0.12) -> Example:
+    """A rendered scene, a prompt that may or may not fit it, and the law's reading of it."""
+    scene = world.sample_scene(rng, folds)
+    pixels = world.render(scene)
+    valence, arousal = law.affect(scene, pixels)
+    told = scene
+    if rng.random() < 0.25:
+        other = world.sample_scene(rng)
+        told = replace(scene, **{f: getattr(other, f) for f in ("subject", "place") if rng.random() < 0.6})
+    prompt = world.caption(rng, told, world.sample_named(rng, told))
+    wanted, target = _draw_target(rng)
+    task = f"prompt: {prompt}\ntarget: {target}\n"
+    v, a = round(valence, 1), round(arousal, 1)
+    if rng.random() < score_only:
+        answer = {"valence": signed(v), "arousal": signed(a)}
+        return Example("critic", task, "score:", json.dumps(answer), pixels)
+    answer = {
+        "analysis": describe(scene, law.colour_affect(pixels)),
+        "valence": signed(v),
+        "arousal": signed(a),
+        "category": law.category(valence, arousal, scene.companions),
+        "alignment": f"{alignment(world.parse(prompt), scene):.1f}",
+        "suggestion": _suggest(
+            rng, scene, tuple(None if w is None else w - x for w, x in zip(wanted, (v, a), strict=True))
+        ),
+    }
+    return Example("critic", task, "critique:", json.dumps(answer), pixels)
+
+
+# --- rewriter ------------------------------------------------------------------------------------------
+
+
+def write(neutral: str, before: Parsed, after: Parsed) -> str:
+    """Write a prompt: the neutral prompt's own words, with what `after` has beyond it woven around them.
+
+    Args:
+        neutral: The neutral prompt.
+        before: What it names.
+        after: What the result shall name; everything in `before` is kept.
+    """
+    adjectives = [
+        word(getattr(after, f), f) for f in _LIGHT if getattr(after, f) and getattr(after, f) != getattr(before, f)
+    ]
+    parts = [neutral]
+    if after.place and after.place != before.place:
+        parts.append(world.PLACES[after.place][0])
+    if after.weather and after.weather != before.weather:
+        parts.append(word(after.weather, "weather"))
+    if adjectives:
+        parts.append(f"in {' '.join(adjectives)} light")
+    kept = {c.name for c in before.companions}
+    things = [c for c in after.companions if c.name not in kept]
+    if things:
+        names = []
+        for placed in things:
+            thing = world.COMPANIONS[placed.name]
+            side = f" {placed.side}" if placed.side != thing.side else ""
+            names.append(f"a {'far ' if placed.far else ''}{thing.words[0]}{side}")
+        parts.append("with " + " and ".join(names))
+    if after.nothing_else and not before.nothing_else:
+        parts.append("nothing else")
+    return " ".join(parts)
+
+
+def _edit(rng: Rng, base: Parsed, now: Parsed, fresh: bool) -> Parsed:
+    """A random edit of `now` that keeps everything in `base`."""
+    changed = now
+    if fresh:
+        changes = ["brightness", "saturation"] + [f for f in ("tint", "weather") if rng.random() < 0.35]
+        if base.place is None and rng.random() < 0.3:
+            changes.append("place")
+        changes += ["companion"] * int(rng.choice(4, p=[0.1, 0.3, 0.35, 0.25]))
+    else:
+        options = ["brightness", "saturation", "tint", "weather", "companion", "companion", "drop", "swap", "swap"]
+        changes = [options[i] for i in rng.integers(len(options), size=int(rng.choice([0, 1, 2, 3], p=[0.05, 0.4, 0.35, 0.2])))]
+    for change in changes:
+        if change == "place":
+            changed = replace(changed, place=list(world.PLACES)[rng.integers(len(world.PLACES))])
+        elif change in _FACTORS:
+            if getattr(base, change) is None:
+                values = list(_TABLES[change])
+                changed = replace(changed, **{change: values[rng.integers(len(values))]})
+        else:
+            kept = {c.name for c in base.companions}
+            mine = [c for c in changed.companions if c.name not in kept]
+            if change in ("drop", "swap") and mine:
+                gone = mine[rng.integers(len(mine))]
+                changed = replace(changed, companions=tuple(c for c in changed.companions if c is not gone))
+            if change in ("companion", "swap") and len(changed.companions) < 3 and not base.nothing_else:
+                changed = replace(
+                    changed, companions=changed.companions + world.sample_companions(rng, 1, changed.companions)
+                )
+    return replace(changed, nothing_else=True)
+
+
+def _plan(rng: Rng, base: Parsed, now: Parsed, goal: NDArray[np.float64], fresh: bool, tries: int = 40) -> Parsed:
+    """The best of some random edits by what words commonly feel like."""
+    best, cost = now, np.inf
+    for _ in range(tries):
+        option = _edit(rng, base, now, fresh)
+        gap = float(np.abs(np.array(lexicon.score(option)) - goal).sum())
+        if gap < cost:
+            best, cost = option, gap
+    return best
+
+
+def _difference(now: Parsed, after: Parsed) -> list[tuple[str, NDArray[np.float64]]]:
+    """What an edit does, piece by piece, with what each piece commonly adds; largest first."""
+    known = lexicon.table()
+    pieces: list[tuple[str, NDArray[np.float64]]] = []
+    for factor in ("place", *_FACTORS):
+        old, new = getattr(now, factor), getattr(after, factor)
+        if new != old:
+            delta = np.array(known.get(new or "", (0, 0))) - np.array(known.get(old or "", (0, 0)))
+            pieces.append((new if factor == "place" else word(new, factor), delta))
+    old_things = {c.name: c for c in now.companions}
+    new_things = {c.name: c for c in after.companions}
+    for name, placed in old_things.items():
+        if new_things.get(name) != placed:
+            pieces.append((f"drop {name}", -np.array(known[name]) * (0.5 if placed.far else 1.0)))
+    for name, placed in new_things.items():
+        if old_things.get(name) != placed:
+            pieces.append((f"{'far ' if placed.far else ''}{name}", np.array(known[name]) * (0.5 if placed.far else 1.0)))
+    return sorted(pieces, key=lambda piece: -float(np.abs(piece[1]).sum()))
+
+
+def rewriter_example(rng: Rng) -> Example:
+    """One step of a simulated episode: up to two tried prompts with readings, and the next prompt."""
+    scene = world.sample_scene(rng)
+    named = world.sample_named(rng, scene)
+    if rng.random() < 0.6:
+        named = replace(
+            named, weather=False, brightness=False, saturation=False, tint=False, nothing_else=False,
+            companions=tuple(False for _ in named.companions) if rng.random() < 0.8 else named.companions,
+        )  # fmt: skip
+    neutral = world.caption(rng, scene, named)
+    base = world.parse(neutral)
+    general = rng.normal(0, 0.5, 2)
+    offsets = {name: rng.normal(0, 1.1, 2) * (rng.random() < 0.25) for name in world.COMPANIONS}
+
+    def truth(state: Parsed) -> NDArray[np.float64]:
+        own = [offsets[c.name] * (0.5 if c.far else 1.0) for c in state.companions]
+        return np.array(lexicon.score(state)) + general + np.sum(own, axis=0, initial=0.0)
+
+    wanted = np.array(_target(rng))
+    history: list[tuple[Parsed, NDArray[np.float64]]] = []
+    now = base
+    rounds = int(rng.choice(4, p=[0.2, 0.35, 0.3, 0.15]))
+    for number in range(rounds):
+        reading = np.clip(truth(now) + rng.normal(0, 0.12 if number else 0.3, 2), -3, 3)
+        history.append((now, reading))
+        bias = reading - np.array(lexicon.score(now))
+        now = _plan(rng, base, now, wanted - bias, fresh=number == 0)
+    if not history:
+        now = _plan(rng, base, base, wanted, fresh=True)
+    last, reading = history[-1] if history else (base, np.array(lexicon.score(base)))
+    # Hindsight: the target becomes what the edit promises, but for a little that no words could give.
+    promised = reading + np.array(lexicon.score(now)) - np.array(lexicon.score(last))
+    target = np.clip(np.round(promised + rng.normal(0, 0.12, 2), 1), -2.9, 2.9)
+    axes = np.array([1.0, 1.0])
+    if rng.random() < 0.1:
+        axes[rng.integers(2)] = 0.0
+    remaining = (target - np.round(reading, 1)) * axes
+    pieces = _difference(last, now)
+    steps = [f"need {signed(remaining[0])}{signed(remaining[1])}"]
+    for text, delta in pieces[:7]:
+        remaining = remaining - delta * axes
+        steps.append(f"{text} {signed(remaining[0])}{signed(remaining[1])}")
+    answer = {
+        "why": ", ".join(steps) if pieces else f"{steps[0]}, keep",
+        "changes": ", ".join(text for text, _ in pieces) or "keep",
+        "prompt": write(neutral, base, now),
+    }
+    category = law.category(*target) if rng.random() < 0.15 else None
+    wanted_text = target_text(*(float(t) if axis else None for t, axis in zip(target, axes, strict=True)), category)
+    task = f"prompt: {neutral}\ntarget: {wanted_text}\n"
+    for state, reading in history[-2:]:
+        prompt = neutral if state is base else write(neutral, base, state)
+        task += f"tried: {prompt}\nread: valence {signed(reading[0])} arousal {signed(reading[1])}\n"
+    return Example("rewriter", task, "rewrite:", json.dumps(answer))
