@@ -12,7 +12,7 @@ every adapter off, the network runs the base's own layers, so its output equals 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from .networks import Conditioning, Network
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..tools.adapter import Adapter
     from ..tools.emotion_tokens import EmotionTokens
 
 STUDENT, PREVIOUS, SLOW = "student", "previous", "slow"
@@ -69,10 +70,11 @@ class Policy:
         guidance: Guidance by default.
         size: (height, width) in pixels.
         negative_prompt: Of the unconditional branch.
-        previous: (LoRA config, LoRA weights, tokens) of the round before; the student starts as its copy.
+        previous: The adapter of the round before, bound to the pipeline under the name `PREVIOUS`; the student
+            starts as its copy, and rank, alpha, targets and dropout are its own.
 
     Raises:
-        UserError: The LoRA binds no layer, or the previous adapter does not fit.
+        UserError: The LoRA binds no layer.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Policy:
         guidance: float,
         size: tuple[int, int],
         negative_prompt: str | None = None,
-        previous: tuple[Any, Mapping[str, Tensor], EmotionTokens | None] | None = None,
+        previous: Adapter | None = None,
     ) -> None:
         self.network, self.tokens = network, tokens
         self.process = network.process()
@@ -104,12 +106,12 @@ class Policy:
         self.null = network.encode(negative_prompt)
         self._previous_tokens: EmotionTokens | None = None
         self._slow_tokens: EmotionTokens | None = None
-        config = _lora_config(rank, alpha, targets or network.lora_targets, dropout)
-        if previous is not None:
-            config, weights, previous_tokens = previous
-            self._add(PREVIOUS, config, seed)
-            _load_adapter(module, weights, PREVIOUS)
-            self._previous_tokens = previous_tokens
+        if previous is None:
+            config = _lora_config(rank, alpha, targets or network.lora_targets, dropout)
+        else:
+            config = module.peft_config[PREVIOUS]
+            if previous.emotion_tokens is not None:
+                self._previous_tokens = previous.emotion_tokens.requires_grad_(False)
         self._add(STUDENT, config, seed)
         self._layers = [layer for layer in module.modules() if _is_lora(layer)]
         self.bound = len(self._layers)
@@ -131,7 +133,7 @@ class Policy:
     def student(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
         """Prediction of the weights in training; carries gradient."""
         return self.trained(
-            x.to(self.dtype), t.to(x), condition.prompt, condition.pooled, target, self.guidance
+            x.to(self.dtype), t.to(x.device), condition.prompt, condition.pooled, target, self.guidance
         )
 
     @torch.no_grad()
@@ -141,16 +143,16 @@ class Policy:
             return self._predict(self._previous_tokens, x, t, condition, target)
 
     @torch.no_grad()
-    def slow(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor | None) -> Tensor:
-        """Prediction of the moving average; without a target, without its tokens."""
+    def slow(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
+        """Prediction of the student's moving average."""
         with self._voice(SLOW):
-            return self._predict(None if target is None else self._slow_tokens, x, t, condition, target)
+            return self._predict(self._slow_tokens, x, t, condition, target)
 
     @torch.no_grad()
     def _guided(
         self, x: Tensor, t: Tensor, told: Conditioning, null: Conditioning | None, guidance: float
     ) -> Tensor:
-        t = t.to(x).expand(len(x))
+        t = t.to(x.device).expand(len(x))
         if null is None:
             return self._denoise(x, t, told, guidance)
         both = self._denoise(x.repeat(2, 1, 1, 1), t.repeat(2), Conditioning.cat([null, told]), guidance)
@@ -158,11 +160,11 @@ class Policy:
         return unconditional + guidance * (conditional - unconditional)
 
     def _predict(
-        self, tokens: EmotionTokens | None, x: Tensor, t: Tensor, told: Conditioning, target: Tensor | None
+        self, tokens: EmotionTokens | None, x: Tensor, t: Tensor, told: Conditioning, target: Tensor
     ) -> Tensor:
-        if tokens is not None and target is not None:
+        if tokens is not None:
             told = with_tokens(tokens, told, target)
-        return self._denoise(x, t.to(x), told, self.guidance)
+        return self._denoise(x, t.to(x.device), told, self.guidance)
 
     def _denoise(self, x: Tensor, t: Tensor, told: Conditioning, guidance: float) -> Tensor:
         return self.network.denoise(self.network.module, x.to(self.dtype), t, told, guidance)
@@ -372,14 +374,3 @@ def _lora_config(rank: int, alpha: float, targets: Sequence[str], dropout: float
         lora_dropout=dropout,
         init_lora_weights="gaussian",
     )
-
-
-def _load_adapter(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
-    from peft import set_peft_model_state_dict
-
-    result = set_peft_model_state_dict(module, dict(weights), adapter_name=name)
-    wrong = [*getattr(result, "unexpected_keys", [])]
-    if wrong:
-        raise UserError(
-            f"the previous adapter does not fit this model: {len(wrong)} unknown weights such as {wrong[0]}"
-        )

@@ -50,7 +50,7 @@ class PolicyView(Protocol):
         """Prediction of what made the traces; no gradient."""
         ...
 
-    def slow(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor | None) -> Tensor:
+    def slow(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
         """Prediction of the student's moving average; no gradient. Needs `Objective.slow_decay`."""
         ...
 

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Batch, Metrics, Objective, PolicyView, no_target, per_row
+from .base import Batch, Metrics, Objective, PolicyView, per_row
 
 
 def opd_loss(
@@ -52,7 +52,7 @@ class OPD(Objective):
             winning round, which cost no rollout and lie where the teacher's own images lie.
         space: "velocity" weighs all times alike; "clean" compares the implied clean images (w = t²).
         teacher: "reference" is what made the traces; "slow" is the student's own moving average, which hears
-            the refined prompt as well.
+            the refined prompt beside the target and so may pass the reference.
         teacher_decay: Decay of that average.
     """
 
@@ -92,12 +92,12 @@ class OPD(Objective):
             parts = [self.draw_states(batch, "latents", policy, generator)[:2] for _ in range(self.states)]
             x, t = (torch.cat(part) for part in zip(*parts, strict=True))
         k = self.states
-        refined = batch["refined"].repeat(k)
+        refined, target = batch["refined"].repeat(k), target.repeat(k, 1)
         if self.teacher == "slow":
-            teacher = policy.slow(x, t, refined, None)
+            teacher = policy.slow(x, t, refined, target)
         else:
-            teacher = policy.reference(x, t, refined, no_target(len(x), x.device))
-        student, hold = self.with_hold(x, t, prompt.repeat(k), target.repeat(k, 1), policy)
+            teacher = policy.reference(x, t, refined, target)
+        student, hold = self.with_hold(x, t, prompt.repeat(k), target, policy)
         advantage = batch["advantage"].repeat(k)
         if self.space == "clean":
             student, teacher = (policy.process.clean(x, v, t) for v in (student, teacher))
