@@ -146,6 +146,8 @@ class Asker:
                 return Reply(read(raw, kind), usage, time.perf_counter() - started)
             except ValueError as error:
                 problem = str(error)
+            if message.response_metadata.get("finish_reason") == "length":
+                problem = "it was cut at the length limit (lvlm.max_tokens)"
             messages = [
                 *messages,
                 AIMessage(raw or "(nothing)"),

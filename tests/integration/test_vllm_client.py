@@ -211,12 +211,15 @@ def test_check_takes_a_folder_for_its_name(connect, tmp_path):
 
 
 async def test_a_cancelled_caller_frees_its_slot(server, connect):
-    server.script = lambda number, body: hang(1.0) if number == 0 else chat("ok")
-    model = connect(server, concurrency=1)
-    task = asyncio.create_task(model.ainvoke("x"))
-    await asyncio.sleep(0.1)
+    server.script = lambda number, body: hang(2.0) if "slow" in str(body) else chat("ok")
+    model = connect(server, concurrency=1, timeout=60)
+    task = asyncio.create_task(model.ainvoke("slow"))
+    while not server.requests:
+        await asyncio.sleep(0.01)
+    started = time.monotonic()
     task.cancel()
-    assert (await asyncio.wait_for(model.ainvoke("y"), 1)).content == "ok"
+    assert (await model.ainvoke("y")).content == "ok"
+    assert time.monotonic() - started < 1.8
 
 
 def test_close_leaves_nothing(server, connect):
