@@ -17,7 +17,7 @@ from numpy.random import Generator as Rng
 from numpy.typing import NDArray
 
 from . import law, lexicon, world
-from .world import Parsed, Placed, Scene
+from .world import Parsed, Scene
 
 _LIGHT = ("brightness", "saturation", "tint")
 _FACTORS = ("weather", *_LIGHT)
@@ -159,7 +159,9 @@ def write(neutral: str, before: Parsed, after: Parsed) -> str:
         after: What the result shall name; everything in `before` is kept.
     """
     adjectives = [
-        word(getattr(after, f), f) for f in _LIGHT if getattr(after, f) and getattr(after, f) != getattr(before, f)
+        word(getattr(after, f), f)
+        for f in _LIGHT
+        if getattr(after, f) and getattr(after, f) != getattr(before, f)
     ]
     parts = [neutral]
     if after.place and after.place != before.place:
@@ -191,8 +193,21 @@ def _edit(rng: Rng, base: Parsed, now: Parsed, fresh: bool) -> Parsed:
             changes.append("place")
         changes += ["companion"] * int(rng.choice(4, p=[0.1, 0.3, 0.35, 0.25]))
     else:
-        options = ["brightness", "saturation", "tint", "weather", "companion", "companion", "drop", "swap", "swap"]
-        changes = [options[i] for i in rng.integers(len(options), size=int(rng.choice([0, 1, 2, 3], p=[0.05, 0.4, 0.35, 0.2])))]
+        options = [
+            "brightness",
+            "saturation",
+            "tint",
+            "weather",
+            "companion",
+            "companion",
+            "drop",
+            "swap",
+            "swap",
+        ]
+        changes = [
+            options[i]
+            for i in rng.integers(len(options), size=int(rng.choice([0, 1, 2, 3], p=[0.05, 0.4, 0.35, 0.2])))
+        ]
     for change in changes:
         if change == "place":
             changed = replace(changed, place=list(world.PLACES)[rng.integers(len(world.PLACES))])
@@ -208,12 +223,15 @@ def _edit(rng: Rng, base: Parsed, now: Parsed, fresh: bool) -> Parsed:
                 changed = replace(changed, companions=tuple(c for c in changed.companions if c is not gone))
             if change in ("companion", "swap") and len(changed.companions) < 3 and not base.nothing_else:
                 changed = replace(
-                    changed, companions=changed.companions + world.sample_companions(rng, 1, changed.companions)
+                    changed,
+                    companions=changed.companions + world.sample_companions(rng, 1, changed.companions),
                 )
     return replace(changed, nothing_else=True)
 
 
-def _plan(rng: Rng, base: Parsed, now: Parsed, goal: NDArray[np.float64], fresh: bool, tries: int = 40) -> Parsed:
+def _plan(
+    rng: Rng, base: Parsed, now: Parsed, goal: NDArray[np.float64], fresh: bool, tries: int = 40
+) -> Parsed:
     """The best of some random edits by what words commonly feel like."""
     best, cost = now, np.inf
     for _ in range(tries):
@@ -240,7 +258,12 @@ def _difference(now: Parsed, after: Parsed) -> list[tuple[str, NDArray[np.float6
             pieces.append((f"drop {name}", -np.array(known[name]) * (0.5 if placed.far else 1.0)))
     for name, placed in new_things.items():
         if old_things.get(name) != placed:
-            pieces.append((f"{'far ' if placed.far else ''}{name}", np.array(known[name]) * (0.5 if placed.far else 1.0)))
+            pieces.append(
+                (
+                    f"{'far ' if placed.far else ''}{name}",
+                    np.array(known[name]) * (0.5 if placed.far else 1.0),
+                )
+            )
     return sorted(pieces, key=lambda piece: -float(np.abs(piece[1]).sum()))
 
 
@@ -292,7 +315,9 @@ def rewriter_example(rng: Rng) -> Example:
         "prompt": write(neutral, base, now),
     }
     category = law.category(*target) if rng.random() < 0.15 else None
-    wanted_text = target_text(*(float(t) if axis else None for t, axis in zip(target, axes, strict=True)), category)
+    wanted_text = target_text(
+        *(float(t) if axis else None for t, axis in zip(target, axes, strict=True)), category
+    )
     task = f"prompt: {neutral}\ntarget: {wanted_text}\n"
     for state, reading in history[-2:]:
         prompt = neutral if state is base else write(neutral, base, state)

@@ -56,7 +56,9 @@ class Recogniser(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 6, 3, 2, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.body = nn.Sequential(_Block(width, 2 * width, 2), _Block(2 * width, 4 * width, 2), _Block(4 * width, 4 * width, 1))
+        self.body = nn.Sequential(
+            _Block(width, 2 * width, 2), _Block(2 * width, 4 * width, 2), _Block(4 * width, 4 * width, 1)
+        )
         c = 4 * width
         self.features = c * 16
         self.subject = nn.Linear(c * 16, len(world.SUBJECTS))
@@ -145,13 +147,18 @@ class Reader:
         found: list[Reading] = []
         for start in range(0, len(images), batch):
             part = [i.convert("RGB") for i in images[start : start + batch]]
-            part = [i if i.size == (world.SIZE, world.SIZE) else i.resize((world.SIZE, world.SIZE)) for i in part]
+            part = [
+                i if i.size == (world.SIZE, world.SIZE) else i.resize((world.SIZE, world.SIZE)) for i in part
+            ]
             pixels = np.stack([np.asarray(i) for i in part])
             x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
             out = self.model(x)
             best = {name: value.argmax(1).tolist() for name, value in out.items() if name != "features"}
             features = out["features"].numpy().astype(np.float32)
-            found += [self._reading(pixels[i], {n: v[i] for n, v in best.items()}, features[i]) for i in range(len(part))]
+            found += [
+                self._reading(pixels[i], {n: v[i] for n, v in best.items()}, features[i])
+                for i in range(len(part))
+            ]
         return found
 
     @staticmethod
@@ -161,9 +168,23 @@ class Reader:
             index = best[f"corner{i}"]
             if index:
                 names = _SKY if sky else _GROUND
-                companions.append(Placed(names[(index - 1) // 2], "left" if side == "left" else "right", bool((index - 1) % 2)))
-        place, weather, brightness, saturation, tint = (list(t)[best[f"whole{i}"]] for i, t in enumerate(_TABLES))
-        scene = Scene(list(world.SUBJECTS)[best["subject"]], place, weather, brightness, saturation, tint, tuple(companions))
+                companions.append(
+                    Placed(
+                        names[(index - 1) // 2], "left" if side == "left" else "right", bool((index - 1) % 2)
+                    )
+                )
+        place, weather, brightness, saturation, tint = (
+            list(t)[best[f"whole{i}"]] for i, t in enumerate(_TABLES)
+        )
+        scene = Scene(
+            list(world.SUBJECTS)[best["subject"]],
+            place,
+            weather,
+            brightness,
+            saturation,
+            tint,
+            tuple(companions),
+        )
         valence, arousal = law.affect(scene, pixels)
         return Reading(
             valence=valence, arousal=arousal, subject=scene.subject, companions=[c.name for c in companions],

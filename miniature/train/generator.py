@@ -68,7 +68,7 @@ def build_transformer() -> SD3Transformer2DModel:
     # diffusers leaves these random; adaptive norms must start as the identity and the output as zero.
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear) and (
-            name.endswith("linear") and "norm" in name or name == "proj_out"
+            (name.endswith("linear") and "norm" in name) or name == "proj_out"
         ):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
@@ -200,7 +200,7 @@ def save_pipeline(trainee: Trainee, codec: PatchAutoencoder, out: Path) -> None:
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     preset = {
         "steps": 14, "guidance": 3.0, "height": world.SIZE, "width": world.SIZE, "micro_batch": 8,
-        "call": {"max_sequence_length": 0}, "load": {"text_encoder_3": None, "tokenizer_3": None, "image_encoder": None, "feature_extractor": None},
+        "call": {"max_sequence_length": 0}, "load": dict.fromkeys(("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")),
     }  # fmt: skip
     (out / "emoloop.json").write_text(json.dumps(preset, indent=2) + "\n")
 

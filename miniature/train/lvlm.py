@@ -15,7 +15,12 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GenerationConfig, Idefics3Config, Idefics3ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from .. import world
 from ..codec import PatchAutoencoder
@@ -67,7 +72,10 @@ def build_tokenizer(seed: int, vocabulary: int = 1216) -> PreTrainedTokenizerFas
     corpus += [f" {word}" for word in (*world.COMPANIONS, *world.SUBJECTS)] * 20
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     specials = [AddedToken(token, special=True, normalized=False) for token in SPECIALS]
@@ -86,7 +94,11 @@ def build_tokenizer(seed: int, vocabulary: int = 1216) -> PreTrainedTokenizerFas
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Idefics3ForConditionalGeneration:
     """About 3.5 M parameters; the image is 8 × 8 patches, shuffled to 16 tokens."""
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = Idefics3Config(
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         tie_word_embeddings=True,
@@ -171,7 +183,9 @@ def spoil(rng: np.random.Generator, codec: PatchAutoencoder, pixels: np.ndarray)
     """
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     z = codec.encode(x).latent_dist.mode()
-    strength = torch.from_numpy(rng.uniform(0, 0.35, len(x)) * (rng.random(len(x)) < 0.7)).float()[:, None, None, None]
+    strength = torch.from_numpy(rng.uniform(0, 0.35, len(x)) * (rng.random(len(x)) < 0.7)).float()[
+        :, None, None, None
+    ]
     noise = torch.from_numpy(rng.standard_normal(z.shape)).float()
     spoiled = codec.decode(z + strength * noise).sample
     for i in range(len(x)):
@@ -188,7 +202,9 @@ def spoil(rng: np.random.Generator, codec: PatchAutoencoder, pixels: np.ndarray)
 def collate(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> tuple[Tensor, Tensor]:
     """Token ids and labels (-100 outside the answers), padded on the right, each (batch, length)."""
     prompts = tokenizer([prompt_text(e) for e in examples], add_special_tokens=False).input_ids
-    answers = tokenizer([e.answer + "<end_of_utterance>" for e in examples], add_special_tokens=False).input_ids
+    answers = tokenizer(
+        [e.answer + "<end_of_utterance>" for e in examples], add_special_tokens=False
+    ).input_ids
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     ids = torch.full((len(examples), length), tokenizer.pad_token_id)
     labels = torch.full((len(examples), length), -100)
@@ -204,6 +220,8 @@ def train(recipe: Recipe) -> list[float]:
     tokenizer = build_tokenizer(recipe.seed)
     model = build_model(tokenizer).to(recipe.device)
     model.train()
+    # The CPU's fused attention has a backward pass that takes half of the step at these sizes.
+    model.set_attn_implementation("eager" if recipe.device == "cpu" else "sdpa")
     codec = PatchAutoencoder()
     rng = np.random.default_rng([recipe.seed, 78])
     codec.fit(np.stack([world.render(world.sample_scene(rng)) for _ in range(1000)]))

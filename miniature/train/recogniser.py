@@ -47,7 +47,10 @@ def train(recipe: Recipe, name: str) -> list[float]:
             for key, value in out.items()
             if key != "features"
         }
-        return torch.stack(list(parts.values())).sum(), {"subject": parts["subject"].item(), "corner": parts["corner0"].item()}
+        return torch.stack(list(parts.values())).sum(), {
+            "subject": parts["subject"].item(),
+            "corner": parts["corner0"].item(),
+        }
 
     for _ in recipe.run(model, loss, name):
         pass
