@@ -10,6 +10,9 @@ import sys
 import typer
 
 from .emotion import UserError
+from .evals.bench.commands import bench
+from .graph.commands import collect, run
+from .tools.commands import app as lvlm
 from .traces.commands import app as traces
 
 app = typer.Typer(
@@ -19,6 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(run)
+app.command()(collect)
+app.command()(bench)
+app.add_typer(lvlm, name="lvlm")
 app.add_typer(traces, name="traces")
 
 

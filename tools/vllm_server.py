@@ -307,7 +307,7 @@ class VLLMServer:
                 waited = time.monotonic() - started
                 if (code := self._child.process.poll()) is not None:
                     raise UserError(
-                        f"vLLM ended with exit code {code}: {_reason(self.log)} (all of it: {self.log})"
+                        f"vLLM ended with exit code {code}: {log_reason(self.log)} (all of it: {self.log})"
                     )
                 if waited > timeout:
                     raise UserError(
@@ -407,7 +407,7 @@ def _last_line(log: Path) -> str:
     return next((line[:100] for line in reversed(_lines(log)) if line), "starting")
 
 
-def _reason(log: Path) -> str:
+def log_reason(log: Path) -> str:
     """The last exception that says something; vLLM ends with one that only points at the others."""
     errors = [line for line in _lines(log) if re.match(r"[\w.]*(Error|Exception|error): .", line)]
     telling = [line for line in errors if "Engine core initialization failed" not in line]

@@ -1,1 +1,13 @@
-"""TODO."""
+"""Benchmarks: what the bars of the project are measured with.
+
+A benchmark is a module with `main(**options) -> dict`: the document that `emoloop bench NAME --json`
+prints, with `figures` (a flat map name → number) and what made them (settings, seeds, n, device). `main`'s
+keyword arguments are its options on the command line; its first docstring line is its description.
+"""
+
+from __future__ import annotations
+
+#: Name → dotted path of the function.
+BENCHES: dict[str, str] = {
+    "lvlm": ".evals.bench.lvlm:main",
+}

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import tiny_lvlm
 from emoloop.agents.schemas import CRITIC_SCHEMA, REWRITER_SCHEMA, response_format
 from emoloop.emotion import UserError
 from emoloop.settings import LVLMSettings
@@ -14,8 +15,6 @@ from emoloop.tools.embedded import EmbeddedLVLM
 from emoloop.tools.lvlm import load_lvlm
 from langchain_core.messages import HumanMessage, SystemMessage
 from PIL import Image
-
-from .. import tiny_lvlm
 
 CRITIC = response_format("critique", CRITIC_SCHEMA)
 

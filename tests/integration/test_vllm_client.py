@@ -8,8 +8,7 @@ import pytest
 from emoloop.emotion import UserError
 from emoloop.tools import vllm_client
 from emoloop.tools.vllm_client import LVLMUnavailable, VLLMChat
-
-from ..fake_openai import chat, error, hang, serving
+from fake_openai import chat, error, hang, serving
 
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, "strict": True}}
 
@@ -65,7 +64,7 @@ async def test_concurrency_and_connections_are_bounded(server, connect):
     server.script = lambda number, body: (time.sleep(0.02), chat("ok"))[1]
     model = connect(server, concurrency=4)
     await asyncio.gather(*(model.ainvoke("x") for _ in range(40)))
-    assert server.most_at_once == 4
+    assert 2 <= server.most_at_once <= 4
     assert server.connections <= 8
 
 
@@ -211,11 +210,19 @@ def test_check_takes_a_folder_for_its_name(connect, tmp_path):
 
 
 async def test_a_cancelled_caller_frees_its_slot(server, connect):
-    server.script = lambda number, body: hang(2.0) if "slow" in str(body) else chat("ok")
+    arrived = asyncio.Event()
+    tell = asyncio.get_running_loop().call_soon_threadsafe
+
+    def script(number, body):
+        if "slow" not in str(body):
+            return chat("ok")
+        tell(arrived.set)
+        return hang(2.0)
+
+    server.script = script
     model = connect(server, concurrency=1, timeout=60)
     task = asyncio.create_task(model.ainvoke("slow"))
-    while not server.requests:
-        await asyncio.sleep(0.01)
+    await arrived.wait()
     started = time.monotonic()
     task.cancel()
     assert (await model.ainvoke("y")).content == "ok"

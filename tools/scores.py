@@ -1,0 +1,138 @@
+"""Score-only mode: valence and arousal from the probabilities of a few tokens, without a written critique.
+
+The model answers with the two numbers at once. What it says is the most likely number; what it *believes* is
+spread over signs and digits, and the expectation over that is finer than one decimal. It costs a fraction
+of a critique's tokens and is less accurate, because the reasoning that comes before the numbers is missing:
+a second, cheaper reward with an accuracy of its own. The same reader takes full critiques that came with
+log-probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.runnables import Runnable
+
+NUMBER = {"type": "string", "pattern": r"^[+-][0-3]\.[0-9]$"}
+KEYS = ("valence", "arousal")
+
+SCORE_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {key: NUMBER for key in KEYS},
+    "required": list(KEYS),
+    "additionalProperties": False,
+}
+
+#: Signs and digits that a number may be made of, place by place; the point is no choice.
+PLACES = ("+-", "0123", "", "0123456789")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One axis.
+
+    Attributes:
+        value: What the answer says, in [-3.9, 3.9].
+        expected: Expectation over signs and digits, renormalised over those that the format allows.
+        certainty: Probability of the number as written, in (0, 1], renormalised likewise.
+    """
+
+    value: float
+    expected: float
+    certainty: float
+
+
+def score_only(model: BaseChatModel) -> Runnable[LanguageModelInput, BaseMessage]:
+    """The model, bound to answer with the two numbers only; `read_scores` reads what comes back."""
+    described = {"name": "scores", "schema": SCORE_SCHEMA, "strict": True}
+    return model.bind(
+        response_format={"type": "json_schema", "json_schema": described},
+        max_tokens=48,
+        temperature=0.0,
+        logprobs=True,
+        top_logprobs=20,
+    )
+
+
+def read_scores(message: BaseMessage) -> dict[str, Score]:
+    """Valence and arousal of an answer that came with log-probabilities.
+
+    Args:
+        message: The answer to a model bound by `score_only`, or any critique asked for with `logprobs=True`
+            and
+            `top_logprobs=20`.
+
+    Raises:
+        ValueError: No log-probabilities, or a number that is missing from the answer.
+    """
+    logprobs = message.response_metadata.get("logprobs") if isinstance(message, AIMessage) else None
+    if not logprobs or not logprobs.get("content"):
+        raise ValueError("the answer has no log-probabilities: ask with logprobs=True, top_logprobs=20")
+    tokens = logprobs["content"]
+    text = "".join(token["token"] for token in tokens)
+    return {key: _score(text, tokens, key) for key in KEYS}
+
+
+def _score(text: str, tokens: list[dict[str, Any]], key: str) -> Score:
+    # A free text before the numbers may hold anything but an unescaped quote, so the last such key is the
+    # key.
+    marker = f'"{key}": "'
+    start = text.rfind(marker)
+    if start < 0:
+        raise ValueError(f"the answer has no {key}: {text[:100]!r}")
+    start += len(marker)
+    written = text[start : start + len(PLACES)]
+    chances = [
+        _chances(tokens, start + place, allowed) if allowed else {written[place]: 1.0}
+        for place, allowed in enumerate(PLACES)
+    ]
+    sign, units, _, tenths = chances
+    value = float(written)
+    # A digit is known only after the digits before it as they were written. Every branch that was not taken
+    # stands for its number nearest to the branch that was: next to +1.9 the branch "2" is +2.0, and "-" is 0.
+    taken = int(written[1])
+    magnitude = 0.0
+    for digit, chance in units.items():
+        if int(digit) == taken:
+            magnitude += chance * (taken + sum(int(d) * c for d, c in tenths.items()) / 10)
+        else:
+            magnitude += chance * (int(digit) if int(digit) > taken else int(digit) + 0.9)
+    side = 1.0 if written[0] == "+" else -1.0
+    certainty = math.prod(place[character] for place, character in zip(chances, written, strict=True))
+    return Score(value=value, expected=side * sign[written[0]] * magnitude, certainty=certainty)
+
+
+def _chances(tokens: list[dict[str, Any]], at: int, allowed: str) -> dict[str, float]:
+    """Probability of each allowed character at place `at` of the text, given the text before it.
+
+    A token may begin before the place (a quote that comes with its sign): only alternatives with the same
+    beginning count, those that the format forbids don't.
+    """
+    position = 0
+    for token in tokens:
+        if at < position + len(token["token"]):
+            break
+        position += len(token["token"])
+    before = token["token"][: at - position]
+    found = dict.fromkeys(allowed, 0.0)
+    for text, logprob in _alternatives(token):
+        if (
+            text.startswith(before)
+            and text[len(before) : len(before) + 1] in found
+            and len(text) > len(before)
+        ):
+            found[text[len(before)]] += math.exp(logprob)
+    total = sum(found.values())
+    return {character: chance / total for character, chance in found.items()}
+
+
+def _alternatives(token: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    yield token["token"], token["logprob"]
+    for other in token["top_logprobs"]:
+        if other["token"] != token["token"]:
+            yield other["token"], other["logprob"]
