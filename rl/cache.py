@@ -1,8 +1,8 @@
-"""Encoded text and latents, computed once and kept on disk, shared by epochs, objectives, seeds and processes.
+"""Encoded text and latents: computed once, kept on disk, shared by epochs, objectives, seeds and processes.
 
-Encoding an image costs more than half of a training step on a small model, so it must not happen twice. A file
-is named by what was encoded and by what encoded it, so a cache cannot serve another model; files appear whole or
-not at all (write beside, rename), so several processes may fill one cache. A copy stays in memory up to a limit.
+Encoding an image costs about half of a training step on a small model, so it must not happen twice. A file is
+named by what was encoded and by what encoded it, so a cache cannot serve another model; files appear whole or
+not at all (write beside, rename), so several processes may fill one. A copy stays in memory up to a limit.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class PolicyConfig(_Section):
         dropout: Dropout in front of the LoRA.
         emotion_rank: Rank of the emotion residual on the prompt's embeddings.
         emotion_hidden: Width of the network that reads valence and arousal.
-        extra_tokens: Tokens appended to the prompt besides; above 0 training does not start at the base exactly.
+        extra_tokens: Tokens appended to the prompt besides; above 0 training starts near the base, not at it.
         previous: Artifact of the round before, where the traces were made with one.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
     """
@@ -242,7 +242,7 @@ def _explain(error: ValidationError) -> str:
     known = [key for key in flat(DistillConfig()) if key != "objective.name"]
     near = get_close_matches(where, known, n=1)
     return f"unknown key {where!r}" + (
-        f", did you mean {near[0]!r}?" if near else "; sections: data, policy, train, guard"
+        f", did you mean {near[0]!r}?" if near else "; see docs/distillation.md"
     )
 
 

@@ -70,8 +70,8 @@ class Policy:
         guidance: Guidance by default.
         size: (height, width) in pixels.
         negative_prompt: Of the unconditional branch.
-        previous: The adapter of the round before, bound to the pipeline under the name `PREVIOUS`; the student
-            starts as its copy, and rank, alpha, targets and dropout are its own.
+        previous: The adapter of the round before, bound to the pipeline under the name `PREVIOUS`; the
+            student starts as its copy, and rank, alpha, targets and dropout are its own.
 
     Raises:
         UserError: The LoRA binds no layer.

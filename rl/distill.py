@@ -1,0 +1,292 @@
+"""From a log to an adapter: what `emoloop distill` and a Python program call.
+
+    from emoloop.rl.distill import distill
+    result = distill(settings, load_config("opd", preset="miniature"), Path("runs/opd"))
+    result.folder   # an artifact: emoloop run --adapter runs/opd
+
+The folder is the artifact (LoRA, emotion tokens, card, `training.json`); what only the training needs lies
+under `training/` in it. This module never imports the graph: a training job knows the log and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..emotion import UserError
+from ..settings import Settings
+from ..tools.adapter import CARD_FILE, LORA_FILE, TOKENS_FILE, TRAINING_FILE, load_artifact, save_artifact
+from ..tools.emotion_tokens import EmotionTokens
+from ..tools.fingerprint import versions
+from ..tools.generator import DiffusersGenerator, load_generator
+from ..traces.rows import RunFilter
+from ..traces.store import TraceStore, open_store
+from .cache import Cache
+from .config import RESUMABLE, DistillConfig, flat
+from .dataset import SOURCES, Base, Dataset, source_for
+from .guards import Guards
+from .networks import network_of
+from .objectives import load_objective
+from .objectives.base import Objective, check_keys
+from .policy import PREVIOUS, STUDENT, Policy
+from .trainer import Outcome, Trainer, Watcher, make_accelerator
+
+_CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a distillation left.
+
+    Attributes:
+        folder: The artifact.
+        outcome: How training ended.
+        statistics: What the data held, as JSON.
+        figures: Flat numbers for reports.
+    """
+
+    folder: Path
+    outcome: Outcome
+    statistics: dict[str, Any]
+    figures: dict[str, float]
+
+
+def objective_of(config: DistillConfig) -> Objective:
+    """The configured objective, checked against what logged traces can hold.
+
+    Raises:
+        UserError: Unknown objective or knob, or it needs more than the traces hold.
+    """
+    knobs = dict(config.objective)
+    objective = load_objective(knobs.pop("name"), knobs)
+    if objective.coupled or not any(objective.required_keys <= keys for keys in SOURCES.values()):
+        check_keys(objective, frozenset().union(*SOURCES.values()))
+        source_for(objective.required_keys)
+    return objective
+
+
+def distill(
+    settings: Settings,
+    config: DistillConfig,
+    out: Path,
+    where: RunFilter | None = None,
+    *,
+    resume: bool = False,
+    watch: Watcher | None = None,
+) -> Distilled:
+    """Train on the log of `settings.home` and write the artifact.
+
+    Args:
+        settings: Where the log lies; `generator` settings (device, size, steps) hold for the base model.
+        config: Everything about the training.
+        out: The artifact's folder.
+        where: Which runs.
+        resume: Go on from the newest checkpoint in `out` (or begin, where there is none).
+        watch: Called after each step.
+
+    Raises:
+        UserError: Wrong input, before anything is trained.
+        DistillError: Training broke off; the last good checkpoint is intact.
+    """
+    objective = objective_of(config)
+    training = out / "training"
+    _prepare_folder(out, training, config, resume)
+    with open_store(settings, read_only=True) as store:
+        dataset = Dataset(store, config.data, where)
+        source = source_for(objective.required_keys)
+        train = dataset.examples(source)
+        accelerator = make_accelerator(config)
+        generator = _base_model(settings, config, dataset.base, accelerator.device)
+        policy, cache = make_policy(settings, config, generator, store, dataset.base)
+        held_out = dataset.examples(source, "held_out")
+        guards = _guards(config, policy, cache, dataset)
+        statistics = dataset.statistics.model_dump(mode="json")
+        if accelerator.is_main_process:
+            _write(training / _CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            _write(training / "data.json", json.dumps(statistics, indent=2) + "\n")
+        trainer = Trainer(
+            config, objective, policy, train, held_out, cache, guards, training,
+            statistics["data_hash"], accelerator,
+        )  # fmt: skip
+        outcome = trainer.run(resume=resume, watch=watch)
+        record = _record(config, dataset, objective, source, generator, outcome)
+        if accelerator.is_main_process and outcome.reason != "interrupted":
+            with trainer.averaged():
+                _save(out, policy, record, generator)
+    return Distilled(out, outcome, statistics, record["figures"])
+
+
+def make_policy(
+    settings: Settings, config: DistillConfig, generator: DiffusersGenerator, store: TraceStore, base: Base
+) -> tuple[Policy, Cache]:
+    """The policy over a loaded base model, and the cache of its encodings."""
+    about = generator.describe()
+    network = network_of(generator.pipe, about["call"])
+    knobs = config.policy
+    previous = None
+    if base.adapter is not None:
+        if knobs.previous is None:
+            raise UserError(
+                f"these traces were made with adapter {base.adapter[:12]}: name its folder by "
+                "--set policy.previous=DIR, or take the bare model's by --from adapter=none"
+            )
+        previous = load_artifact(generator.pipe, knobs.previous, name=PREVIOUS, call=about["call"])
+        if previous.id != base.adapter:
+            raise UserError(
+                f"policy.previous {knobs.previous} is adapter {str(previous.id)[:12]}; "
+                f"the traces were made with {base.adapter[:12]}"
+            )
+    elif knobs.previous is not None:
+        raise UserError("policy.previous is set, but these traces were made without an adapter")
+    if previous is not None and previous.emotion_tokens is not None:
+        tokens = EmotionTokens(**previous.emotion_tokens.config)
+        tokens.load_state_dict(previous.emotion_tokens.state_dict())
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            tokens = EmotionTokens.for_embeds(
+                network.encode(None),
+                tokens=knobs.extra_tokens,
+                rank=knobs.emotion_rank,
+                hidden=knobs.emotion_hidden,
+            )
+    size = (generator.height, generator.width)
+    policy = Policy(
+        network,
+        tokens,
+        rank=knobs.rank,
+        alpha=knobs.alpha,
+        targets=knobs.targets,
+        dropout=knobs.dropout,
+        seed=config.train.seed,
+        steps=generator.steps,
+        guidance=generator.guidance,
+        size=size,
+        negative_prompt=about["negative_prompt"],
+        previous=previous,
+    )
+    if knobs.gradient_checkpointing:
+        network.module.enable_gradient_checkpointing()
+    folder = Path(config.train.cache) if config.train.cache else settings.home / "cache"
+    identity = {"model": about["model"], "revision": about["revision"], "pipeline": about["pipeline"]}
+    return policy, Cache(folder, network, identity, size, store.blobs.path)
+
+
+def _base_model(
+    settings: Settings, config: DistillConfig, base: Base, device: torch.device
+) -> DiffusersGenerator:
+    name = config.model or base.model
+    dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[config.train.precision]
+    if device.type == "cpu":
+        # Autocast does the rest; half-precision weights on a CPU save memory that nobody lacks there.
+        dtype = "float32"
+    wanted = settings.generator.model_copy(
+        update={"adapter": None, "device": str(device), "dtype": dtype, "base_url": None}
+    )
+    generator = load_generator(name, wanted)
+    if not isinstance(generator, DiffusersGenerator):
+        raise UserError(f"{name!r} is no diffusers pipeline in this process: it cannot be trained")
+    revision = generator.describe()["revision"]
+    if base.revision is not None and revision is not None and revision != base.revision:
+        raise UserError(
+            f"the traces were made by {base.model} at revision {base.revision[:12]}; "
+            f"{name} is at {revision[:12]}: load the same weights, or collect again"
+        )
+    return generator
+
+
+def _guards(config: DistillConfig, policy: Policy, cache: Cache, dataset: Dataset) -> Guards | None:
+    if config.guard.every == 0:
+        return None
+    for source in ("pairs", "bests"):
+        held_out = dataset.examples(source, "held_out")
+        if len(held_out):
+            return Guards(config.guard, policy, cache, held_out.fetch(range(min(len(held_out), 256))))
+    return None
+
+
+def _prepare_folder(out: Path, training: Path, config: DistillConfig, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file")
+    if (training / _CONFIG).exists():
+        if not resume:
+            raise UserError(f"--out {out} holds a training: go on with --resume, or choose another folder")
+        before = flat(yaml.safe_load((training / _CONFIG).read_text(encoding="utf-8")))
+        now = flat(config)
+        changed = [
+            k
+            for k in sorted(before.keys() | now.keys())
+            if k not in RESUMABLE and before.get(k) != now.get(k)
+        ]
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"--resume with another {key} ({before.get(key)} then, {now.get(key)} now): the run could not be "
+                "the same; use the old value or another --out"
+            )
+    elif out.is_dir() and any(out.iterdir()) and not resume:
+        raise UserError(f"--out {out} is not empty: choose another folder")
+    try:
+        training.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}") from error
+
+
+def _record(
+    config: DistillConfig,
+    dataset: Dataset,
+    objective: Objective,
+    source: str,
+    generator: DiffusersGenerator,
+    outcome: Outcome,
+) -> dict[str, Any]:
+    """What `training.json` says."""
+    figures = {"steps": float(outcome.steps), "train_minutes": outcome.seconds / 60, "loss": outcome.loss}
+    figures |= {f"guard_{name}": value for name, value in outcome.last_look.items()}
+    notes = []
+    if config.objective["name"] == "nft" and config.data.group != "first":
+        notes.append("nft on groups beyond round 0 is off-policy: other prompts made those images")
+    return {
+        "objective": {"name": config.objective["name"], **objective.model_dump(mode="json")},
+        "config": config.model_dump(mode="json"),
+        "base": {**dataset.base._asdict(), **generator.describe()},
+        "reward": {"name": dataset.reward[0], "version": dataset.reward[1]},
+        "source": source,
+        "data": dataset.statistics.model_dump(mode="json"),
+        "outcome": asdict(outcome),
+        "notes": notes,
+        "figures": figures,
+        "versions": versions("emoloop", "torch", "diffusers", "transformers", "peft", "accelerate"),
+    }
+
+
+def _save(out: Path, policy: Policy, record: dict[str, Any], generator: DiffusersGenerator) -> None:
+    """Write the artifact beside its place, then move its files in: `out` also holds the training's own."""
+    about = generator.describe()
+    beside = Path(tempfile.mkdtemp(prefix=".artifact-", dir=out))
+    try:
+        made = save_artifact(
+            beside / "artifact",
+            generator.pipe,
+            adapter_name=STUDENT,
+            emotion_tokens=policy.tokens,
+            training=record,
+            base_model=about["model"],
+            call=about["call"],
+        )
+        for name in (TRAINING_FILE, CARD_FILE, TOKENS_FILE, LORA_FILE):
+            os.replace(made / name, out / name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
