@@ -11,6 +11,7 @@ import typer
 
 from .emotion import UserError
 from .evals.bench.commands import bench
+from .evals.commands import doctor, eval_
 from .graph.commands import collect, run
 from .tools.commands import app as lvlm
 from .traces.commands import app as traces
@@ -27,6 +28,8 @@ app.command()(collect)
 app.command()(bench)
 app.add_typer(lvlm, name="lvlm")
 app.add_typer(traces, name="traces")
+app.command("eval")(eval_)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
@@ -46,7 +47,7 @@ class GeneratorSettings(_Section):
     height: int | None = Field(default=None, ge=8)
     width: int | None = Field(default=None, ge=8)
     negative_prompt: str | None = None
-    #: Images in one forward pass. Short batches are padded, so that a seed gives the same bits in any company.
+    #: Images in one forward pass. Short batches are padded: a seed gives the same bits in any company.
     micro_batch: int | None = Field(default=None, ge=1)
     #: How long a request waits for company, in milliseconds.
     batch_window_ms: float = Field(default=5.0, ge=0)
@@ -115,7 +116,10 @@ class Settings(BaseSettings):
     """All settings of emoloop; see the sections."""
 
     model_config = SettingsConfigDict(
-        env_prefix="EMOLOOP_", env_nested_delimiter="__", extra="forbid", nested_model_default_partial_update=True
+        env_prefix="EMOLOOP_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        nested_model_default_partial_update=True,
     )
 
     #: Folder for the event log, blobs and checkpoints.
@@ -148,7 +152,9 @@ def _refuse_unknown_environment() -> None:
             known |= {f"EMOLOOP_{name}__{key}".upper() for key in field.annotation.model_fields}
     for variable in os.environ:
         if variable.upper().startswith("EMOLOOP_") and variable.upper() not in known:
-            raise UserError(f"unknown setting {variable} in the environment; known: {', '.join(sorted(known))}")
+            raise UserError(
+                f"unknown setting {variable} in the environment; known: {', '.join(sorted(known))}"
+            )
 
 
 def load_settings(overrides: dict[str, Any] | None = None) -> Settings:
@@ -179,3 +185,23 @@ def load_settings(overrides: dict[str, Any] | None = None) -> Settings:
         raise UserError(f"setting {where}: {first['msg']} (got {first.get('input')!r})") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"emoloop.toml: {error}") from error
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested dicts of settings as one; `over` wins."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = merged(below, value)
+        result[key] = value
+    return result
+
+
+def lvlm_settings(word: str) -> dict[str, Any]:
+    """What one word about the LVLM means: an engine, a server's URL, or a model."""
+    if word in get_args(LVLMSettings.model_fields["engine"].annotation):
+        return {"engine": word}
+    if word.startswith(("http://", "https://")):
+        return {"engine": "vllm", "base_url": word}
+    return {"model": word}

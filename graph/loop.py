@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command
 
@@ -29,7 +30,7 @@ from ..agents.critic import Critic
 from ..agents.rewriter import Rewriter
 from ..emotion import EmotionTarget, RunResult, RunStatus, UserError
 from ..recording import Event, ImageGenerated, RunFinished, RunStarted
-from ..settings import GeneratorSettings, LVLMSettings, Settings, load_settings
+from ..settings import GeneratorSettings, LVLMSettings, Settings, load_settings, lvlm_settings, merged
 from ..tools import presets
 from ..tools.reward import load_reward
 from ..traces.reader import load_run
@@ -83,32 +84,23 @@ def open_loop(
     """
     objects: dict[str, Any] = {}
     if isinstance(generator, str | Path):
-        overrides = _merged(overrides, {"generator": {"model": str(generator)}})
+        overrides = merged(overrides, {"generator": {"model": str(generator)}})
     elif isinstance(generator, Mapping | GeneratorSettings):
-        overrides = _merged(overrides, {"generator": _given(generator)})
+        overrides = merged(overrides, {"generator": _given(generator)})
     elif generator is not None:
         objects["generator"] = generator
     if isinstance(lvlm, str | Path):
-        overrides = _merged(overrides, {"lvlm": lvlm_settings(str(lvlm))})
+        overrides = merged(overrides, {"lvlm": lvlm_settings(str(lvlm))})
     elif isinstance(lvlm, Mapping | LVLMSettings):
-        overrides = _merged(overrides, {"lvlm": _given(lvlm)})
+        overrides = merged(overrides, {"lvlm": _given(lvlm)})
     elif lvlm is not None:
         objects["lvlm"] = lvlm
     if isinstance(reward, str):
-        overrides = _merged(overrides, {"loop": {"reward": reward}})
+        overrides = merged(overrides, {"loop": {"reward": reward}})
     elif reward is not None:
         objects["reward"] = reward
     base = settings.model_dump(exclude_unset=True) if settings is not None else {}
-    return Loop(load_settings(_merged(base, overrides)), **objects)
-
-
-def lvlm_settings(text: str) -> dict[str, Any]:
-    """What one word about the LVLM means: an engine, a server's URL, or a model."""
-    if text in ("embedded", "vllm", "vllm-offline"):
-        return {"engine": text}
-    if text.startswith(("http://", "https://")):
-        return {"engine": "vllm", "base_url": text}
-    return {"model": text}
+    return Loop(load_settings(merged(base, overrides)), **objects)
 
 
 class Loop:
@@ -361,6 +353,12 @@ class Loop:
         """`resume` for code without asyncio."""
         return self._sync(partial(self.resume, run_id, answer, **options))
 
+    async def forget(self, run_id: str) -> None:
+        """Drop a finished run's saved states; the log keeps the run."""
+        saver = self.graph.checkpointer
+        if isinstance(saver, BaseCheckpointSaver):
+            await saver.adelete_thread(run_id)
+
     # ---- inside
 
     async def _drive(self, begin: Any, run_id: str, context: Context | None) -> AsyncIterator[Progress]:
@@ -485,13 +483,3 @@ def _check_home(home: Path) -> None:
 
 def _given(settings: Mapping[str, Any] | GeneratorSettings | LVLMSettings) -> dict[str, Any]:
     return dict(settings) if isinstance(settings, Mapping) else settings.model_dump(exclude_unset=True)
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = (
-            _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-        )
-    return merged
