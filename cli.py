@@ -13,6 +13,7 @@ from .emotion import UserError
 from .evals.bench.commands import bench
 from .evals.commands import doctor, eval_
 from .graph.commands import collect, run
+from .rl.commands import distill
 from .tools.commands import app as lvlm
 from .traces.commands import app as traces
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(collect)
+app.command()(distill)
 app.command()(bench)
 app.add_typer(lvlm, name="lvlm")
 app.add_typer(traces, name="traces")
