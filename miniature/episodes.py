@@ -229,6 +229,11 @@ def _edit(rng: Rng, base: Parsed, now: Parsed, fresh: bool) -> Parsed:
     return replace(changed, nothing_else=True)
 
 
+def random_edit(rng: Rng, base: Parsed) -> Parsed:
+    """What a first rewrite might name: everything in `base`, light, perhaps weather, and companions."""
+    return _edit(rng, base, base, fresh=True)
+
+
 def _plan(
     rng: Rng, base: Parsed, now: Parsed, goal: NDArray[np.float64], fresh: bool, tries: int = 40
 ) -> Parsed:

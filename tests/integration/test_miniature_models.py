@@ -1,0 +1,107 @@
+"""The shipped models: they load with stock classes, read what they should, and say what they know."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from emoloop.agents.critic import Critic
+from emoloop.emotion import Critique, EmotionTarget
+from emoloop.miniature import law, world
+from emoloop.miniature.codec import PatchAutoencoder
+from emoloop.miniature.judge import WEIGHTS, Guard, LawJudge
+from emoloop.settings import LVLMSettings
+from emoloop.tools.generator import ImageRequest, load_generator
+from emoloop.tools.lvlm import load_lvlm
+
+
+def held_out(count: int, seed: int) -> tuple[list[world.Scene], list[np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    scenes = [world.sample_scene(rng, world.FOLDS["test"]) for _ in range(count)]
+    return scenes, [world.render(s) for s in scenes]
+
+
+def test_weights_are_small() -> None:
+    files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 40e6
+    assert not [f for f in files if f.suffix in {".bin", ".pt", ".pkl"}]
+
+
+def test_stock_pipeline_loads_the_folder() -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        WEIGHTS / "generator", text_encoder_3=None, tokenizer_3=None, image_encoder=None, feature_extractor=None
+    )
+    assert isinstance(pipeline.vae, PatchAutoencoder)
+    picture = pipeline(
+        "a dog by the sea", height=96, width=96, num_inference_steps=2, guidance_scale=3.0, max_sequence_length=0,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]  # fmt: skip
+    assert picture.size == (96, 96)
+
+
+def test_codec_is_faithful() -> None:
+    codec = PatchAutoencoder.from_pretrained(WEIGHTS / "generator" / "vae")
+    _, pixels = held_out(32, 3)
+    x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    z = codec.encode(x).latent_dist.mode()
+    assert z.shape == (32, 16, 24, 24)
+    assert 0.5 < z.std() < 2
+    error = (codec.decode(z).sample.clamp(-1, 1) - x).square().mean()
+    assert 10 * torch.log10(4 / error) > 30
+
+
+@pytest.mark.parametrize("reader", [LawJudge, Guard])
+def test_readers_read_held_out_renders(reader: type[LawJudge] | type[Guard]) -> None:
+    scenes, pixels = held_out(64, 4)
+    readings = reader().read([Image.fromarray(p) for p in pixels])
+    truth = np.array([law.affect(s, p) for s, p in zip(scenes, pixels, strict=True)])
+    found = np.array([(r.valence, r.arousal) for r in readings])
+    assert (np.abs(found - truth).mean(0) < 0.25).all()
+    assert np.mean([r.subject == s.subject for r, s in zip(readings, scenes, strict=True)]) > 0.95
+
+
+async def test_generator_draws_what_it_is_told() -> None:
+    generator = load_generator("miniature")
+    judge = LawJudge()
+    prompts = ["a dog by the sea with a sun", "a robot in the city with a skull", "a cat in a graveyard nothing else"]
+    made = await generator.generate([ImageRequest(prompt=p, seed=s) for p in prompts for s in range(4)])
+    readings = judge.read([m.image for m in made])
+    subjects = [world.parse(p).subject for p in prompts for _ in range(4)]
+    assert np.mean([r.subject == s for r, s in zip(readings, subjects, strict=True)]) >= 0.75
+    unknown = generator.unknown_words("an astronaut by the sea")
+    assert [w.word for w in unknown] == ["astronaut"]
+    await generator.aclose()
+
+
+async def test_critic_reads_held_out_renders() -> None:
+    lvlm = load_lvlm(LVLMSettings())
+    critic = Critic(lvlm, prompt="critic-compact")
+    scenes, pixels = held_out(24, 5)
+    target = EmotionTarget(valence=1.0, arousal=0.0)
+    found = [
+        await critic.critique(Image.fromarray(p), f"a {world.SUBJECTS[s.subject].words[0]}", target)
+        for s, p in zip(scenes, pixels, strict=True)
+    ]
+    assert all(isinstance(c, Critique) for c in found)
+    truth = np.array([law.affect(s, p) for s, p in zip(scenes, pixels, strict=True)])
+    read = np.array([(c.valence, c.arousal) for c in found if isinstance(c, Critique)])
+    assert (np.abs(read - truth).mean(0) < 0.5).all()
+
+
+@pytest.mark.training
+@pytest.mark.parametrize(("model", "steps", "batch"), [("generator", 24, 8), ("lvlm", 24, 8), ("judge", 30, 16)])
+def test_recipes_start_from_nothing_and_learn(tmp_path, model: str, steps: int, batch: int, monkeypatch) -> None:
+    from emoloop.miniature.train.__main__ import main
+
+    arguments = ["train", model, "--out", str(tmp_path), "--steps", str(steps), "--batch", str(batch), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", arguments)
+    main()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert (tmp_path / "model").is_dir()
