@@ -1,22 +1,25 @@
 """A content-addressed cache of small JSON documents: what was made or read once is not made or read again.
 
-One file for each key, written beside and renamed, so that several processes (one for each GPU) can fill one cache
-and a kill leaves no half document.
+One file for each key, written beside and renamed, so that several processes (one for each GPU) can fill one
+cache and a kill leaves no half document. Within a process, those who ask for the same key at the same time
+wait for one making.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+def digest(*parts: Any) -> str:
+    """SHA-256 of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 class Cache:
@@ -28,6 +31,7 @@ class Cache:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._making: dict[str, asyncio.Task[Any]] = {}
 
     def _path(self, key: str) -> Path:
         return self.root / key[:2] / f"{key}.json"
@@ -47,23 +51,38 @@ class Cache:
         beside.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
         os.replace(beside, path)
 
+    async def once(
+        self,
+        key: str,
+        make: Callable[[], Awaitable[Any]],
+        usable: Callable[[Any], bool] = lambda document: True,
+    ) -> Any:
+        """The document under `key`, made where it is not there yet.
 
-_known: dict[tuple[str, int, int], str] = {}
+        Args:
+            key: From `digest`.
+            make: Makes the document; its exceptions reach everybody who waits, and nothing is stored.
+            usable: Looks at a stored document; False has it made again (an image file that is gone).
+        """
+        found = self.get(key)
+        if found is not None and usable(found):
+            return found
+        if key not in self._making:
+            self._making[key] = asyncio.ensure_future(self._make(key, make))
+        # Shielded: the one who gives up must not take the work away from those who still wait.
+        return await asyncio.shield(self._making[key])
 
+    async def _make(self, key: str, make: Callable[[], Awaitable[Any]]) -> Any:
+        try:
+            document = await make()
+            self.put(key, document)
+            return document
+        finally:
+            del self._making[key]
 
-def fingerprint(path: Path) -> str:
-    """SHA-256 over names and contents of a file, or of all files under a folder.
-
-    Weights are read once in a process: a file is known by path, size and time of change afterwards.
-    """
-    total = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
-        status = file.stat()
-        key = (str(file.resolve()), status.st_size, status.st_mtime_ns)
-        if key not in _known:
-            with file.open("rb") as stream:
-                _known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        total.update(f"{name} {_known[key]}\n".encode())
-    return total.hexdigest()
+    async def aclose(self) -> None:
+        """Cancel what nobody waits for any more."""
+        left = list(self._making.values())
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)

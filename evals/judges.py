@@ -1,9 +1,9 @@
 """Judges: who says what a delivered picture feels like.
 
-A judge is anything with `read(images) -> readings`; the miniature's law judge is one, and so is a class of yours
-named by a dotted path. What it leaves unsaid stays None. Judges that need more than pixels (ratings by address, an
-LVLM that is told the prompt) implement `Judge` itself. Whoever gave the reward that trained or steered the images
-is no judge of them: `conflict` finds that out.
+A judge is anything with `read(images) -> readings`; the miniature's law judge is one, and so is a class of
+yours named by a dotted path. What it leaves unsaid stays None. Judges that need more than pixels (ratings
+by address, an LVLM that is told the prompt) implement `Judge` itself. Whoever gave the reward that trained
+or steered the images is no judge of them: `conflict` finds that out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -74,7 +75,7 @@ class Judge(Protocol):
 
 @runtime_checkable
 class PixelReader(Protocol):
-    """The simple form: sees images only. `subject_of`, `alignment` and `version` are used where they exist."""
+    """The simple form, pixels only. `subject_of`, `alignment` and `version` are used where they exist."""
 
     def read(self, images: list[Image]) -> Sequence[Any]:
         """Readings with `valence` and `arousal`, and perhaps `category`, `subject`, `features`."""
@@ -176,8 +177,10 @@ class LVLMJudge:
 
 
 class HumanJudge:
-    """Ratings by people: a CSV with `sha256` and any of `valence`, `arousal`, `category`, `alignment`; one row for each
-    rating. Numbers are averaged over the rows of an image; a category counts where more than half name it.
+    """Ratings by people: a CSV with `sha256` and any of `valence`, `arousal`, `category`, `alignment`.
+
+    One row for each rating. Numbers are averaged over the rows of an image; a category counts where more than
+    half name it.
 
     Args:
         path: The CSV.
@@ -233,12 +236,12 @@ class HumanJudge:
 
 
 class ClipHeadJudge:
-    """An image encoder of the CLIP family with a trained head; its text tower gives CLIPScore to the neutral prompt.
+    """An image encoder of the CLIP family with a trained head; its text tower gives CLIPScore.
 
-    The head is a stack of linear layers with ReLU between them, saved as a state dict (safetensors or .pth, weights
-    only). Two outputs are valence and arousal on [-3, 3]. Eight are the categories in Mikels' order (EmoGen's and
-    EmoEdit's public heads have this shape); valence and arousal are then the mean of the categories' prototypes under
-    the softmax, a coarse reading.
+    The head is a stack of linear layers with ReLU between them, saved as a state dict (safetensors or .pth,
+    weights only). Two outputs are valence and arousal on [-3, 3]. Eight are the categories in Mikels' order
+    (EmoGen's and EmoEdit's public heads have this shape); valence and arousal are then the mean of the
+    categories' prototypes under the softmax, a coarse reading.
 
     Args:
         encoder: Folder or hub id of a CLIP model.
@@ -270,12 +273,11 @@ class ClipHeadJudge:
         else:
             state = torch.load(head, map_location="cpu", weights_only=True)
         self.layers = _linear_stack(state, head)
-        if self.layers[0].in_features != self.model.config.projection_dim or self.layers[
-            -1
-        ].out_features not in (2, 8):
+        takes, gives = self.layers[0].in_features, self.layers[-1].out_features
+        if takes != self.model.config.projection_dim or gives not in (2, 8):
             raise UserError(
-                f"{head}: takes {self.layers[0].in_features} features and gives {self.layers[-1].out_features} numbers; "
-                f"wanted {self.model.config.projection_dim} and 2 (valence, arousal) or 8 (categories)"
+                f"{head}: takes {takes} features and gives {gives} numbers; wanted are "
+                f"{self.model.config.projection_dim} and 2 (valence, arousal) or 8 (categories)"
             )
         self.layers = [layer.to(device).eval() for layer in self.layers]
         self.device, self.batch = device, batch
@@ -330,7 +332,7 @@ def _linear_stack(state: dict[str, torch.Tensor], path: Path) -> list[torch.nn.L
         layer.weight.data = weight
         layer.bias.data = torch.zeros(weight.shape[0]) if bias is None else bias.float()
         layers.append(layer)
-    if not layers or any(a.out_features != b.in_features for a, b in zip(layers, layers[1:], strict=False)):
+    if not layers or any(a.out_features != b.in_features for a, b in pairwise(layers)):
         raise UserError(f"{path}: not a stack of linear layers")
     return layers
 
@@ -401,7 +403,7 @@ def load_judge(spec: str, settings: Settings) -> Judge:
 
 
 def reward_sources(settings: Settings, adapters: Sequence[Path]) -> set[str]:
-    """What gave the reward: the critic and reward of this evaluation, and those in the adapters' `training.json`."""
+    """What gave the reward: this evaluation's critic and reward, and those in the adapters' training.json."""
     sources = {settings.lvlm.model, settings.loop.reward}
     for adapter in adapters:
         file = adapter / "training.json"

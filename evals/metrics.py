@@ -1,8 +1,8 @@
 """What is measured, each as one small function of numbers.
 
-Definitions follow the papers where they give one: V-Error, A-Error and the rank correlation along a sweep from
-EmotiCrafter (arXiv 2501.05710), Emo-A from EmoGen (arXiv 2401.04608). A value that cannot be had is None and
-never 0: a missing reading must not look like a perfect or a hopeless one.
+Definitions follow the papers where they give one: V-Error, A-Error and the rank correlation along a sweep
+from EmotiCrafter (arXiv 2501.05710), Emo-A from EmoGen (arXiv 2401.04608). A value that cannot be had is
+None and never 0: a missing reading must not look like a perfect or a hopeless one.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ METRICS: dict[str, bool] = {
     "valence_tau": False,
     "arousal_tau": False,
     "smoothness": True,
+    "images": True,
+    "lvlm_calls": True,
+    "tokens": True,
+    "seconds": True,
 }
 
 
@@ -59,7 +63,7 @@ def error(reading: Reading, target: EmotionTarget) -> float | None:
 
 
 def emotion_right(reading: Reading, target: EmotionTarget) -> float | None:
-    """1 where the judge names the wanted category, else 0 (its mean is Emo-A); None without a wanted or named one."""
+    """1 where the judge names the wanted category, else 0; its mean is Emo-A. None where either is absent."""
     if target.category is None or reading.category is None:
         return None
     return float(reading.category == target.category)
@@ -90,8 +94,8 @@ def smoothness(
 ) -> float | None:
     """Mean distance between neighbours of a sweep (same prompt, same seed); lower is smoother.
 
-    0 for a picture that never changes, so it says something only beside `rank_tau`. With LPIPS as `distance` it is
-    the shape of EmotiCrafter's LPIPS-Continuous.
+    0 for a picture that never changes, so it says something only beside `rank_tau`. With LPIPS as
+    `distance` it is the shape of EmotiCrafter's LPIPS-Continuous.
     """
     return mean(distance(a, b) for a, b in pairwise(features) if a is not None and b is not None)
 
@@ -102,7 +106,7 @@ def amortisation(base: np.ndarray, student: np.ndarray, loop: np.ndarray) -> np.
 
 
 def sweeps(requests: Sequence[Request]) -> list[tuple[str, list[int]]]:
-    """Every sweep hidden in the requests: same prompt, one axis running over 3 values or more, the rest equal.
+    """Every sweep hidden in the requests: one prompt, one axis over 3 values or more, the rest equal.
 
     Returns:
         ("valence" | "arousal", places in `requests` in rising order of that axis).

@@ -33,20 +33,38 @@ class Shot(_Record):
     critique: Critique | Missing | None = None
 
 
+class Revision(_Record):
+    """A rewritten prompt.
+
+    Attributes:
+        round: The round that it is for.
+        prompt: The prompt.
+        changes: What was changed.
+        why: The rewriter's reason.
+    """
+
+    round: int
+    prompt: str
+    changes: str = ""
+    why: str = ""
+
+
 class Cost(_Record):
     """What one delivered image takes.
 
     Attributes:
         images: Images made for it.
-        lvlm_calls: Answers of the LVLM.
+        critiques: Pictures that the LVLM read.
+        rewrites: Prompts that it wrote.
+        samples: Answers for each picture read.
         tokens: Tokens of those answers and their prompts, where the engine counts them.
-        seconds: Time in the models (not the wall clock: arms run side by side).
     """
 
-    images: float = 0
-    lvlm_calls: float = 0
-    tokens: float | None = None
-    seconds: float | None = None
+    images: int = 0
+    critiques: int = 0
+    rewrites: int = 0
+    samples: int = 1
+    tokens: int | None = None
 
 
 class Delivery(_Record):
@@ -57,8 +75,9 @@ class Delivery(_Record):
         request: `Request.id`.
         prompt: The prompt behind what was delivered.
         shots: Everything that was made.
-        delivered: Places in `shots` of what the arm hands over: one image where the arm selects; several where
-            it does not, and then the arm's figure is their mean.
+        delivered: Places in `shots` of what the arm hands over: one image where the arm selects; several
+            where it does not, and then the arm's figure is their mean.
+        revisions: The prompts that were written on the way.
         run_id: The run in the evaluation's log; None where the arm failed before it began one.
         cost: For one delivered image.
         failure: Why nothing was delivered.
@@ -69,6 +88,7 @@ class Delivery(_Record):
     prompt: str = ""
     shots: list[Shot] = []
     delivered: list[int] = []
+    revisions: list[Revision] = []
     run_id: str | None = None
     cost: Cost = Cost()
     failure: str | None = None

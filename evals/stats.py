@@ -1,8 +1,8 @@
 """How sure a number is: intervals and tests over neutral prompts.
 
-Images of one prompt resemble each other, so they are not independent evidence: the unit that is drawn again is
-the *neutral prompt* with all of its requests (a cluster bootstrap), never the single image. Differences between
-arms are taken within a request first, because all arms share prompts, targets and seeds.
+Images of one prompt resemble each other, so they are not independent evidence: the unit that is drawn again
+is the *neutral prompt* with all of its requests (a cluster bootstrap), never the single image. Differences
+between arms are taken within a request first, because all arms share prompts, targets and seeds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Suites: which requests are judged, frozen in a YAML file.
 
 A suite is neutral prompts × targets × seeds and the arms and judge that go with them. It is versioned and
-content-hashed, because a figure means nothing without the requests behind it: a changed suite is a new version.
+content-hashed, because a figure means nothing without the requests behind it: a changed suite is a new
+version.
 """
 
 from __future__ import annotations

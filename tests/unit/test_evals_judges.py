@@ -1,4 +1,4 @@
-"""Judges: readers become judges, ratings are pooled, a head is checked, and who gave the reward is found out."""
+"""Judges: readers become judges, ratings are pooled, and who gave the reward is found out."""
 
 import hashlib
 import json
@@ -7,13 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import save_file
-
 from emoloop.emotion import Critique, Emotion, EmotionTarget, Missing, UserError
 from emoloop.evals import judges
 from emoloop.evals.judges import ClipHeadJudge, HumanJudge, Item, LVLMJudge, PixelJudge, conflict, load_judge
 from emoloop.settings import load_settings
+from PIL import Image
+from safetensors.torch import save_file
 
 TARGET = EmotionTarget(valence=1, arousal=1)
 

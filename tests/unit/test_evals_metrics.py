@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from torchmetrics.functional import kendall_rank_corrcoef, mean_absolute_error, pairwise_cosine_similarity
-
 from emoloop.emotion import Emotion, EmotionTarget
 from emoloop.evals import metrics
 from emoloop.evals.records import Reading
 from emoloop.evals.suites import Request
+from torchmetrics.functional import kendall_rank_corrcoef, mean_absolute_error, pairwise_cosine_similarity
 
 
 def test_errors_by_hand_and_over_wanted_axes_only():

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, norm
-
 from emoloop.evals.stats import RESAMPLES, SEED, difference, estimate, sign_test
+from scipy.stats import bootstrap, norm
 
 
 def test_mean_with_one_request_a_prompt_is_scipys_bootstrap():

@@ -1,0 +1,314 @@
+"""From rows to figures: every number with its n and interval, the split of the gain, and what looks wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from ..tools.measures import diversity
+from . import metrics
+from .metrics import mean
+from .runner import Row
+from .stats import Estimate, difference, estimate, sign_test
+
+#: How far a guard may fall before it counts: 3 points of alignment or subject accuracy, a fifth of diversity.
+ALIGNMENT_SLACK, DIVERSITY_SLACK = 0.03, 0.8
+
+
+@dataclass(frozen=True)
+class Column:
+    """One arm's values of one metric, aligned with `units`.
+
+    Attributes:
+        values: One for each unit; None is missing.
+        units: What the values belong to: request ids, or sweeps.
+        clusters: The neutral prompt of each unit.
+    """
+
+    values: list[float | None]
+    units: list[str]
+    clusters: list[str]
+
+    def estimate(self) -> Estimate:
+        """Mean and interval."""
+        return estimate([self.values], self.clusters)
+
+
+def of_request(row: Row, pace: Mapping[str, float] | None = None) -> dict[str, float | None]:
+    """The metrics that one request has: means over what was handed over, and the cost of one such image.
+
+    Args:
+        row: The row.
+        pace: Seconds for one `image`, `critique` and `rewrite`; without it there are no seconds.
+    """
+    target = row.request.target
+    readings = [reading for reading in row.readings if reading]
+    guards = [reading for reading in row.guard_of_delivered if reading]
+    seen = guards if any(reading.alignment is not None for reading in guards) else readings
+    features = [reading.features for reading in row.guard if reading and reading.features]
+    errors = [metrics.axis_errors(reading, target) for reading in readings]
+    return {
+        "error": mean(metrics.error(reading, target) for reading in readings),
+        "valence_error": mean(valence for valence, _ in errors),
+        "arousal_error": mean(arousal for _, arousal in errors),
+        "emotion_accuracy": mean(metrics.emotion_right(reading, target) for reading in readings),
+        "subject_accuracy": mean(
+            None if reading.subject_right is None else float(reading.subject_right) for reading in readings
+        ),
+        "alignment": mean(reading.alignment for reading in seen),
+        "diversity": float(diversity(np.array(features))) if len(features) > 1 else None,
+        "reward": mean(shot.reward for shot in row.delivery.handed_over),
+        **_cost(row, pace or {}),
+    }
+
+
+def _cost(row: Row, pace: Mapping[str, float]) -> dict[str, float | None]:
+    cost = row.delivery.cost
+    if row.delivery.failure:
+        return dict.fromkeys(("images", "lvlm_calls", "tokens", "seconds"))
+    spent = {"image": cost.images, "critique": cost.critiques, "rewrite": cost.rewrites}
+    known = all(key in pace for key, count in spent.items() if count)
+    return {
+        "images": cost.images,
+        "lvlm_calls": cost.critiques * cost.samples + cost.rewrites,
+        "tokens": cost.tokens,
+        "seconds": sum(pace[key] * count for key, count in spent.items() if count) if known else None,
+    }
+
+
+def of_sweeps(rows: Sequence[Row]) -> dict[str, Column]:
+    """τ and smoothness of one arm's rows, one unit for each sweep.
+
+    An arm that hands over several images has as many sweeps of the same noise; their mean is the sweep's
+    value.
+    """
+    found: dict[str, list[tuple[float | None, str, str]]] = {
+        key: [] for key in ("valence_tau", "arousal_tau")
+    }
+    smooth: list[tuple[float | None, str, str]] = []
+    for axis, places in metrics.sweeps([row.request for row in rows]):
+        chosen = [rows[place] for place in places]
+        prompt = chosen[0].request.prompt
+        unit = f"{axis}: {' '.join(row.request.id for row in chosen)}"
+        wanted = [getattr(row.request.target, axis) for row in chosen]
+        lanes = min(len(row.delivery.delivered) for row in chosen)
+        taus, distances = [], []
+        for lane in range(lanes):
+            read = [row.readings[lane] for row in chosen]
+            taus.append(metrics.rank_tau(wanted, [r and getattr(r, axis) for r in read]))
+            looks = [row.guard_of_delivered[lane] for row in chosen]
+            distances.append(metrics.smoothness([look and look.features for look in looks]))
+        found[f"{axis}_tau"].append((mean(taus), unit, prompt))
+        smooth.append((mean(distances), unit, prompt))
+    return {
+        key: Column(*(list(part) for part in zip(*units, strict=True)))
+        for key, units in {**found, "smoothness": smooth}.items()
+        if any(value is not None for value, _, _ in units)
+    }
+
+
+class Table:
+    """Columns of all arms, and the statements made of them.
+
+    Args:
+        rows: From the runner.
+        pace: Seconds for one image, critique and rewrite.
+    """
+
+    def __init__(self, rows: Sequence[Row], pace: Mapping[str, float] | None = None) -> None:
+        self.rows = list(rows)
+        self.arms = list(dict.fromkeys(row.arm for row in rows))
+        self.columns: dict[str, dict[str, Column]] = {}
+        for arm in self.arms:
+            mine = [row for row in rows if row.arm == arm]
+            values = [of_request(row, pace) for row in mine]
+            units, clusters = [row.request.id for row in mine], [row.request.prompt for row in mine]
+            columns = {key: Column([v[key] for v in values], units, clusters) for key in values[0]}
+            self.columns[arm] = {
+                key: column
+                for key, column in {**columns, **of_sweeps(mine)}.items()
+                if any(value is not None for value in column.values)
+            }
+
+    def sweeps(self, arm: str) -> dict[str, list[dict[str, Any]]]:
+        """The values behind τ and smoothness of an arm, one for each sweep."""
+        columns = {key: self.columns[arm].get(key) for key in ("valence_tau", "arousal_tau", "smoothness")}
+        return {
+            key: [
+                {"sweep": unit, "prompt": prompt, "value": value}
+                for value, unit, prompt in zip(column.values, column.units, column.clusters, strict=True)
+            ]
+            for key, column in columns.items()
+            if column
+        }
+
+    def has(self, *arms: str, metric: str = "error") -> bool:
+        """Whether all of these arms have the metric."""
+        return all(metric in self.columns.get(arm, {}) for arm in arms)
+
+    def paired(self, metric: str, *arms: str) -> tuple[list[list[float | None]], list[str]]:
+        """Columns of several arms over the units that they share, and the clusters of those."""
+        columns = [self.columns[arm][metric] for arm in arms]
+        shared = [unit for unit in columns[0].units if all(unit in column.units for column in columns[1:])]
+        where = [dict(zip(column.units, column.values, strict=True)) for column in columns]
+        prompts = dict(zip(columns[0].units, columns[0].clusters, strict=True))
+        return [[values[unit] for unit in shared] for values in where], [prompts[unit] for unit in shared]
+
+    def difference(self, metric: str, ours: str, theirs: str) -> tuple[Estimate, float | None]:
+        """Mean of ours minus theirs with its interval, and the sign test's p."""
+        (a, b), clusters = self.paired(metric, ours, theirs)
+        return difference(a, b, clusters), sign_test(a, b, clusters)
+
+    def ratio(self, metric: str, ours: str, theirs: str) -> Estimate:
+        """Mean of ours over mean of theirs."""
+        columns, clusters = self.paired(metric, ours, theirs)
+        return estimate(columns, clusters, lambda a, b: a / b)
+
+    def error_reduction(self, arm: str) -> Estimate:
+        """1 - error of the arm / error of base."""
+        columns, clusters = self.paired("error", arm, "base")
+        return estimate(columns, clusters, lambda a, b: 1 - a / b)
+
+    def amortisation(self, arm: str) -> Estimate:
+        """Share of the loop's improvement that the arm has; None unless the loop surely improves on base."""
+        columns, clusters = self.paired("error", "base", arm, "loop")
+        improvement = self.difference("error", "base", "loop")[0]
+        if improvement.low is None or improvement.low <= 0:
+            return Estimate(None, n=improvement.n, clusters=improvement.clusters)
+        return estimate(columns, clusters, metrics.amortisation)
+
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        """arm → metric → estimate, with the derived ones where their arms are there."""
+        found = {
+            arm: {key: columns[key].estimate() for key in metrics.METRICS if key in columns}
+            for arm, columns in self.columns.items()
+        }
+        for arm in self.arms:
+            if arm != "base" and self.has(arm, "base"):
+                found[arm]["error_reduction"] = self.error_reduction(arm)
+            if self.has(arm, "base", "loop"):
+                found[arm]["amortisation"] = self.amortisation(arm)
+        return found
+
+    def gains(self) -> list[dict[str, Any]]:
+        """Where the loop's gain comes from, as falls of the error with paired intervals."""
+        parts = (
+            ("selection", "picking the best of as many images", "base", "best_of_n"),
+            ("words", "knowing the words: one rewrite, no feedback", "base", "rewrite"),
+            ("both", "one rewrite and picking the best", "base", "rewrite_best_of_n"),
+            ("feedback", "what the loop adds to both", "rewrite_best_of_n", "loop"),
+            ("total", "the loop", "base", "loop"),
+            ("teachable", "the loop's prompt without its selection", "base", "teacher"),
+        )
+        return [
+            {
+                "part": part,
+                "about": about,
+                "from": before,
+                "to": after,
+                **asdict((found := self.difference("error", before, after))[0]),
+                "p": found[1],
+            }
+            for part, about, before, after in parts
+            if self.has(before, after)
+        ]
+
+    def comparisons(self) -> list[dict[str, Any]]:
+        """All pairs of arms: difference of the error (negative: the first is nearer), interval, sign test."""
+        return [
+            {
+                "a": a,
+                "b": b,
+                "metric": "error",
+                **asdict((found := self.difference("error", a, b))[0]),
+                "p": found[1],
+            }
+            for a, b in combinations(self.arms, 2)
+            if self.has(a, b)
+        ]
+
+
+def verdict(gains: Iterable[dict[str, Any]]) -> str | None:
+    """One plain sentence on feedback's own part; None where the suite has not the arms for it."""
+    part = next((gain for gain in gains if gain["part"] == "feedback"), None)
+    if part is None or part["value"] is None:
+        return None
+    value = f"{part['value']:+.2f} points"
+    if part["low"] is None:
+        return f"Feedback's own part is {value} over {part['n']} requests; one prompt gives no interval."
+    interval = f"{value} (95 % {part['low']:+.2f} to {part['high']:+.2f}, n = {part['n']})"
+    if part["low"] > 0:
+        return (
+            f"Feedback adds to selection and to knowing the words: it takes another {interval} off the error."
+        )
+    if part["high"] < 0:
+        return f"Feedback hurts here: the loop loses to one rewrite with as many images: {interval}."
+    return f"Feedback adds nothing that can be told from chance here: {interval} off the error."
+
+
+def flags(table: Table, trained: Sequence[str]) -> list[dict[str, Any]]:
+    """Trained arms whose reward rose while the judge or a guard says otherwise: the marks of reward hacking.
+
+    Args:
+        table: The columns.
+        trained: Names of the arms that run on an adapter.
+
+    Returns:
+        One entry for each mark: arm, what, and the sentence for the report. Differences are against `base`;
+        diversity against `teacher` (or `rewrite`), since images of one feeling are more alike than neutral
+        ones.
+    """
+    found: list[dict[str, Any]] = []
+    for arm in trained:
+        if not table.has(arm, "base", metric="reward"):
+            continue
+        reward, _ = table.difference("reward", arm, "base")
+        if reward.low is None or reward.low <= 0:
+            continue
+
+        def flag(what: str, sentence: str, arm: str = arm, reward: Estimate = reward) -> None:
+            words = f"{arm}: the reward rose by {reward.value:.2f} over base, but {sentence}"
+            found.append({"arm": arm, "what": what, "sentence": words})
+
+        if table.has(arm, "base"):
+            error, _ = table.difference("error", arm, "base")
+            if error.high is not None and error.high >= 0:
+                flag("judge", f"the judge's error did not fall ({error.value:+.2f}, {_span(error)}).")
+        for metric in ("alignment", "subject_accuracy"):
+            if table.has(arm, "base", metric=metric):
+                change, _ = table.difference(metric, arm, "base")
+                if change.high is not None and change.high < -ALIGNMENT_SLACK:
+                    flag(metric, f"{metric.replace('_', ' ')} fell by {-change.value:.2f} ({_span(change)}).")
+        against = next(
+            (a for a in ("teacher", "rewrite", "base") if table.has(arm, a, metric="diversity")), None
+        )
+        if against:
+            ratio = table.ratio("diversity", arm, against)
+            if ratio.high is not None and ratio.high < DIVERSITY_SLACK:
+                flag(
+                    "diversity", f"diversity over seeds is {ratio.value:.0%} of {against}'s ({_span(ratio)})."
+                )
+    return found
+
+
+def _span(found: Estimate) -> str:
+    return f"95 % {found.low:+.2f} to {found.high:+.2f}"
+
+
+def figures(table: Table) -> dict[str, float | int | None]:
+    """The flat map: `<arm>_<metric>` with `_low`, `_high`; `gain_<part>`; `n`."""
+    flat: dict[str, float | int | None] = {"n": len({row.request.id for row in table.rows})}
+    for arm, found in table.estimates().items():
+        for metric, value in found.items():
+            flat |= value.figures(f"{arm}_{metric}")
+    for gain in table.gains():
+        flat |= {
+            f"gain_{gain['part']}{end}": gain[key]
+            for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))
+        }
+        flat[f"gain_{gain['part']}_p"] = gain["p"]
+    return flat

@@ -1,0 +1,242 @@
+"""One evaluation, from a suite's name to its files: resolve, refuse what misleads, run, analyse, write."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..emotion import UserError
+from ..settings import Settings, load_settings, merged
+from ..tools.fingerprint import versions
+from . import analysis
+from .arms import Arm, load_arm
+from .judges import Judge, conflict, load_judge, reward_sources
+from .runner import EvaluationFailed, Outcome, Progress, Row, home_of, run
+from .suites import Suite, load_suite
+
+_LIBRARIES = ("emoloop", "torch", "diffusers", "transformers", "peft", "langgraph", "numpy", "scipy")
+
+
+@dataclass
+class Options:
+    """What the command line may change about a suite.
+
+    Attributes:
+        suite: Name or path.
+        arms: Instead of the suite's.
+        judge: Headline judge instead of the suite's.
+        guard: Guard instead of the suite's.
+        adapter: Folder behind the arms `adapter` and `loop_on_adapter`.
+        allow_reward_judge: Let a judge that gave the reward speak, in red.
+        limit: Only so many neutral prompts.
+        settings: Overrides, nested by section; the suite's own win.
+    """
+
+    suite: str
+    arms: list[str] | None = None
+    judge: str | None = None
+    guard: str | None = None
+    adapter: Path | None = None
+    allow_reward_judge: bool = False
+    limit: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """An evaluation that is ready to run."""
+
+    suite: Suite
+    settings: Settings
+    arms: list[Arm]
+    judge: Judge
+    guard: Judge | None
+    conflict: str | None
+
+
+def plan(options: Options) -> Plan:
+    """Resolve everything that can be wrong before anything is made.
+
+    Raises:
+        UserError: An unknown suite, arm, judge or adapter; or a judge that also gave the reward.
+    """
+    suite = load_suite(options.suite)
+    if options.limit:
+        kept = set(list(dict.fromkeys(r.prompt for r in suite.requests))[: options.limit])
+        blocks = [
+            block.model_copy(update={"prompts": [p for p in block.prompts if p in kept]})
+            for block in suite.blocks
+        ]
+        suite = suite.model_copy(update={"blocks": [block for block in blocks if block.prompts]})
+        suite = Suite.model_validate(suite.model_dump())
+    budget = {"loop": {"rounds": suite.rounds, "images": suite.images}}
+    settings = load_settings(merged(merged(options.settings, suite.settings), budget))
+    adapters = dict(suite.adapters)
+    if options.adapter or settings.generator.adapter:
+        adapters["adapter"] = Path(options.adapter or settings.generator.adapter or "")
+    wanted = options.arms or [*suite.arms, *(arm for arm in suite.adapters if arm not in suite.arms)]
+    arms = [load_arm(spec, adapters) for spec in wanted]
+    twice = [name for name, count in Counter(arm.name for arm in arms).items() if count > 1]
+    if twice:
+        raise UserError(f"two arms are called {twice[0]!r}: name one of them, NAME={twice[0]}")
+    spec = options.judge or suite.judge
+    if spec is None:
+        raise UserError(
+            f"suite {suite.name!r} names no judge: --judge law, lvlm:MODEL, clip:ENCODER,HEAD or human:CSV"
+        )
+    judge = load_judge(spec, settings)
+    guard_spec = options.guard or suite.guard
+    guard = load_judge(guard_spec, settings) if guard_spec else None
+    clash = conflict(judge, reward_sources(settings, [arm.adapter for arm in arms if arm.adapter]))
+    if clash and not options.allow_reward_judge:
+        raise UserError(
+            f"judge {judge.name!r} also gave the reward ({clash}), so its word proves nothing here: "
+            "choose another with --judge, or add --allow-reward-judge and the report will say so"
+        )
+    return Plan(suite, settings, arms, judge, guard, clash)
+
+
+def evaluate(
+    options: Options, out: Path, progress: Progress | None = None, processes: int = 1, lvlm: Any = None
+) -> tuple[dict[str, Any], Outcome]:
+    """Run the evaluation and write `report.json`, `report.csv` and `report.html` into `out`.
+
+    Args:
+        options: What to evaluate.
+        out: Folder for the report; made.
+        progress: Is told how far it is.
+        processes: Above 1, so many share the making, each with a GPU of its own where there are any.
+        lvlm: A chat model instead of the settings' one; for a single process.
+
+    Returns:
+        The document (with `figures`) and the rows behind it.
+
+    Raises:
+        UserError: As `plan`; or `out` cannot be written.
+        EvaluationFailed: An arm answered nothing at all; what is made is kept.
+    """
+    from .report import write_report
+
+    ready = plan(options)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from error
+    if processes > 1:
+        _make_in_processes(options, processes)
+    outcome = asyncio.run(
+        run(ready.suite, ready.settings, ready.arms, ready.judge, ready.guard, progress, lvlm=lvlm)
+    )
+    document = describe(ready, outcome, options)
+    write_report(document, outcome, out)
+    return document, outcome
+
+
+def fill(options: Options, shard: tuple[int, int]) -> None:
+    """One process's share: makes and reads, writes no report."""
+    ready = plan(options)
+    asyncio.run(run(ready.suite, ready.settings, ready.arms, ready.judge, ready.guard, shard=shard))
+
+
+def _make_in_processes(options: Options, processes: int) -> None:
+    import torch
+
+    devices = torch.cuda.device_count()
+    children = []
+    for which in range(processes):
+        environment = dict(os.environ)
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = str(which % devices)
+        arguments = json.dumps(asdict(options) | {"shard": [which, processes]}, default=str)
+        command = [sys.executable, "-m", f"{__package__}.shard", arguments]
+        children.append(subprocess.Popen(command, env=environment, stdout=sys.stderr))
+    codes = [child.wait() for child in children]
+    if any(codes):
+        raise EvaluationFailed(
+            f"{sum(map(bool, codes))} of {processes} processes failed; what is made is kept, run again"
+        )
+
+
+def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
+    """The report as one JSON document."""
+    suite = ready.suite
+    table = analysis.Table(outcome.rows, outcome.pace)
+    estimates = table.estimates()
+    gains = table.gains()
+    trained = [arm.name for arm in ready.arms if arm.adapter]
+    base = outcome.generators.get("") or next(iter(outcome.generators.values()))
+    asked = suite.requests
+    return {
+        "suite": suite.name,
+        "suite_version": suite.version,
+        "suite_sha256": suite.sha256,
+        "about": suite.about,
+        "command": _command(options),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "n": len(asked),
+        "prompts": len({request.prompt for request in asked}),
+        "images": suite.images,
+        "rounds": suite.rounds,
+        "seeds": {prompt: suite.seed_of(prompt) for prompt in dict.fromkeys(r.prompt for r in asked)},
+        "device": base.get("device"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "judge": {"name": ready.judge.name, "version": ready.judge.version},
+        "guard": ready.guard and {"name": ready.guard.name, "version": ready.guard.version},
+        "reward_judge": ready.conflict,
+        "figures": analysis.figures(table),
+        "arms": {
+            arm.name: {
+                "adapter": arm.adapter and str(arm.adapter),
+                "metrics": {key: asdict(value) for key, value in estimates[arm.name].items()},
+                "sweeps": table.sweeps(arm.name),
+                **_losses([row for row in outcome.rows if row.arm == arm.name]),
+            }
+            for arm in ready.arms
+        },
+        "gains": gains,
+        "verdict": analysis.verdict(gains),
+        "comparisons": table.comparisons(),
+        "flags": analysis.flags(table, trained),
+        "settings": ready.settings.model_dump(mode="json", exclude={"lvlm": {"api_key"}}),
+        "versions": {**versions(*_LIBRARIES), "python": platform.python_version()},
+        "generators": outcome.generators,
+        "identity": outcome.identity,
+        "pace": outcome.pace,
+        "images_made": outcome.made,
+        "wall_seconds": round(outcome.seconds, 1),
+        "home": str(home_of(ready.settings)),
+    }
+
+
+def _losses(rows: Sequence[Row]) -> dict[str, Any]:
+    reasons = Counter(row.delivery.failure for row in rows if row.delivery.failure)
+    unread = sum(reading is None for row in rows for reading in row.readings)
+    return {
+        "requests": len(rows),
+        "delivered": sum(not row.delivery.failure for row in rows),
+        "failures": dict(reasons),
+        "unread": unread,
+        "runs": [row.delivery.run_id for row in rows if row.delivery.run_id],
+    }
+
+
+def _command(options: Options) -> str:
+    words = ["emoloop", "eval", options.suite]
+    for flag in ("judge", "guard", "adapter", "limit"):
+        if getattr(options, flag) is not None:
+            words += [f"--{flag}", str(getattr(options, flag))]
+    if options.arms:
+        words += ["--arms", ",".join(options.arms)]
+    if options.allow_reward_judge:
+        words.append("--allow-reward-judge")
+    return " ".join(words)

@@ -1,0 +1,307 @@
+"""The report: one self-contained HTML page, the same as JSON, and every request's values as CSV.
+
+The page has no script and loads nothing, so it can be mailed, printed and read on a phone ten years on.
+Pictures are inlined; large ones as thumbnails.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from ..emotion import EmotionTarget
+from . import metrics
+from .analysis import of_request
+from .runner import Outcome, Row
+
+#: Sweeps shown for each axis, and cases at each end.
+STRIPS, CASES = 3, 3
+
+#: What the tables call a metric, and how many decimals it needs.
+LABELS: dict[str, tuple[str, int]] = {
+    "error": ("|ΔV| + |ΔA|", 2),
+    "valence_error": ("V-Error", 2),
+    "arousal_error": ("A-Error", 2),
+    "error_reduction": ("error reduction", 2),
+    "amortisation": ("amortisation", 2),
+    "emotion_accuracy": ("Emo-A", 2),
+    "subject_accuracy": ("subject", 2),
+    "alignment": ("alignment", 2),
+    "diversity": ("diversity", 3),
+    "reward": ("critic's reward", 2),
+    "valence_tau": ("τ valence", 2),
+    "arousal_tau": ("τ arousal", 2),
+    "smoothness": ("step distance", 3),
+    "images": ("images", 1),
+    "lvlm_calls": ("LVLM calls", 1),
+    "tokens": ("tokens", 0),
+    "seconds": ("seconds", 2),
+}
+COSTS = ("images", "lvlm_calls", "tokens", "seconds")
+
+
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    """A number for people, with a real minus sign; a dash where there is none."""
+    if value is None:
+        return "–"
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    # A rounded zero has no sign.
+    if float(text) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def interval(found: dict[str, Any], digits: int = 2, sign: bool = False) -> str:
+    """`low to high`; a dash where one prompt gave no interval."""
+    if found["low"] is None:
+        return "–"
+    return f"{number(found['low'], digits, sign)} to {number(found['high'], digits, sign)}"
+
+
+def write_report(document: dict[str, Any], outcome: Outcome, out: Path) -> None:
+    """Write `report.json`, `report.csv` and `report.html`.
+
+    Args:
+        document: From `evaluate.describe`.
+        outcome: The rows behind it.
+        out: Folder, existing.
+    """
+    rows = [flat_row(row, outcome.pace) for row in outcome.rows]
+    (out / "report.json").write_text(
+        json.dumps({**document, "rows": rows}, indent=1, ensure_ascii=False, allow_nan=False),
+        encoding="utf-8",
+    )
+    with (out / "report.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [key for key in rows[0] if key not in ("shots", "readings")])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: row[key] for key in writer.fieldnames})
+    (out / "report.html").write_text(render(document, outcome), encoding="utf-8")
+
+
+def flat_row(row: Row, pace: dict[str, float]) -> dict[str, Any]:
+    """One arm × request as plain values."""
+    target = row.request.target
+    return {
+        "arm": row.arm,
+        "request": row.request.id,
+        "prompt": row.request.prompt,
+        "valence": target.valence,
+        "arousal": target.arousal,
+        "category": target.category and target.category.value,
+        "run_id": row.delivery.run_id,
+        "failure": row.delivery.failure,
+        "delivered_prompt": row.delivery.prompt,
+        **of_request(row, pace),
+        "shots": [shot.sha256 for shot in row.delivery.handed_over],
+        "readings": [
+            reading and reading.model_dump(mode="json", exclude={"features"}, exclude_none=True)
+            for reading in row.readings
+        ],
+    }
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An inlined picture."""
+
+    uri: str
+    alt: str
+
+
+class Pictures:
+    """Turns addresses into data URIs, each once."""
+
+    def __init__(self, path: Any, side: int = 192) -> None:
+        self._path, self._side = path, side
+        self._known: dict[str, str] = {}
+
+    def uri(self, sha256: str) -> str:
+        """The picture as a data URI: as it is where it is small, else a thumbnail."""
+        if sha256 not in self._known:
+            path = self._path(sha256)
+            data, kind = path.read_bytes(), "png"
+            if len(data) > 24_000:
+                from PIL import Image
+
+                with Image.open(path) as image:
+                    small = image.convert("RGB")
+                small.thumbnail((self._side, self._side))
+                buffer = io.BytesIO()
+                small.save(buffer, "JPEG", quality=85)
+                data, kind = buffer.getvalue(), "jpeg"
+            self._known[sha256] = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        return self._known[sha256]
+
+
+def render(document: dict[str, Any], outcome: Outcome) -> str:
+    """The page."""
+    from ..traces.blobs import BlobStore
+
+    environment = Environment(
+        loader=PackageLoader(__package__.partition(".")[0], "evals/templates"),
+        autoescape=select_autoescape(["html", "jinja"], default=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"number": number, "interval": interval, "labels": LABELS, "costs": COSTS}
+    environment.filters["target"] = target_words
+    pictures = Pictures(BlobStore(outcome.home / "blobs").path)
+    shown = [key for key in LABELS if any(key in arm["metrics"] for arm in document["arms"].values())]
+    return environment.get_template("report.html.jinja").render(
+        doc=document,
+        metrics=[key for key in shown if key not in COSTS],
+        cost_metrics=[key for key in shown if key in COSTS],
+        less_is_better={**metrics.METRICS, "error_reduction": False, "amortisation": False},
+        planes=planes(outcome.rows),
+        strips=strips(outcome.rows, pictures),
+        cases=cases(outcome.rows, pictures),
+        runs={arm: found["runs"] for arm, found in document["arms"].items()},
+    )
+
+
+def target_words(target: EmotionTarget) -> str:
+    """A target in words."""
+    parts = [
+        f"{name} {number(value, 1, sign=True)}"
+        for name, value in (("valence", target.valence), ("arousal", target.arousal))
+        if value is not None
+    ]
+    return ", ".join([*parts, target.category.value] if target.category else parts)
+
+
+def planes(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """For each arm the valence-arousal plane: where it was to go and where the judge saw it."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        plane = found.setdefault(row.arm, {"arm": row.arm, "targets": set(), "points": []})
+        wanted = row.request.target.point
+        if None in wanted:
+            continue
+        plane["targets"].add(wanted)
+        read = [r for r in row.readings if r and r.valence is not None and r.arousal is not None]
+        if read:
+            valence, arousal = (
+                metrics.mean(getattr(r, axis) for r in read) for axis in ("valence", "arousal")
+            )
+            plane["points"].append({"valence": valence, "arousal": arousal, "wanted": wanted})
+    for plane in found.values():
+        plane["targets"] = sorted(plane["targets"])
+    return [plane for plane in found.values() if plane["points"]]
+
+
+def strips(rows: Sequence[Row], pictures: Pictures) -> list[dict[str, Any]]:
+    """Sweeps as picture strips: for each of a few, one line of pictures an arm, first image of each."""
+    by_arm: dict[str, list[Row]] = {}
+    for row in rows:
+        by_arm.setdefault(row.arm, []).append(row)
+    first = next(iter(by_arm.values()), [])
+    found, count = [], {"valence": 0, "arousal": 0}
+    for axis, places in metrics.sweeps([row.request for row in first]):
+        if count[axis] == STRIPS:
+            continue
+        count[axis] += 1
+        lines = []
+        for arm, mine in by_arm.items():
+            cells = [_cell(mine[place], pictures) for place in places]
+            if any(cells):
+                lines.append({"arm": arm, "cells": cells})
+        requests = [first[place].request for place in places]
+        other = "arousal" if axis == "valence" else "valence"
+        found.append(
+            {
+                "axis": axis,
+                "prompt": requests[0].prompt,
+                "other": other,
+                "other_value": getattr(requests[0].target, other),
+                "values": [getattr(request.target, axis) for request in requests],
+                "lines": lines,
+            }
+        )
+    return found
+
+
+def _cell(row: Row, pictures: Pictures) -> dict[str, Any] | None:
+    if not row.delivery.delivered:
+        return None
+    reading = row.readings[0]
+    return {
+        "uri": pictures.uri(row.delivery.handed_over[0].sha256),
+        "alt": f"{row.arm}: {row.request.prompt}, {target_words(row.request.target)}",
+        "valence": reading and reading.valence,
+        "arousal": reading and reading.arousal,
+    }
+
+
+def cases(rows: Sequence[Row], pictures: Pictures) -> list[dict[str, Any]]:
+    """The requests that the most elaborate arm answered best and worst, with every round of it."""
+    arms = list(dict.fromkeys(row.arm for row in rows))
+    shown = "loop" if "loop" in arms else arms[-1]
+    by_request = {(row.arm, row.request.id): row for row in rows}
+    scored = []
+    for row in rows:
+        error = of_request(row)["error"] if row.arm == shown else None
+        if error is not None:
+            scored.append((error, row))
+    scored.sort(key=lambda pair: (pair[0], pair[1].request.id))
+    best = scored[:CASES]
+    worst = [pair for pair in reversed(scored) if pair not in best][:CASES]
+    return [
+        {
+            "kind": kind,
+            "arm": shown,
+            "error": error,
+            "prompt": row.request.prompt,
+            "target": row.request.target,
+            "run_id": row.delivery.run_id,
+            "final": row.delivery.prompt,
+            "others": [
+                {**cell, "arm": arm, "error": of_request(other)["error"]}
+                for arm in arms
+                if (other := by_request.get((arm, row.request.id))) and (cell := _cell(other, pictures))
+            ],
+            "rounds": _rounds(row, pictures),
+        }
+        for kind, chosen in (("best", best), ("worst", worst))
+        for error, row in chosen
+    ]
+
+
+def _rounds(row: Row, pictures: Pictures) -> list[dict[str, Any]]:
+    revisions = {revision.round: revision for revision in row.delivery.revisions}
+    delivered = {(shot.round, shot.index) for shot in row.delivery.handed_over}
+    found: dict[int, dict[str, Any]] = {}
+    for shot in row.delivery.shots:
+        revision = revisions.get(shot.round)
+        entry = found.setdefault(
+            shot.round,
+            {
+                "number": shot.round,
+                "prompt": shot.prompt,
+                "changes": revision.changes if revision else "",
+                "why": revision.why if revision else "",
+                "shots": [],
+            },
+        )
+        critique = shot.critique
+        entry["shots"].append(
+            {
+                "uri": pictures.uri(shot.sha256),
+                "seed": shot.seed,
+                "reward": shot.reward,
+                "valence": getattr(critique, "valence", None),
+                "arousal": getattr(critique, "arousal", None),
+                "analysis": getattr(critique, "analysis", "") or getattr(critique, "reason", ""),
+                "suggestion": getattr(critique, "suggestion", ""),
+                "picked": (shot.round, shot.index) in delivered,
+            }
+        )
+    return [found[key] for key in sorted(found)]

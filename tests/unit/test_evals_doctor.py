@@ -1,0 +1,108 @@
+"""The doctor: finds what is missing, names one remedy, hides secrets, and is bad only where it matters."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from emoloop.cli import app
+from emoloop.evals import doctor
+from emoloop.settings import load_settings
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights.bin").write_bytes(b"0" * 2**20)
+    return str(folder)
+
+
+def found(document, name):
+    return next(check for check in document["checks"] if check["name"] == name)
+
+
+def settings_of(tmp_path, model, **more):
+    parts = {"generator": {"model": model}, "lvlm": {"model": model}, "home": tmp_path / "home"}
+    return load_settings({**parts, **more})
+
+
+def test_all_is_well(tmp_path, model, monkeypatch):
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    document = doctor.examine(settings_of(tmp_path, model))
+    assert document["ok"], [check for check in document["checks"] if check["state"] == "missing"]
+    assert "1 MiB" in found(document, "generator")["found"]
+    assert "torch" in found(document, "packages")["found"]
+    assert not (tmp_path / "home").exists()  # looking changes nothing
+    assert all(check["remedy"] for check in document["checks"] if check["state"] != "ok")
+
+
+def test_a_model_that_is_not_there(tmp_path, model):
+    document = doctor.examine(settings_of(tmp_path, model, generator={"model": str(tmp_path / "nowhere")}))
+    assert not document["ok"]
+    check = found(document, "generator")
+    assert check["state"] == "missing" and "nowhere" in check["found"] and check["remedy"]
+
+
+def test_a_home_that_cannot_be_written(tmp_path, model):
+    (tmp_path / "file").write_text("")
+    document = doctor.examine(settings_of(tmp_path, model, home=tmp_path / "file" / "home"))
+    assert found(document, "home")["state"] == "missing"
+
+
+def test_an_adapter_that_is_not_there(tmp_path, model):
+    settings = settings_of(tmp_path, model, generator={"model": model, "adapter": "nowhere"})
+    assert found(doctor.examine(settings), "adapter")["state"] == "missing"
+
+
+@pytest.fixture
+def server():
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps({"data": [{"id": "served"}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as made:
+        thread = threading.Thread(target=made.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{made.server_port}/v1"
+        made.shutdown()
+        thread.join()
+
+
+def test_a_server_is_asked_what_it_serves(tmp_path, model, server):
+    def check(**lvlm):
+        settings = settings_of(tmp_path, model, lvlm={"engine": "vllm", **lvlm})
+        return found(doctor.examine(settings), "vLLM server")
+
+    assert check(model="served", base_url=server)["state"] == "ok"
+    wrong = check(model="other", base_url=server)
+    assert wrong["state"] == "missing" and "serves served, not other" in wrong["found"]
+    gone = check(model="served", base_url="http://127.0.0.1:9/v1")
+    assert gone["state"] == "missing" and "emoloop lvlm serve" in gone["remedy"]
+
+
+def test_settings_in_force_without_secrets(tmp_path, model):
+    document = doctor.examine(settings_of(tmp_path, model, lvlm={"model": model, "api_key": "s3cret"}))
+    rows = {row["name"]: row for row in document["settings"]}
+    assert rows["lvlm.api_key"] == {"name": "lvlm.api_key", "value": "(set)", "set": True}
+    assert rows["loop.rounds"] == {"name": "loop.rounds", "value": 3, "set": False}
+    assert "s3cret" not in json.dumps(document)
+
+
+def test_the_verb_exits_1_and_prints_json(tmp_path, model, monkeypatch):
+    monkeypatch.setenv("EMOLOOP_GENERATOR__MODEL", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("EMOLOOP_LVLM__MODEL", model)
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["ok"] is False
+    monkeypatch.setenv("EMOLOOP_GENERATOR__MODEL", model)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.stdout
+    assert "All that is needed is here" in result.stdout
