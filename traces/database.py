@@ -126,8 +126,10 @@ def _server(url: URL) -> Engine:
 
 def _sqlite(url: URL, read_only: bool) -> Engine:
     path = Path(str(url.database))
-    # Readers of a WAL database write beside it, except where nothing can change it.
-    frozen = "" if os.access(path.parent, os.W_OK) else "&immutable=1"
+    # Readers of a WAL database write beside it, except where nothing can change it and the WAL is empty.
+    wal = path.with_name(f"{path.name}-wal")
+    settled = not wal.is_file() or wal.stat().st_size == 0
+    frozen = "&immutable=1" if settled and not os.access(path.parent, os.W_OK) else ""
     target = f"{path.as_uri()}?mode=ro{frozen}" if read_only else path.as_uri()
 
     def connect() -> sqlite3.Connection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import datetime
 
 from rich.console import Console, Group, RenderableType
@@ -13,30 +13,39 @@ from rich.text import Text
 from ..emotion import Candidate, Critique, EmotionTarget, Missing, Round, RunResult
 from .rows import RunRow
 
+#: Columns that go first where the terminal is too narrow for the prompt, and the least room it gets.
+_DISPENSABLE = ("missing", "rounds", "started", "images")
+_PROMPT_ROOM = 24
 
-def show_runs(console: Console, rows: Iterable[RunRow]) -> None:
-    """Print one line for each run."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("run", no_wrap=True)
-    table.add_column("started", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("target", no_wrap=True)
-    table.add_column("prompt", overflow="ellipsis", no_wrap=True, ratio=1)
-    for name in ("rounds", "images", "missing", "best", "gain"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.run_id,
-            _time(row.started),
-            row.stop_reason or row.status,
-            target_text(row.target),
-            Text(row.prompt),
-            str(row.rounds),
-            str(row.images),
-            str(row.missing or ""),
-            _number(row.best_reward),
-            _number(row.gain),
-        )
+
+def show_runs(console: Console, rows: Sequence[RunRow]) -> None:
+    """Print one line for each run, with as much of the prompt as there is room for."""
+    columns = {
+        "run": [row.run_id for row in rows],
+        "started": [_time(row.started) for row in rows],
+        "status": [row.stop_reason or row.status for row in rows],
+        "target": [target_text(row.target) for row in rows],
+        "rounds": [str(row.rounds) for row in rows],
+        "images": [str(row.images) for row in rows],
+        "missing": [str(row.missing or "") for row in rows],
+        "best": [_number(row.best_reward) for row in rows],
+        "gain": [_number(row.gain) for row in rows],
+    }
+    widths = {name: max(map(len, (name, *cells))) for name, cells in columns.items()}
+    for name in _DISPENSABLE:
+        if console.width - sum(widths.values()) - 2 * len(widths) < _PROMPT_ROOM:
+            del columns[name], widths[name]
+    room = max(console.width - sum(widths.values()) - 2 * len(widths), _PROMPT_ROOM // 2)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        numeric = name in ("rounds", "images", "missing", "best", "gain")
+        justify = "right" if numeric else "left"
+        table.add_column(name, no_wrap=True, justify=justify, min_width=widths[name])
+    table.add_column("prompt", no_wrap=True)
+    for row, *cells in zip(rows, *columns.values(), strict=True):
+        prompt = Text(" ".join(row.prompt.split()))
+        prompt.truncate(room, overflow="ellipsis")
+        table.add_row(*(Text(cell) for cell in cells), prompt)
     console.print(table)
 
 
@@ -48,7 +57,9 @@ def show_run(console: Console, result: RunResult) -> None:
     console.print(Text.assemble(("target  ", "dim"), target_text(result.target)))
     if result.best is not None:
         won = f"{_number(result.best.reward)} in round {result.best.round}, candidate {result.best.index}"
-        console.print(Text.assemble(("best    ", "dim"), won, "  ", str(result.best.path or "")))
+        console.print(Text.assemble(("best    ", "dim"), won))
+        if result.best.path is not None:
+            console.print(Text(f"        {result.best.path}"), soft_wrap=True)
         gains = f"{_number(result.gain)} mean, {_number(result.best_gain)} best"
         console.print(Text.assemble(("gain    ", "dim"), gains))
     for number, round_ in enumerate(result.rounds):
@@ -74,13 +85,9 @@ def _round(number: int, round_: Round, best: Candidate | None) -> RenderableType
         if words:
             parts.append(Text.assemble((f"  {name}  ", "dim"), words))
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("", "#", "reward", "valence", "arousal"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("category", no_wrap=True)
-    table.add_column("shows", justify="right", no_wrap=True)
-    table.add_column("seed", justify="right", no_wrap=True)
-    table.add_column("image", no_wrap=True)
-    table.add_column("critique", ratio=1)
+    for name in ("", "#", "reward", "valence", "arousal", "category", "shows", "seed", "image"):
+        table.add_column(name, justify="left" if name in ("category", "image") else "right", no_wrap=True)
+    words = Table.grid(padding=(0, 2, 0, 0))
     for candidate in round_.candidates:
         table.add_row(
             "★" if candidate is best else "",
@@ -88,10 +95,11 @@ def _round(number: int, round_: Round, best: Candidate | None) -> RenderableType
             _number(candidate.reward),
             *_reading(candidate.critique),
             str(candidate.seed),
-            candidate.sha256[:12],
-            _words(candidate.critique),
+            candidate.sha256[:8],
         )
-    return Group(*parts, Padding(table, (0, 0, 0, 2)))
+        words.add_row(Text(str(candidate.index), style="dim"), _words(candidate.critique))
+    indent = (0, 0, 0, 2)
+    return Group(*parts, Padding(table, indent), Padding(words, indent))
 
 
 def _reading(critique: Critique | Missing | None) -> tuple[str, str, str, str]:

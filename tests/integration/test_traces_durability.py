@@ -59,6 +59,8 @@ def test_a_killed_writer_loses_nothing_it_was_told_is_safe(tmp_path, seed):
         acknowledged += [
             line.split() for line in process.stdout.read().splitlines(keepends=True) if line[-1] == "\n"
         ]
+    with open_store(Settings(home=tmp_path), read_only=True) as reader:
+        assert len(reader.events("one")) > len(acknowledged)
     with open_store(Settings(home=tmp_path)) as store:
         written = {event.seq: event for event in store.events("one")}
         assert sorted(written) == list(range(len(written)))

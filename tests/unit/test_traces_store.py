@@ -192,6 +192,26 @@ def test_a_missing_critique_gives_way_to_a_later_one_and_a_value_does_not(store)
     assert load_run(store, "one").best.reward == 0.7
 
 
+def test_a_second_critic_only_says_how_sure_the_first_one_was(store):
+    store.append(*a_run(store, "one", [[0.5]]))
+    (before,) = store.candidates("one")
+    reading = Critique(valence=-0.5, arousal=0.0, alignment=1.0)
+    second = {"run_id": "one", "node": "second", "sha256": before.sha256, "model": "m", "prompt_version": "1"}
+    store.append(Critiqued(**second, critique=reading))
+    (after,) = store.candidates("one")
+    assert before.spread is None and after == before.model_copy(update={"spread": 2.0})
+
+
+def test_runs_can_be_picked_by_adapter(store):
+    store.append(*a_run(store, "bare", [[0.1]]))
+    adapted = a_run(store, "adapted", [[0.1]], minutes=1)
+    store.append(
+        *(e.model_copy(update={"adapter": "abc123"}) if isinstance(e, ImageGenerated) else e for e in adapted)
+    )
+    assert [row.run_id for row in store.runs(RunFilter(adapter="abc"))] == ["adapted"]
+    assert [row.run_id for row in store.runs(RunFilter(adapter="none"))] == ["bare"]
+
+
 def test_rebuilding_gives_the_same_tables(store):
     for name in ("one", "two"):
         batch = a_run(store, name, [[0.1, None, 0.4], [0.5, 0.3, None]])

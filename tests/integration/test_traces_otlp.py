@@ -1,0 +1,67 @@
+"""Spans over the wire: a collector of our own reads what the exporter sends."""
+
+from __future__ import annotations
+
+import gzip
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from emoloop.emotion import EmotionTarget
+from emoloop.recording import RunStarted
+from emoloop.settings import Settings
+from emoloop.traces.recorder import open_recorder
+from emoloop.traces.store import open_store
+from emoloop.traces.telemetry import open_exporter, replay
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+
+@pytest.fixture
+def collector():
+    """(base address, spans received so far)."""
+    spans = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                names = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
+                for scope in resource.scope_spans:
+                    spans.extend((self.path, names.get("service.name"), span) for span in scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", spans
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+async def test_live_and_replayed_spans_arrive(collector, tmp_path, monkeypatch):
+    monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
+    address, spans = collector
+    settings = Settings(home=tmp_path, traces={"otlp_endpoint": address})
+    async with open_recorder(settings) as recorder:
+        with recorder.span("invoke_workflow emoloop", {"gen_ai.conversation.id": "one"}):
+            await recorder.record(
+                RunStarted(run_id="one", prompt="p", target=EmotionTarget(valence=1.0), seed=1)
+            )
+    assert [(path, service, span.name) for path, service, span in spans] == [
+        ("/v1/traces", "emoloop", "invoke_workflow emoloop")
+    ]
+    with open_store(settings, read_only=True) as store:
+        exporter = open_exporter(settings.traces)
+        assert replay(store.events("one"), exporter, store.blobs) == 1
+        exporter.shutdown()
+        (started,) = store.events("one")
+    _, service, span = spans[1]
+    assert (service, span.name) == ("emoloop", "invoke_workflow emoloop")
+    assert span.start_time_unix_nano // 1000 == round(started.time.timestamp() * 1_000_000)
