@@ -72,6 +72,11 @@ class Network:
         """The network itself."""
         return self.family.network(self.pipe)
 
+    @property
+    def lora_excluded(self) -> list[str]:
+        """Layers that bear a targeted name but have no say in the output."""
+        return []
+
     def encode(self, prompt: str | None) -> Conditioning:
         """Embeddings of one prompt, batch 1; None is "no negative prompt"."""
         return Conditioning.cat([self.family.encode(self.pipe, prompt, self.call)])
@@ -138,6 +143,11 @@ class SD3(Network):
     """SD3 and SD3.5: a transformer over text and image tokens, flow matching."""
 
     lora_targets = _JOINT_ATTENTION
+
+    @property
+    def lora_excluded(self) -> list[str]:
+        """The last block answers for the image alone: what its text tokens ask is never used."""
+        return [f"transformer_blocks.{len(self.module.transformer_blocks) - 1}.attn.add_q_proj"]
 
     def denoise(self, module: nn.Module, x: Tensor, t: Tensor, told: Conditioning, guidance: float) -> Tensor:
         """As the base; the network counts time in thousandths."""

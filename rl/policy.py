@@ -107,7 +107,9 @@ class Policy:
         self._previous_tokens: EmotionTokens | None = None
         self._slow_tokens: EmotionTokens | None = None
         if previous is None:
-            config = _lora_config(rank, alpha, targets or network.lora_targets, dropout)
+            config = _lora_config(
+                rank, alpha, targets or network.lora_targets, network.lora_excluded, dropout
+            )
         else:
             config = module.peft_config[PREVIOUS]
             if previous.emotion_tokens is not None:
@@ -117,11 +119,7 @@ class Policy:
         self.bound = len(self._layers)
         if previous is not None:
             self._copy(PREVIOUS, STUDENT)
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(f".{STUDENT}." in name)
-            if f".{STUDENT}." in name:
-                # Small updates vanish in half precision.
-                parameter.data = parameter.data.float()
+        self._train_only_student()
         self.tokens.to(self.device, torch.float32).requires_grad_(True)
         #: The module to train; the trainer may replace it by its wrapped form.
         self.trained: nn.Module = Trained(network, tokens)
@@ -290,10 +288,7 @@ class Policy:
         """Begin the moving average, equal to the student."""
         if not self._has(SLOW):
             self._add(SLOW, self.config, 0)
-            for name, parameter in self.network.module.named_parameters():
-                if f".{SLOW}." in name:
-                    parameter.requires_grad_(False)
-                    parameter.data = parameter.data.float()
+            self._train_only_student()
             self._slow_tokens = copy.deepcopy(self.tokens).requires_grad_(False)
             self._speak(STUDENT)
         self.update_slow(0.0)
@@ -333,6 +328,14 @@ class Policy:
         if not any(_is_lora(layer) for layer in module.modules()):
             raise UserError(f"the LoRA binds no layer of {type(module).__name__}: check policy.targets")
 
+    def _train_only_student(self) -> None:
+        # Adding an adapter makes peft train that one and freeze the others.
+        for name, parameter in self.network.module.named_parameters():
+            parameter.requires_grad_(f".{STUDENT}." in name)
+            if f".{STUDENT}." in name or f".{SLOW}." in name:
+                # Small updates vanish in half precision.
+                parameter.data = parameter.data.float()
+
     def _has(self, name: str) -> bool:
         return any(name in layer.lora_A for layer in self._layers)
 
@@ -364,13 +367,16 @@ def _is_lora(layer: nn.Module) -> Any:
     return isinstance(layer, LoraLayer)
 
 
-def _lora_config(rank: int, alpha: float, targets: Sequence[str], dropout: float) -> Any:
+def _lora_config(
+    rank: int, alpha: float, targets: Sequence[str], excluded: Sequence[str], dropout: float
+) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes floats
         target_modules=list(targets),
+        exclude_modules=list(excluded) or None,
         lora_dropout=dropout,
         init_lora_weights="gaussian",
     )

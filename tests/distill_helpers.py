@@ -1,0 +1,46 @@
+"""Objectives and guards that misbehave on purpose, named by dotted path in tests of distillation."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from emoloop.rl.objectives.sft import SFT
+from PIL import Image
+
+
+class TurnsToNaN(SFT):
+    """Works for a while, then divides nothing by nothing."""
+
+    after: int = 3
+    calls: ClassVar[list[int]] = [0]
+
+    def loss(self, batch: Any, policy: Any, generator: torch.Generator) -> Any:
+        loss, figures = super().loss(batch, policy, generator)
+        if torch.is_grad_enabled():
+            self.calls[0] += 1
+            if self.calls[0] > self.after:
+                loss = loss * torch.nan
+        return loss, figures
+
+
+class Collapsing:
+    """A guard whose reward rises and whose alignment falls at each look."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def read(self, images: list[Image.Image]) -> list[Any]:
+        self.looks += 1
+        # Two looks at the yardsticks, then the student.
+        nearness = min(1.0, 0.1 * max(0, self.looks - 2))
+        features = np.random.default_rng(0).standard_normal((len(images), 4))
+        return [
+            SimpleNamespace(valence=3 * nearness, arousal=3 * nearness, features=row, index=i)
+            for i, row in enumerate(features)
+        ]
+
+    def alignment(self, image: Image.Image, prompt: str) -> float:
+        return 1.0 if self.looks <= 3 else 0.1
