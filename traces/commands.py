@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..emotion import Emotion, RunStatus, UserError
+from ..emotion import Emotion, EmotionTarget, RunStatus, UserError
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -113,7 +113,11 @@ def show(run: Run, home: Home = None, as_json: AsJson = False) -> None:
 @_filtered
 def export(
     format: Annotated[
-        str, typer.Argument(metavar="FORMAT", help="jsonl (events) or pickapic (preference pairs).")
+        str,
+        typer.Argument(
+            metavar="FORMAT",
+            help="jsonl (events), pickapic (preference pairs) or reflection (verl-omni's trajectories).",
+        ),
     ],
     runs: SomeRuns = None,
     *,
@@ -199,6 +203,34 @@ def replay(
         _print({"runs": [row.run_id for row in chosen], "spans": spans})
     else:
         typer.echo(f"sent {_many(spans, 'span')} of {_many(len(chosen), 'run')}", err=True)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[
+        Path, typer.Argument(help="Parquet in the pick-a-pic schema, or the folder of an export.")
+    ],
+    valence: Annotated[float | None, typer.Option(help="Wanted valence of rows that name no target.")] = None,
+    arousal: Annotated[float | None, typer.Option(help="Wanted arousal of rows that name no target.")] = None,
+    emotion: Annotated[Emotion | None, typer.Option(help="Wanted category of such rows.")] = None,
+    model: Annotated[str | None, typer.Option(help="What made the images: the model to train.")] = None,
+    home: Home = None,
+) -> None:
+    """Add preference pairs from elsewhere to the log."""
+    from pydantic import ValidationError
+
+    from .intake import import_pickapic
+
+    target = None
+    if (valence, arousal, emotion) != (None, None, None):
+        try:
+            target = EmotionTarget(valence=valence, arousal=arousal, category=emotion)
+        except ValidationError as error:
+            raise UserError(f"the target: {error.errors()[0]['msg']}") from error
+    with _store(home, write=True) as (store, _):
+        typer.echo(
+            f"took {_many(import_pickapic(store, path, target=target, model=model), 'pair')}", err=True
+        )
 
 
 @app.command()

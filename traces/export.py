@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ..emotion import UserError
+from .reflection import export_reflection
 from .rows import CandidateRow, RunFilter, RunRow
 from .store import TraceStore
 
@@ -107,7 +108,10 @@ def export_pickapic(store: TraceStore, where: RunFilter | None, path: Path) -> i
 
 
 #: Formats that go to a file or folder, by name; "jsonl" goes to any stream and stands beside them.
-FORMATS: dict[str, Callable[[TraceStore, RunFilter | None, Path], int]] = {"pickapic": export_pickapic}
+FORMATS: dict[str, Callable[[TraceStore, RunFilter | None, Path], int]] = {
+    "pickapic": export_pickapic,
+    "reflection": export_reflection,
+}
 
 
 def _schema() -> pa.Schema:

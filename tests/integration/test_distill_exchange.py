@@ -1,0 +1,119 @@
+"""Traces out and in again: pick-a-pic parquet, and trajectories for verl-omni."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from emoloop.cli import app
+from emoloop.emotion import Critique, EmotionTarget, UserError
+from emoloop.recording import Critiqued
+from emoloop.rl.dataset import DataConfig, Dataset
+from emoloop.traces.export import export_pickapic
+from emoloop.traces.intake import import_pickapic
+from emoloop.traces.reflection import export_reflection
+from emoloop.traces.store import open_store
+from rl_log import noise_image, run_events, settings_for, write_log
+from typer.testing import CliRunner
+
+
+def png(seed: int) -> bytes:
+    stream = io.BytesIO()
+    noise_image(seed).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_exported_pairs_come_back_as_preferences(tmp_path: Path) -> None:
+    with open_store(write_log(tmp_path / "one", 4)) as store:
+        assert export_pickapic(store, None, tmp_path / "pairs") == 4
+        before = Dataset(store, DataConfig(held_out=0, kinds=("rounds",))).examples("preferences")
+        expected = {(e.prompt, e.target.point, e.winner, e.loser) for e in before.fetch(range(len(before)))}
+    with open_store(settings_for(tmp_path / "two")) as store:
+        assert import_pickapic(store, tmp_path / "pairs") == 4
+        assert import_pickapic(store, tmp_path / "pairs") == 4
+        assert len(store.runs()) == 4
+        dataset = Dataset(store, DataConfig(held_out=0, kinds=("rounds", "within")))
+        after = dataset.examples("preferences")
+        assert {
+            (e.prompt, e.target.point, e.winner, e.loser) for e in after.fetch(range(len(after)))
+        } == expected
+        assert dataset.reward == ("emotion", "1") and dataset.base.model == "tiny"
+
+
+def test_foreign_pairs_need_a_target_and_may_name_a_model(tmp_path: Path) -> None:
+    rows = [
+        {"caption": "a dog", "jpg_0": png(1), "jpg_1": png(2), "label_0": 1.0},
+        {"caption": "a cat", "jpg_0": png(3), "jpg_1": png(4), "label_0": 0.0},
+        {"caption": "a tie", "jpg_0": png(5), "jpg_1": png(6), "label_0": 0.5},
+    ]
+    file = tmp_path / "foreign.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    home = ["--home", str(tmp_path / "home")]
+    runner = CliRunner()
+    refused = runner.invoke(app, ["traces", "import", str(file), *home])
+    assert isinstance(refused.exception, UserError) and "no wanted emotion" in str(refused.exception)
+    taken = runner.invoke(app, ["traces", "import", str(file), "--emotion", "awe", "--model", "mine", *home])
+    assert taken.exit_code == 0 and "2 pairs" in taken.output
+    with open_store(settings_for(tmp_path / "home")) as store:
+        dataset = Dataset(store, DataConfig(held_out=0))
+        pairs = dataset.examples("preferences").fetch(range(2))
+        by_prompt = {pair.prompt: pair for pair in pairs}
+        assert by_prompt["a dog"].winner == store.blobs.put_image(noise_image(1))
+        assert by_prompt["a cat"].winner == store.blobs.put_image(noise_image(4))
+        assert pairs[0].target == EmotionTarget(category="awe") and dataset.base.model == "mine"
+
+
+def test_files_that_are_no_pairs_are_refused(tmp_path: Path) -> None:
+    with open_store(settings_for(tmp_path / "home")) as store:
+        with pytest.raises(UserError, match="no parquet file at"):
+            import_pickapic(store, tmp_path / "nothing.parquet")
+        (tmp_path / "text.parquet").write_text("hello")
+        with pytest.raises(UserError, match="is no parquet file"):
+            import_pickapic(store, tmp_path / "text.parquet")
+        pq.write_table(pa.Table.from_pylist([{"caption": "a"}]), tmp_path / "short.parquet")
+        with pytest.raises(UserError, match="no column 'jpg_0'"):
+            import_pickapic(store, tmp_path / "short.parquet")
+        bad = {"caption": "a", "jpg_0": b"no", "jpg_1": b"picture", "label_0": 1.0}
+        pq.write_table(pa.Table.from_pylist([bad]), tmp_path / "bad.parquet")
+        with pytest.raises(UserError, match="does not open"):
+            import_pickapic(store, tmp_path / "bad.parquet", target=EmotionTarget(valence=1))
+
+
+def test_trajectories_fit_the_schema(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path / "home")
+    with open_store(settings) as store:
+        for run in range(3):
+            events = run_events(store, run)
+            told = []
+            for event in events:
+                if isinstance(event, Critiqued) and isinstance(event.critique, Critique) and run != 1:
+                    said = event.critique.model_copy(
+                        update={"analysis": "dull sky", "suggestion": "a bright sky"}
+                    )
+                    event = event.model_copy(update={"critique": said})
+                told.append(event)
+            store.append(*told)
+        assert export_reflection(store, None, tmp_path / "out") == 2
+        with pytest.raises(UserError, match="no trajectories"):
+            silent = settings_for(tmp_path / "silent")
+            with open_store(silent) as other:
+                other.append(*run_events(other, 1))
+                export_reflection(other, None, tmp_path / "none")
+    assert not (tmp_path / "none" / "trajectories.jsonl").exists()
+    lines = (tmp_path / "out" / "trajectories.jsonl").read_text().splitlines()
+    for trajectory in map(json.loads, lines):
+        name = trajectory.pop("trajectory_id")
+        canonical = json.dumps(trajectory, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        assert name == "traj_" + hashlib.sha256(f"visual_reflection_v1\0{canonical}".encode()).hexdigest()
+        assert len(trajectory["images"]) == len(trajectory["steps"]) == 2
+        assert [step["action"] for step in trajectory["steps"]] == ["continue", "stop"]
+        assert trajectory["steps"][0]["edit"] and not trajectory["steps"][1]["edit"]
+        assert "valence" in trajectory["prompt"]
+        for image in trajectory["images"]:
+            data = (tmp_path / "out" / image["uri"]).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == image["sha256"]
