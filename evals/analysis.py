@@ -299,8 +299,8 @@ def _span(found: Estimate) -> str:
     return f"95 % {found.low:+.2f} to {found.high:+.2f}"
 
 
-def figures(table: Table) -> dict[str, float | int | None]:
-    """The flat map: `<arm>_<metric>` with `_low`, `_high`; `gain_<part>`; `n`."""
+def figures(table: Table, measures: Mapping[str, Estimate] | None = None) -> dict[str, float | int | None]:
+    """The flat map: `<arm>_<metric>` and the suite's measures with `_low`, `_high`; `gain_<part>`; `n`."""
     flat: dict[str, float | int | None] = {"n": len({row.request.id for row in table.rows})}
     for arm, found in table.estimates().items():
         for metric, value in found.items():
@@ -311,4 +311,6 @@ def figures(table: Table) -> dict[str, float | int | None]:
             for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))
         }
         flat[f"gain_{gain['part']}_p"] = gain["p"]
+    for name, found in (measures or {}).items():
+        flat |= found.figures(name)
     return flat

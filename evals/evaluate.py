@@ -193,7 +193,7 @@ def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
         "judge": {"name": ready.judge.name, "version": ready.judge.version},
         "guard": ready.guard and {"name": ready.guard.name, "version": ready.guard.version},
         "reward_judge": ready.conflict,
-        "figures": analysis.figures(table),
+        "figures": analysis.figures(table, outcome.measures),
         "arms": {
             arm.name: {
                 "adapter": arm.adapter and str(arm.adapter),
@@ -203,6 +203,7 @@ def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
             }
             for arm in ready.arms
         },
+        "measures": {name: asdict(found) for name, found in outcome.measures.items()},
         "gains": gains,
         "verdict": analysis.verdict(gains),
         "comparisons": table.comparisons(),

@@ -95,7 +95,7 @@ class PixelJudge:
 
     def __init__(self, reader: PixelReader, name: str, batch: int = 64) -> None:
         self.reader, self.name, self.batch = reader, name, batch
-        self.version = str(getattr(reader, "version", 1))
+        self.version = str(getattr(reader, "version", None) or _weights(reader))
         kind = type(reader)
         self.models = frozenset({name, f"{kind.__module__}:{kind.__qualname__}"})
 
@@ -109,9 +109,9 @@ class PixelJudge:
     def _read(self, items: Sequence[Item]) -> list[Reading | None]:
         images = [item.open() for item in items]
         subject_of = getattr(self.reader, "subject_of", None)
-        alignment = getattr(self.reader, "alignment", None)
+        aligned = self._aligned(items, images)
         readings: list[Reading | None] = []
-        for item, image, seen in zip(items, images, self.reader.read(images), strict=True):
+        for item, seen, alignment in zip(items, self.reader.read(images), aligned, strict=True):
             subject = getattr(seen, "subject", None)
             asked = subject_of(item.prompt) if subject_of else None
             features = getattr(seen, "features", None)
@@ -122,11 +122,41 @@ class PixelJudge:
                     category=Emotion(seen.category) if getattr(seen, "category", None) else None,
                     subject=subject,
                     subject_right=None if asked is None or subject is None else subject == asked,
-                    alignment=float(alignment(image, item.prompt)) if alignment else None,
+                    alignment=alignment,
                     features=None if features is None else [round(float(value), 5) for value in features],
                 )
             )
         return readings
+
+    def _aligned(self, items: Sequence[Item], images: Sequence[Image]) -> list[float | None]:
+        """Alignment with each item's prompt, those of one prompt together where the reader can do that."""
+        several, single = (getattr(self.reader, name, None) for name in ("alignments", "alignment"))
+        found: list[float | None] = [None] * len(items)
+        by_prompt: dict[str, list[int]] = {}
+        for place, item in enumerate(items):
+            by_prompt.setdefault(item.prompt, []).append(place)
+        for prompt, places in by_prompt.items():
+            these = [images[place] for place in places]
+            if several:
+                values = several(these, prompt)
+            elif single:
+                values = [single(image, prompt) for image in these]
+            else:
+                continue
+            for place, value in zip(places, values, strict=True):
+                found[place] = float(value)
+        return found
+
+
+def _weights(reader: Any) -> str:
+    """A hash of the reader's `model`, so that readings by other weights are not taken for its own."""
+    state = getattr(getattr(reader, "model", None), "state_dict", None)
+    if state is None:
+        return "1"
+    total = hashlib.sha256()
+    for name, tensor in sorted(state().items()):
+        total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()[:12]
 
 
 def _number(value: Any) -> float | None:

@@ -21,12 +21,14 @@ from ..agents.ask import one_line
 from ..emotion import UserError
 from ..settings import Settings
 from ..tools.fingerprint import content_hash
+from ..tools.registry import resolve
 from ..traces.blobs import BlobStore
 from .arms import Arm, deliver
 from .cache import Cache, digest
 from .judges import Item, Judge
 from .kit import CachedGenerator, Kit
 from .records import Delivery, Reading, Shot
+from .stats import Estimate
 from .suites import Request, Suite
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ class Outcome:
         made: How many images were made now; the rest was there.
         seconds: Wall clock.
         pace: Seconds for one image, critique and rewrite, in full batches on this device.
+        measures: The suite's further figures.
     """
 
     rows: list[Row]
@@ -88,6 +91,7 @@ class Outcome:
     made: int
     seconds: float
     pace: dict[str, float]
+    measures: dict[str, Estimate] = field(default_factory=dict)
 
 
 class EvaluationFailed(Exception):
@@ -205,42 +209,57 @@ async def run(
     described: dict[str, dict[str, Any]] = {}
     identity: dict[str, Any] = {}
     pace: dict[str, float] = {}
+    measures: dict[str, Estimate] = {}
     made = 0
-    progress.begin("images", len(requests) * len(arms))
+    progress.begin("requests × arms", len(requests) * len(arms))
     for adapter in dict.fromkeys(arm.adapter for arm in arms):
         async with open_kit(suite, settings, adapter, lvlm) as kit:
-            slots = asyncio.Semaphore(CONCURRENCY)
-
-            async def one(
-                arm: Arm, request: Request, kit: Kit = kit, slots: asyncio.Semaphore = slots
-            ) -> None:
-                async with slots:
-                    delivery = await _answer(arm, kit, request, suite.seed_of(request.prompt))
-                    rows[arm.name, request.id] = Row(arm.name, request, delivery)
-                    progress.step()
-
-            async with asyncio.TaskGroup() as group:
-                # Request by request, not arm by arm: what arms share is then made just before it is used
-                # again.
-                for request in requests:
-                    for arm in arms:
-                        if arm.adapter == adapter:
-                            group.create_task(one(arm, request))
+            here = [arm for arm in arms if arm.adapter == adapter]
+            group = await _answers(kit, suite, here, requests, progress)
+            rows |= {(row.arm, row.request.id): row for row in group}
+            if adapter is None or not pace:
+                pace = await measure_pace(kit, group)
+            await read(group, judge, guard, kit.cache, kit.generator.blobs.path, progress)
+            if suite.measures and adapter is None and many == 1:
+                measures = await resolve(suite.measures, {}, "measures")(kit, group, pace)
             made += kit.generator.fresh
             described[str(adapter or "")] = kit.generator.describe()
             identity = {**kit.identity, **identity}
-            if adapter is None or not pace:
-                pace = await measure_pace(kit, list(rows.values()))
+    return Outcome(
+        rows=[rows[arm.name, request.id] for arm in arms for request in requests],
+        home=home_of(settings),
+        generators=described,
+        identity=identity,
+        made=made,
+        seconds=time.perf_counter() - started,
+        pace=pace,
+        measures=measures,
+    )
+
+
+async def _answers(
+    kit: Kit, suite: Suite, arms: Sequence[Arm], requests: Sequence[Request], progress: Progress
+) -> list[Row]:
+    slots = asyncio.Semaphore(CONCURRENCY)
+
+    async def one(arm: Arm, request: Request) -> Row:
+        async with slots:
+            delivery = await _answer(arm, kit, request, suite.seed_of(request.prompt))
+            progress.step()
+            return Row(arm.name, request, delivery, siblings=_siblings(delivery))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            # Request by request, not arm by arm: what arms share is made just before it is used again.
+            tasks = [group.create_task(one(arm, request)) for request in requests for arm in arms]
+    except* UserError as errors:
+        raise errors.exceptions[0] from None
+    rows = [task.result() for task in tasks]
     for arm in arms:
-        reasons = [row.delivery.failure for row in rows.values() if row.arm == arm.name]
+        reasons = [row.delivery.failure for row in rows if row.arm == arm.name]
         if reasons and all(reasons):
             raise EvaluationFailed(f"arm {arm.name!r} failed on all {len(reasons)} requests: {reasons[0]}")
-    ordered = [rows[arm.name, request.id] for arm in arms for request in requests]
-    for row in ordered:
-        row.siblings = _siblings(row.delivery)
-    home = home_of(settings)
-    await read(ordered, judge, guard, Cache(home / "cache"), BlobStore(home / "blobs").path, progress)
-    return Outcome(ordered, home, described, identity, made, time.perf_counter() - started, pace)
+    return rows
 
 
 async def _answer(arm: Arm, kit: Kit, request: Request, seed: int) -> Delivery:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .report import LABELS, interval, number
+from .wording import LABELS, interval, number
 
 #: Columns of the terminal's table; the report has all.
 _SHOWN = ("error", "error_reduction", "amortisation", "subject_accuracy", "alignment", "images", "lvlm_calls")

@@ -104,6 +104,7 @@ class Suite(_Part):
         adapters: Further arms: name → distilled artifact (path from the suite's file, or absolute).
         judge: Headline judge: a name in the registry or a dotted path.
         guard: Second reader for alignment, diversity and smoothness; likewise.
+        measures: Further figures: dotted path of an async function `(kit, rows, pace) -> {name: Estimate}`.
         settings: Overrides of emoloop's settings that belong to the suite, nested by section.
         blocks: The requests.
     """
@@ -118,6 +119,7 @@ class Suite(_Part):
     adapters: dict[str, Path] = {}
     judge: str | None = None
     guard: str | None = None
+    measures: str | None = None
     settings: dict[str, dict[str, Any]] = {}
     blocks: list[Block] = Field(min_length=1)
 
@@ -143,7 +145,7 @@ class Suite(_Part):
     @cached_property
     def sha256(self) -> str:
         """Content hash of what decides the figures: everything but the words about it."""
-        kept = self.model_dump(mode="json", exclude={"about", "arms", "adapters"})
+        kept = self.model_dump(mode="json", exclude={"about", "arms", "adapters", "measures"})
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def seed_of(self, prompt: str) -> int:

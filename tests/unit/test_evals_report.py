@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from emoloop.emotion import UserError
 from emoloop.evals.compare import compare, load_report
-from emoloop.evals.report import interval, number, write_report
+from emoloop.evals.report import write_report
+from emoloop.evals.wording import interval, number
 from eval_rows import document_of, outcome_of
 
 ARMS = {

@@ -85,3 +85,26 @@ def test_shipped_suites_are_named_after_their_files(name):
     suite = load_suite(name)
     assert suite.name == name
     assert suite.about
+
+
+def test_the_miniatures_health_is_judged_on_the_loops_requests():
+    loop, health = load_suite("loop"), load_suite("miniature")
+    assert health.requests == loop.requests
+    assert [health.seed_of(r.prompt) for r in health.requests] == [
+        loop.seed_of(r.prompt) for r in loop.requests
+    ]
+
+
+def test_the_grid_has_the_papers_size():
+    suite = load_suite("emoticrafter")
+    assert len(suite.requests) == 132 * 25
+    assert suite.judge is None  # whoever steers must not judge, so the user names one
+
+
+@pytest.mark.parametrize("name", ["loop", "distill", "shortcut", "miniature"])
+def test_miniature_suites_use_words_that_the_world_knows(name):
+    from emoloop.miniature import world
+
+    for request in load_suite(name).requests:
+        assert set(request.prompt.split()) <= set(world.words()), request.prompt
+        assert world.parse(request.prompt).subject is not None
