@@ -306,7 +306,7 @@ def _leave(loop: Loop, result: RunResult, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, str] = {}
     if result.best is not None and result.best.path is not None:
-        files["best"] = str(shutil.copyfile(result.best.path, folder / "best.png"))
+        files["image"] = str(shutil.copyfile(result.best.path, folder / "best.png"))
     if any(round.candidates for round in result.rounds):
         files["sheet"] = str(save_sheet(result, folder / "sheet.png"))
     trace = folder / "trace.jsonl"

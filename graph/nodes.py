@@ -14,7 +14,7 @@ import secrets
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langgraph.runtime import Runtime
 from langgraph.types import interrupt
@@ -46,7 +46,6 @@ from ..recording import (
     RunStarted,
 )
 from ..settings import Settings
-from ..tools.generator import GenerationError, Generator, ImageRequest
 from ..tools.reward import Reward
 from ..traces.reader import load_run
 from ..traces.recorder import StoreRecorder
@@ -54,6 +53,9 @@ from . import policy
 from .progress import ImageMade, Judged, RoundBegan, RoundEnded, RunBegan, Warned
 from .retry import ATTEMPTS, retryable
 from .state import Context, State, candidate_seed, read_prompt, read_run_id, same_target
+
+if TYPE_CHECKING:
+    from ..tools.generator import Generator, ImageRequest
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +186,8 @@ class Nodes:
 
     async def generate(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Make the round's pictures that are not there yet."""
+        from ..tools.generator import ImageRequest  # loads torch
+
         run_id, number, prompt = state["run_id"], state["round"], state["current"]
         events = await self.parts.recorder.events(run_id)
         node = _node("generate", events)
@@ -584,10 +588,11 @@ def _may_retry(runtime: Runtime[Context]) -> bool:
 
 
 def _cause(error: Exception) -> Exception:
-    """What stands behind a generator's error: we ask for one image at a time."""
-    if isinstance(error, GenerationError) and isinstance(error.__cause__, Exception):
-        return error.__cause__
-    return error
+    """What stands behind a generator's error, which speaks of a batch: we ask for one image at a time."""
+    from ..tools.generator import GenerationError
+
+    cause = error.__cause__ if isinstance(error, GenerationError) else None
+    return cause if isinstance(cause, Exception) else error
 
 
 def _missing_reason(candidate: Candidate) -> str:

@@ -14,12 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from emoloop.tools.chat import image_from_url
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
-from pydantic import ConfigDict, PrivateAttr
-
-from emoloop.tools.chat import image_from_url
+from pydantic import ConfigDict, Field, PrivateAttr
 
 
 def critic_answer(valence: float = 0.5, arousal: float = 0.5, **changes: Any) -> str:
@@ -48,9 +47,9 @@ class Scripted(BaseChatModel):
 
     fail: Callable[[str, int], Exception | str | None] = lambda role, number: None
     delay: float = 0.0
-    calls: dict[str, int] = {}
+    calls: dict[str, int] = Field(default_factory=dict)
     _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
-    seen: list[list[BaseMessage]] = []
+    seen: list[list[BaseMessage]] = Field(default_factory=list)
 
     @property
     def _llm_type(self) -> str:
@@ -77,7 +76,7 @@ class Scripted(BaseChatModel):
         return self._generate(messages)
 
     def _critique(self, messages: list[BaseMessage]) -> str:
-        url = _images(messages[-1])[0]
+        url = next(url for message in messages for url in _images(message))
         pixels = np.asarray(image_from_url(url), dtype=np.float64)
         valence = (pixels.mean() / 255 - 0.5) * 4 + (pixels[..., 0].mean() - pixels[..., 2].mean()) / 40
         arousal = (pixels.std() / 64 - 1) * 2
@@ -88,7 +87,9 @@ class Scripted(BaseChatModel):
         words = ("bright", "dark", "red", "calm", "house", "boat")
         digest = hashlib.sha256(said.encode()).digest()
         added = words[digest[0] % 6], words[digest[1] % 6]
-        return json.dumps({"why": "because", "changes": "light", "prompt": f"a dog by the sea {' '.join(added)}"})
+        return json.dumps(
+            {"why": "because", "changes": "light", "prompt": f"a dog by the sea {' '.join(added)}"}
+        )
 
 
 def _images(message: BaseMessage) -> list[str]:

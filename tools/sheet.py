@@ -52,9 +52,9 @@ def _draw(sheet: Image.Image, result: RunResult, width: int) -> int:
     y = _text(pen, _MARGIN, _MARGIN, result.prompt, 28, _INK, inner) + 6
     y = _text(pen, _MARGIN, y, f"wanted: {_target(result.target)}", 18, _INK, inner) + 4
     state = result.status.value if result.stop_reason is None else result.stop_reason.value.replace("_", " ")
-    facts = f"{state}  ·  run {result.run_id}"
+    facts = f"{state} · run {result.run_id}"
     if result.gain is not None and result.best_gain is not None:
-        facts += f"  ·  gain {result.gain:+.2f} (mean), {result.best_gain:+.2f} (best)"
+        facts += f" · gain {result.gain:+.2f} (mean), {result.best_gain:+.2f} (best)"
     y = _text(pen, _MARGIN, y, facts, 15, _GREY, inner)
     for number, round in enumerate(result.rounds):
         y += 28
@@ -68,7 +68,7 @@ def _draw(sheet: Image.Image, result: RunResult, width: int) -> int:
 def _row(
     sheet: Image.Image, pen: Any, y: int, number: int, round: Round, result: RunResult, inner: int
 ) -> int:
-    mean = "" if round.mean_reward is None else f"   mean reward {round.mean_reward:+.2f}"
+    mean = "" if round.mean_reward is None else f" · mean reward {round.mean_reward:+.2f}"
     y = _text(pen, _MARGIN, y, f"round {number}{mean}", 15, _GREY, inner) + 4
     y = _text(pen, _MARGIN, y, round.prompt, 19, _INK, inner)
     if round.changes:
@@ -102,7 +102,7 @@ def _cell(
         reason = critique.reason if isinstance(critique, Missing) else "not read yet"
         y = _text(pen, x, y + 2, f"no critique: {reason}"[:90], 14, _RED, _CELL)
     if candidate.reward is not None and isinstance(critique, Critique):
-        text = f"reward {candidate.reward:+.2f}, shows {critique.alignment:.1f}" + ("  best" if best else "")
+        text = f"reward {candidate.reward:+.2f}, shows {critique.alignment:.1f}"
         y = _text(pen, x, y + 2, text, 14, _GREEN if best else _INK, _CELL)
     return y
 

@@ -9,5 +9,9 @@ from __future__ import annotations
 
 #: Name → dotted path of the function.
 BENCHES: dict[str, str] = {
+    "dataset": ".evals.bench.dataset:main",
+    "distill-study": ".evals.bench.distill_study:main",
+    "dpo-step": ".evals.bench.dpo_step:main",
+    "kill": ".evals.bench.kill:main",
     "lvlm": ".evals.bench.lvlm:main",
 }

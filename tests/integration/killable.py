@@ -1,0 +1,35 @@
+"""A process that runs the loop with rules for models, slowly enough to be killed: `killable.py HOME resume|run`."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from emoloop.emotion import EmotionTarget
+from emoloop.graph.loop import open_loop
+from emoloop.graph.progress import RunBegan
+from painter import Painter
+from scripted import Scripted
+
+
+async def main(home: str, resume: bool) -> None:
+    def tell(message: object) -> None:
+        if isinstance(message, RunBegan):
+            print(f"run {message.run_id}", file=sys.stderr, flush=True)
+
+    loop = open_loop(
+        generator=Painter(delay=0.02),
+        lvlm=Scripted(delay=0.02),
+        home=home,
+        loop={"rounds": 3, "images": 4, "patience": 3},
+    )
+    async with loop:
+        if resume:
+            await loop.resume("last", on_progress=tell)
+        else:
+            await loop.run("a dog", EmotionTarget(valence=2, arousal=-1), seed=7, on_progress=tell)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], sys.argv[2] == "resume"))
