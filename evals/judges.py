@@ -384,11 +384,21 @@ def hash_of(raw: bytes) -> str:
 
 def _lvlm(argument: str, settings: Settings) -> Judge:
     from ..agents.critic import Critic
+    from ..tools import presets
     from ..tools.lvlm import load_lvlm
 
     ours = settings.lvlm.model_copy(update={"model": argument} if argument else {})
-    critic = Critic(load_lvlm(ours), **({"prompt": ours.critic_prompt} if ours.critic_prompt else {}))
-    return LVLMJudge(critic, f"LVLM {ours.model}", ours.model, "1", ours.concurrency)
+    # A model that was trained on a prompt of its own knows no other, and that one tells it the target.
+    try:
+        prompt = presets.defaults(ours.model, "lvlm").get("critic_prompt")
+    except UserError:
+        prompt = None
+    critic = Critic(
+        load_lvlm(ours), prompt or str(Path(__file__).parent / "prompts" / "judge.yaml"), ours.samples
+    )
+    version = f"{critic.prompt.id}, {ours.samples} samples at temperature {ours.temperature:g}"
+    name = f"LVLM {ours.model}"
+    return LVLMJudge(critic, name, ours.model, version, ours.concurrency, sees_target=prompt is not None)
 
 
 def _clip(argument: str, settings: Settings) -> Judge:

@@ -200,3 +200,26 @@ def test_who_gave_the_reward_is_found_in_settings_and_training_files(tmp_path):
     assert conflict(LVLMJudge(None, "j", "old-critic", "1"), sources) == "old-critic"
     assert conflict(LVLMJudge(None, "j", "other", "1"), sources) is None
     assert conflict(PixelJudge(Brightness(), "law"), sources) is None
+
+
+def test_the_judges_prompt_does_not_tell_the_target():
+    from pathlib import Path
+
+    from emoloop.agents.prompt import load_prompt
+
+    prompt = load_prompt(str(Path(judges.__file__).parent / "prompts" / "judge.yaml"))
+    system, question = prompt.messages(("data:,",), prompt="a dog")
+    assert "target" not in str(system.content) + str(question.content)
+    assert "a dog" in str(question.content)
+
+
+async def test_weights_tell_versions_of_a_reader_apart():
+    def reader(value):
+        made = Brightness()
+        made.version = None
+        made.model = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(made.model.weight, value)
+        torch.nn.init.zeros_(made.model.bias)
+        return PixelJudge(made, "r").version
+
+    assert reader(1.0) == reader(1.0) != reader(2.0)
