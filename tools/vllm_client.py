@@ -132,6 +132,11 @@ class VLLMChat(BaseChatModel):
         """The servers' base URLs."""
         return [url.strip().rstrip("/") for url in self.base_url.split(",") if url.strip()]
 
+    def served_name(self) -> str:
+        """What the first server calls the model; known after `check`."""
+        self._start()
+        return self._endpoints[0].chat.model_name
+
     # -- life ---------------------------------------------------------------------------------------------
 
     def _start(self) -> asyncio.AbstractEventLoop:
