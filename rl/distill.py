@@ -98,7 +98,7 @@ def distill(
     """
     objective = objective_of(config)
     training = out / "training"
-    _prepare_folder(out, training, config, resume)
+    _check_folder(out, training, config, resume)
     with open_store(settings, read_only=True) as store:
         dataset = Dataset(store, config.data, where)
         source = source_for(objective.required_keys)
@@ -110,6 +110,7 @@ def distill(
         guards = _guards(config, policy, cache, dataset)
         statistics = dataset.statistics.model_dump(mode="json")
         if accelerator.is_main_process:
+            _make(training)
             _write(training / _CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
             _write(training / "data.json", json.dumps(statistics, indent=2) + "\n")
         trainer = Trainer(
@@ -213,7 +214,7 @@ def _guards(config: DistillConfig, policy: Policy, cache: Cache, dataset: Datase
     return None
 
 
-def _prepare_folder(out: Path, training: Path, config: DistillConfig, resume: bool) -> None:
+def _check_folder(out: Path, training: Path, config: DistillConfig, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file")
     if (training / _CONFIG).exists():
@@ -234,10 +235,6 @@ def _prepare_folder(out: Path, training: Path, config: DistillConfig, resume: bo
             )
     elif out.is_dir() and any(out.iterdir()) and not resume:
         raise UserError(f"--out {out} is not empty: choose another folder")
-    try:
-        training.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror or error}") from error
 
 
 def _record(
@@ -286,6 +283,13 @@ def _save(out: Path, policy: Policy, record: dict[str, Any], generator: Diffuser
             os.replace(made / name, out / name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder.parent}: {error.strerror or error}") from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -33,7 +33,7 @@ STUDENT, PREVIOUS, SLOW = "student", "previous", "slow"
 
 
 class Trained(nn.Module):
-    """What the trainer hands to accelerate: the network and the tokens as one module with one forward."""
+    """What the trainer hands to accelerate. Every voice goes through its forward, so wrappers see all calls."""
 
     def __init__(self, network: Network, tokens: EmotionTokens) -> None:
         super().__init__()
@@ -42,10 +42,18 @@ class Trained(nn.Module):
         self._network = network
 
     def forward(
-        self, x: Tensor, t: Tensor, prompt: Tensor, pooled: Tensor | None, target: Tensor, guidance: float
+        self,
+        x: Tensor,
+        t: Tensor,
+        prompt: Tensor,
+        pooled: Tensor | None,
+        target: Tensor | None,
+        guidance: float,
     ) -> Tensor:
-        """Prediction (B, C, H, W) of the adapter that is switched on, with the student's tokens."""
-        told = with_tokens(self.tokens, Conditioning(prompt, pooled), target)
+        """Prediction (B, C, H, W) of the adapter that is switched on, with the student's tokens for a target."""
+        told = Conditioning(prompt, pooled)
+        if target is not None:
+            told = with_tokens(self.tokens, told, target)
         return self._network.denoise(self.denoiser, x, t, told, guidance)
 
 
@@ -130,42 +138,31 @@ class Policy:
 
     def student(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
         """Prediction of the weights in training; carries gradient."""
-        return self.trained(
-            x.to(self.dtype), t.to(x.device), condition.prompt, condition.pooled, target, self.guidance
-        )
+        return self._predict(x, t, condition, target, self.guidance)
 
     @torch.no_grad()
     def reference(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
         """Prediction of what made the traces; the target matters only to a previous adapter with tokens."""
-        with self._voice(PREVIOUS if self._has(PREVIOUS) else None):
-            return self._predict(self._previous_tokens, x, t, condition, target)
+        with self._voice(self._reference):
+            return self._predict(x, t, *self._heard(condition, target, self._previous_tokens), self.guidance)
 
     @torch.no_grad()
     def slow(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
         """Prediction of the student's moving average."""
         with self._voice(SLOW):
-            return self._predict(self._slow_tokens, x, t, condition, target)
+            return self._predict(x, t, *self._heard(condition, target, self._slow_tokens), self.guidance)
 
-    @torch.no_grad()
-    def _guided(
-        self, x: Tensor, t: Tensor, told: Conditioning, null: Conditioning | None, guidance: float
-    ) -> Tensor:
-        t = t.to(x.device).expand(len(x))
-        if null is None:
-            return self._denoise(x, t, told, guidance)
-        both = self._denoise(x.repeat(2, 1, 1, 1), t.repeat(2), Conditioning.cat([null, told]), guidance)
-        unconditional, conditional = both.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+    @staticmethod
+    def _heard(
+        condition: Conditioning, target: Tensor, tokens: EmotionTokens | None
+    ) -> tuple[Conditioning, None]:
+        """What a voice with tokens of its own (or none) is told; the student's tokens stay out of it."""
+        return (condition if tokens is None else with_tokens(tokens, condition, target)), None
 
     def _predict(
-        self, tokens: EmotionTokens | None, x: Tensor, t: Tensor, told: Conditioning, target: Tensor
+        self, x: Tensor, t: Tensor, told: Conditioning, target: Tensor | None, guidance: float
     ) -> Tensor:
-        if tokens is not None:
-            told = with_tokens(tokens, told, target)
-        return self._denoise(x, t.to(x.device), told, self.guidance)
-
-    def _denoise(self, x: Tensor, t: Tensor, told: Conditioning, guidance: float) -> Tensor:
-        return self.network.denoise(self.network.module, x.to(self.dtype), t, told, guidance)
+        return self.trained(x.to(self.dtype), t.to(x.device), told.prompt, told.pooled, target, guidance)
 
     # Sampling.
 
@@ -197,43 +194,12 @@ class Policy:
         n, keep = len(condition), min(keep, steps)
         noise = torch.randn(n, *self.latent_shape, generator=generator)
         chosen = torch.rand(n, steps, generator=generator).argsort(1)[:, :keep]
-        states, times = [], []
-        for x, t in self._walk(noise.to(self.device), condition, target, steps, guidance, last=False):
-            states.append(x)
-            times.append(t)
-        rows = torch.arange(n)
-        kept = torch.stack(states)[chosen.T, rows].reshape(-1, *self.latent_shape)
+        with self._voice(STUDENT):
+            # The last step leads to the clean image, which is no state to learn from.
+            path = list(self._walk(noise.to(self.device), condition, target, steps, guidance, last=False))
+        states, times = zip(*path, strict=True)
+        kept = torch.stack(states)[chosen.T, torch.arange(n)].reshape(-1, *self.latent_shape)
         return kept, torch.stack(times)[chosen.T].reshape(-1).to(self.device)
-
-    def _walk(
-        self,
-        x: Tensor,
-        condition: Conditioning,
-        target: Tensor | None,
-        steps: int,
-        guidance: float | None,
-        last: bool,
-        tokens: EmotionTokens | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """States and times of guided sampling from noise x; `last` adds the clean one."""
-        guidance = self.guidance if guidance is None else guidance
-        family, null = self.network.family, None
-        if family.guided(self.network.pipe, guidance, self.network.call):
-            null = self.null.expand(len(x))
-        if target is not None:
-            tokens = tokens or self.tokens
-            told = with_tokens(tokens, condition, target)
-            if null is not None:
-                null = Conditioning.cat([tokens.null(null)])
-        else:
-            told = condition
-        times = self.process.schedule(steps, self.network.image_tokens(self.latent_shape))
-        for t, t_next in pairwise(times):
-            yield x, t
-            if last or t_next != times[-1]:
-                x = self.process.step(x, self._guided(x, t, told, null, guidance).to(x), t, t_next)
-        if last:
-            yield x, times[-1]
 
     @torch.no_grad()
     def sample(
@@ -259,15 +225,48 @@ class Policy:
         noise = [
             torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds
         ]
-        x = torch.cat(noise).to(self.device)
-        if voice == STUDENT:
-            adapter, tokens, wanted = STUDENT, self.tokens, target
-        else:
-            adapter, tokens = (PREVIOUS if self._has(PREVIOUS) else None), self._previous_tokens
-            wanted = target if tokens is not None else None
-        with self._voice(adapter):
-            *_, (clean, _) = self._walk(x, condition, wanted, steps or self.steps, guidance, True, tokens)
+        told: tuple[Conditioning, Tensor | None] = (condition, target)
+        if voice != STUDENT:
+            told = self._heard(condition, target, self._previous_tokens)
+        with self._voice(STUDENT if voice == STUDENT else self._reference):
+            path = self._walk(
+                torch.cat(noise).to(self.device), *told, steps or self.steps, guidance, last=True
+            )
+            *_, (clean, _) = path
         return self.network.decode(clean)
+
+    def _walk(
+        self,
+        x: Tensor,
+        told: Conditioning,
+        target: Tensor | None,
+        steps: int,
+        guidance: float | None,
+        last: bool,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """States and times of guided sampling from noise x; `last` adds the clean one."""
+        guidance = self.guidance if guidance is None else guidance
+        times = self.process.schedule(steps, self.network.image_tokens(self.latent_shape))
+        n, guided = len(x), self.network.family.guided(self.network.pipe, guidance, self.network.call)
+        if guided:
+            null = self.null.expand(n)
+            if told.prompt.shape[1] > null.prompt.shape[1]:
+                # Extra tokens of a previous adapter: the negative branch needs as many null ones.
+                assert self._previous_tokens is not None
+                null = Conditioning.cat([self._previous_tokens.null(null)])
+            told = Conditioning.cat([null, told])
+            target = None if target is None else torch.cat([torch.full_like(target, torch.nan), target])
+        for t, t_next in pairwise(times):
+            yield x, t
+            if not last and t_next == times[-1]:
+                return
+            both = x.repeat(2, 1, 1, 1) if guided else x
+            out = self._predict(both, t.expand(len(both)), told, target, guidance)
+            if guided:
+                unconditional, conditional = out.chunk(2)
+                out = unconditional + guidance * (conditional - unconditional)
+            x = self.process.step(x, out.to(x), t, t_next)
+        yield x, times[-1]
 
     # Weights.
 
@@ -330,6 +329,9 @@ class Policy:
 
     def _train_only_student(self) -> None:
         # Adding an adapter makes peft train that one and freeze the others.
+        for layer in self._layers:
+            for name, dropout in layer.lora_dropout.items():
+                dropout.train(name == STUDENT)
         for name, parameter in self.network.module.named_parameters():
             parameter.requires_grad_(f".{STUDENT}." in name)
             if f".{STUDENT}." in name or f".{SLOW}." in name:
@@ -338,6 +340,10 @@ class Policy:
 
     def _has(self, name: str) -> bool:
         return any(name in layer.lora_A for layer in self._layers)
+
+    @property
+    def _reference(self) -> str | None:
+        return PREVIOUS if self._has(PREVIOUS) else None
 
     @torch.no_grad()
     def _copy(self, source: str, destination: str) -> None:
@@ -354,11 +360,17 @@ class Policy:
 
     @contextmanager
     def _voice(self, name: str | None) -> Iterator[None]:
+        """Speak as somebody, without dropout: only the student's own forward pass for a loss has it."""
+        dropouts = [layer.lora_dropout[STUDENT] for layer in self._layers]
         self._speak(name)
+        for dropout in dropouts:
+            dropout.eval()
         try:
             yield
         finally:
             self._speak(STUDENT)
+            for dropout in dropouts:
+                dropout.train()
 
 
 def _is_lora(layer: nn.Module) -> Any:

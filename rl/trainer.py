@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -167,11 +169,15 @@ class Trainer:
         self._outcome = Outcome(steps=0)
         self._began = time.perf_counter()
         self._best_held_out: tuple[float, int] = (math.inf, 0)
+        self._board: Any = None
+        self._lines: Any = None
+        #: Why training stopped early, so that a resumed one does not run on.
+        self._stopped: str | None = None
 
     # The loop.
 
     def run(self, resume: bool = False, watch: Watcher | None = None) -> Outcome:
-        """Train until the end, an early stop, or Ctrl-C (which saves first).
+        """Train until the end, an early stop, or Ctrl-C or SIGTERM (which let the step end and save).
 
         Raises:
             DistillError: The loss is not a number, or the disk does not take a checkpoint.
@@ -181,30 +187,26 @@ class Trainer:
         self._began = time.perf_counter()
         if resume:
             self._restore()
-        self._open_metrics()
-        try:
+        stop: str | None = self._stopped
+        with _listening() as asked, self._metrics():
             if self._steps_done == 0:
                 self._look()
-            while self._steps_done < knobs.steps:
+            while self._steps_done < knobs.steps and stop is None:
                 figures = self._step(self._steps_done)
                 self._steps_done += 1
                 done = self._steps_done
                 outcome.loss = figures["loss"]
                 if done % knobs.log_every == 0 or done == knobs.steps:
                     self._log(done, figures)
-                if watch is not None:
-                    watch(done, knobs.steps, figures)
-                stop = self._look() if self._looks_at(done) else None
+                if self._looks_at(done):
+                    stop = self._stopped = self._look()
+                if asked and done < knobs.steps:
+                    stop = "interrupted"
                 if done % knobs.checkpoint_every == 0 or done == knobs.steps or stop:
                     self._save()
-                if stop:
-                    outcome.reason = stop
-                    break
-        except KeyboardInterrupt:
-            outcome.reason = "interrupted"
-            self._save()
-        finally:
-            self._close_metrics()
+                if watch is not None:
+                    watch(done, knobs.steps, figures)
+        outcome.reason = stop or "finished"
         outcome.steps = self._steps_done
         outcome.seconds += time.perf_counter() - self._began
         return outcome
@@ -222,8 +224,7 @@ class Trainer:
             torch.manual_seed(_mix(2, *seeds))
             quiet = contextlib.nullcontext() if last else accelerator.no_sync(self.policy.trained)
             with quiet:
-                with accelerator.autocast():
-                    loss, figures = self.objective.loss(batch, self.policy, generator)
+                loss, figures = self.objective.loss(batch, self.policy, generator)
                 self._check(loss, step)
                 accelerator.backward(loss / knobs.accumulation)
             for name, value in {"loss": loss.item(), **figures}.items():
@@ -322,7 +323,7 @@ class Trainer:
             return None
         figures: dict[str, float] = {}
         stop = None
-        with self.averaged(), self._accelerator.autocast():
+        with self.averaged():
             if self._held_out is not None:
                 loss = self._held_out_loss()
                 figures["held_out_loss"] = loss
@@ -386,6 +387,8 @@ class Trainer:
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             "data_hash": self._data_hash,
             "best_held_out": list(self._best_held_out),
+            "stopped": self._stopped,
+            "loss": self._outcome.loss,
             "first_look": self._outcome.first_look,
             "last_look": self._outcome.last_look,
             "flags": self._outcome.flags,
@@ -428,7 +431,8 @@ class Trainer:
         outcome = self._outcome
         outcome.first_look, outcome.last_look = state["first_look"], state["last_look"]
         outcome.flags, outcome.yardstick = state["flags"], state["yardstick"]
-        outcome.seconds = state["seconds"]
+        outcome.seconds, outcome.loss = state["seconds"], state["loss"]
+        self._stopped = state["stopped"]
 
     def _set_weights(self, weights: dict[str, Any]) -> None:
         options = StateDictOptions(full_state_dict=True, strict=False)
@@ -440,16 +444,16 @@ class Trainer:
 
     # Metrics.
 
-    def _open_metrics(self) -> None:
-        self._board: Any = None
-        self._lines: Any = None
+    @contextmanager
+    def _metrics(self) -> Iterator[None]:
+        """Open files for the metrics; lines beyond the checkpoint go, since they will be written again."""
         if not self._accelerator.is_main_process:
+            yield
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / "metrics.jsonl"
         kept = []
         if path.exists() and self._steps_done:
-            # Lines beyond the checkpoint will be written again.
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self._steps_done]
         path.write_text("".join(line + "\n" for line in kept))
         self._lines = path.open("a")
@@ -458,6 +462,12 @@ class Trainer:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._board = SummaryWriter(self._folder / "tensorboard", purge_step=self._steps_done + 1)
+        try:
+            yield
+        finally:
+            for writer in (self._lines, self._board):
+                if writer is not None:
+                    writer.close()
 
     def _log(self, step: int, figures: dict[str, float], look: bool = False) -> None:
         if self._lines is None or not figures:
@@ -468,11 +478,6 @@ class Trainer:
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
-
-    def _close_metrics(self) -> None:
-        for writer in (self._lines, self._board):
-            if writer is not None:
-                writer.close()
 
 
 def make_accelerator(config: DistillConfig) -> Any:
@@ -490,6 +495,27 @@ def make_accelerator(config: DistillConfig) -> Any:
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"train.precision {knobs.precision} on this device: {reason}") from error
+
+
+@contextmanager
+def _listening() -> Iterator[list[int]]:
+    """Gather the first Ctrl-C or SIGTERM instead of dying of it: half an optimizer step cannot be resumed."""
+    heard: list[int] = []
+
+    def hear(number: int, frame: Any) -> None:
+        heard.append(number)
+        if len(heard) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:

@@ -91,7 +91,8 @@ class OPD(Objective):
         else:
             parts = [self.draw_states(batch, "latents", policy, generator)[:2] for _ in range(self.states)]
             x, t = (torch.cat(part) for part in zip(*parts, strict=True))
-        k = self.states
+        # Fewer than asked for where the sampler has fewer steps.
+        k = len(x) // len(prompt)
         refined, target = batch["refined"].repeat(k), target.repeat(k, 1)
         if self.teacher == "slow":
             teacher = policy.slow(x, t, refined, target)

@@ -313,8 +313,8 @@ def test_command_line(world: tuple[Settings, Path], tmp_path: Path) -> None:
 
 def test_interrupted_training_goes_on(world: tuple[Settings, Path], tmp_path: Path) -> None:
     def interrupt(step: int, steps: int, figures: dict[str, float]) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
 
     stopped = run(world, tmp_path / "out", "sft", watch=interrupt)
     assert (stopped.outcome.reason, stopped.outcome.steps) == ("interrupted", 3)
