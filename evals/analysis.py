@@ -48,7 +48,14 @@ def of_request(row: Row, pace: Mapping[str, float] | None = None) -> dict[str, f
     target = row.request.target
     readings = [reading for reading in row.readings if reading]
     guards = [reading for reading in row.guard_of_delivered if reading]
-    seen = guards if any(reading.alignment is not None for reading in guards) else readings
+
+    def looks(name: str) -> float | None:
+        """From the guard where it says such a thing, else from the judge."""
+        values = [getattr(reading, name) for reading in guards]
+        return mean(
+            values if any(value is not None for value in values) else [getattr(r, name) for r in readings]
+        )
+
     features = [reading.features for reading in row.guard if reading and reading.features]
     errors = [metrics.axis_errors(reading, target) for reading in readings]
     return {
@@ -59,7 +66,9 @@ def of_request(row: Row, pace: Mapping[str, float] | None = None) -> dict[str, f
         "subject_accuracy": mean(
             None if reading.subject_right is None else float(reading.subject_right) for reading in readings
         ),
-        "alignment": mean(reading.alignment for reading in seen),
+        "alignment": looks("alignment"),
+        "quality": looks("quality"),
+        "aesthetic": looks("aesthetic"),
         "diversity": float(diversity(np.array(features))) if len(features) > 1 else None,
         "reward": mean(shot.reward for shot in row.delivery.handed_over),
         **_cost(row, pace or {}),

@@ -266,7 +266,7 @@ class HumanJudge:
 
 
 class ClipHeadJudge:
-    """An image encoder of the CLIP family with a trained head; its text tower gives CLIPScore.
+    """An image encoder of the CLIP family with a trained head; its text tower gives CLIPScore and CLIP-IQA.
 
     The head is a stack of linear layers with ReLU between them, saved as a state dict (safetensors or .pth,
     weights only). Two outputs are valence and arousal on [-3, 3]. Eight are the categories in Mikels' order
@@ -276,6 +276,7 @@ class ClipHeadJudge:
     Args:
         encoder: Folder or hub id of a CLIP model.
         head: File of the head.
+        aesthetic: File of an aesthetic head with one output, on the same normalised features.
         device: Where to run.
         batch: Images at a time.
 
@@ -285,38 +286,50 @@ class ClipHeadJudge:
 
     sees_target = False
 
-    def __init__(self, encoder: str, head: Path, device: str = "cpu", batch: int = 32) -> None:
-        import torch
+    def __init__(
+        self, encoder: str, head: Path, aesthetic: Path | None = None, device: str = "cpu", batch: int = 32
+    ) -> None:
         from transformers import AutoProcessor, CLIPModel
 
-        if not head.is_file():
-            raise UserError(f"no head at {head}: --judge clip:ENCODER,HEAD wants its state dict")
         try:
             self.model = CLIPModel.from_pretrained(encoder).to(device).eval()  # pyright: ignore[reportArgumentType]
             self.processor = AutoProcessor.from_pretrained(encoder)
         except (OSError, ValueError) as error:
             raise UserError(f"CLIP encoder {encoder!r}: {str(error).splitlines()[0]}") from error
-        if head.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(head)
-        else:
-            state = torch.load(head, map_location="cpu", weights_only=True)
-        self.layers = _linear_stack(state, head)
-        takes, gives = self.layers[0].in_features, self.layers[-1].out_features
-        if takes != self.model.config.projection_dim or gives not in (2, 8):
-            raise UserError(
-                f"{head}: takes {takes} features and gives {gives} numbers; wanted are "
-                f"{self.model.config.projection_dim} and 2 (valence, arousal) or 8 (categories)"
-            )
-        self.layers = [layer.to(device).eval() for layer in self.layers]
+        self.layers = self._head(head, (2, 8), device)
+        self.aesthetic = self._head(aesthetic, (1,), device) if aesthetic else None
         self.device, self.batch = device, batch
         self.name = f"CLIP head {head.name} on {Path(encoder).name}"
-        self.version = hash_of(head.read_bytes())
+        self.version = hash_of(head.read_bytes() + (aesthetic.read_bytes() if aesthetic else b""))
         self.models = frozenset({encoder, str(head)})
 
+    def _head(self, path: Path, outputs: tuple[int, ...], device: str) -> list[torch.nn.Linear]:
+        import torch
+
+        if not path.is_file():
+            raise UserError(f"no head at {path}: --judge clip:ENCODER,HEAD[,AESTHETIC] wants its state dict")
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        layers = _linear_stack(state, path)
+        takes, gives = layers[0].in_features, layers[-1].out_features
+        if takes != self.model.config.projection_dim or gives not in outputs:
+            wanted = " or ".join(map(str, outputs))
+            raise UserError(
+                f"{path}: takes {takes} features and gives {gives} numbers; wanted are "
+                f"{self.model.config.projection_dim} and {wanted}"
+            )
+        return [layer.to(device).eval() for layer in layers]
+
     async def read(self, items: Sequence[Item]) -> list[Reading | None]:
-        """See `Judge`. Alignment is CLIPScore / 100 (Hessel et al., 2021): max(cos, 0) in [0, 1]."""
+        """See `Judge`.
+
+        Alignment is CLIPScore / 100 (Hessel et al., 2021): max(cos, 0). Quality is CLIP-IQA (Wang et al., 2023):
+        the softmax share of "Good photo." against "Bad photo.".
+        """
         found: list[Reading | None] = []
         for start in range(0, len(items), self.batch):
             found += await asyncio.to_thread(self._read, items[start : start + self.batch])
@@ -327,7 +340,7 @@ class ClipHeadJudge:
 
         with torch.inference_mode():
             inputs = self.processor(
-                text=[item.prompt for item in items],
+                text=[*(item.prompt for item in items), "Good photo.", "Bad photo."],
                 images=[item.open() for item in items],
                 return_tensors="pt",
                 padding=True,
@@ -335,21 +348,28 @@ class ClipHeadJudge:
             ).to(self.device)
             out = self.model(**inputs)
             image, text = out.image_embeds, out.text_embeds
-            hidden = image
-            for place, layer in enumerate(self.layers):
-                hidden = layer(torch.relu(hidden) if place else hidden)
-            aligned = torch.cosine_similarity(image, text).clamp(min=0)
-            points, names = _affect(hidden)
+            aligned = torch.cosine_similarity(image, text[:-2]).clamp(min=0)
+            quality = (100 * image @ text[-2:].T).softmax(-1)[:, 0]
+            points, names = _affect(_through(self.layers, image))
+            beauty = _through(self.aesthetic, image)[:, 0].tolist() if self.aesthetic else [None] * len(items)
         return [
             Reading(
-                valence=float(valence),
-                arousal=float(arousal),
-                category=name,
-                alignment=float(score),
-                features=[round(float(value), 5) for value in vector],
+                valence=float(points[place, 0]),
+                arousal=float(points[place, 1]),
+                category=names[place],
+                alignment=float(aligned[place]),
+                quality=float(quality[place]),
+                aesthetic=beauty[place],
+                features=[round(float(value), 5) for value in image[place]],
             )
-            for (valence, arousal), name, score, vector in zip(points, names, aligned, image, strict=True)
+            for place in range(len(items))
         ]
+
+
+def _through(layers: Sequence[torch.nn.Linear], hidden: torch.Tensor) -> torch.Tensor:
+    for place, layer in enumerate(layers):
+        hidden = layer(hidden.relu() if place else hidden)
+    return hidden
 
 
 def _linear_stack(state: dict[str, torch.Tensor], path: Path) -> list[torch.nn.Linear]:
@@ -402,11 +422,11 @@ def _lvlm(argument: str, settings: Settings) -> Judge:
 
 
 def _clip(argument: str, settings: Settings) -> Judge:
-    encoder, _, head = argument.rpartition(",")
-    if not encoder:
-        raise UserError("--judge clip:ENCODER,HEAD wants an encoder and the file of its head")
+    encoder, *heads = argument.split(",")
+    if not 1 <= len(heads) <= 2:
+        raise UserError("--judge clip:ENCODER,HEAD[,AESTHETIC] wants an encoder and the file of its head")
     device = settings.generator.device
-    return ClipHeadJudge(encoder, Path(head), "cpu" if device == "auto" else device)
+    return ClipHeadJudge(encoder, *map(Path, heads), device="cpu" if device == "auto" else device)
 
 
 def _human(argument: str, settings: Settings) -> Judge:

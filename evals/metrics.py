@@ -26,6 +26,8 @@ METRICS: dict[str, bool] = {
     "emotion_accuracy": False,
     "subject_accuracy": False,
     "alignment": False,
+    "quality": False,
+    "aesthetic": False,
     "diversity": False,
     "reward": False,
     "valence_tau": False,

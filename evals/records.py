@@ -109,6 +109,8 @@ class Reading(_Record):
         subject: The thing that the picture shows, in the judge's words.
         subject_right: Whether that is what the neutral prompt names.
         alignment: How much of the neutral prompt is in the picture, 0 to 1.
+        quality: CLIP-IQA, 0 to 1.
+        aesthetic: Score of an aesthetic head, on the head's own scale.
         features: A description of the picture for distances.
     """
 
@@ -118,4 +120,6 @@ class Reading(_Record):
     subject: str | None = None
     subject_right: bool | None = None
     alignment: float | None = None
+    quality: float | None = None
+    aesthetic: float | None = None
     features: list[float] | None = Field(default=None, repr=False)

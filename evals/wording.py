@@ -16,6 +16,8 @@ LABELS: dict[str, tuple[str, int]] = {
     "emotion_accuracy": ("Emo-A", 2),
     "subject_accuracy": ("subject", 2),
     "alignment": ("alignment", 2),
+    "quality": ("CLIP-IQA", 2),
+    "aesthetic": ("aesthetic", 2),
     "diversity": ("diversity", 3),
     "reward": ("critic's reward", 2),
     "valence_tau": ("τ valence", 2),

@@ -179,9 +179,24 @@ async def test_clip_alignment_equals_torchmetrics(clip_folder, items, tmp_path, 
         assert float(score.compute()) / 100 == pytest.approx(alignment, abs=1e-4)
 
 
+async def test_clip_iqa_and_an_aesthetic_head_by_hand(clip_folder, items, tmp_path):
+    save_file({"w.weight": torch.ones(2, 12)}, tmp_path / "head.safetensors")
+    torch.save({"weight": torch.full((1, 12), 2.0), "bias": torch.tensor([1.0])}, tmp_path / "beauty.pth")
+    judge = ClipHeadJudge(str(clip_folder), tmp_path / "head.safetensors", tmp_path / "beauty.pth")
+    found = (await judge.read(items))[0]
+    words = judge.processor(text=["Good photo.", "Bad photo."], return_tensors="pt", padding=True)
+    image = judge.processor(images=items[0].open(), return_tensors="pt")
+    with torch.inference_mode():
+        text = torch.nn.functional.normalize(judge.model.get_text_features(**words).pooler_output, dim=-1)
+        picture = torch.nn.functional.normalize(judge.model.get_image_features(**image).pooler_output, dim=-1)
+    shares = torch.exp(100 * (picture @ text.T))[0]
+    assert found.quality == pytest.approx(float(shares[0] / shares.sum()), abs=1e-4)
+    assert found.aesthetic == pytest.approx(2 * float(picture.sum()) + 1, abs=1e-4)
+
+
 def test_a_head_of_another_shape_is_refused(clip_folder, tmp_path):
     save_file({"w.weight": torch.zeros(3, 12)}, tmp_path / "three.safetensors")
-    with pytest.raises(UserError, match="gives 3 numbers"):
+    with pytest.raises(UserError, match="gives 3 numbers; wanted are 12 and 2 or 8"):
         ClipHeadJudge(str(clip_folder), tmp_path / "three.safetensors")
     save_file({"w.weight": torch.zeros(2, 5)}, tmp_path / "five.safetensors")
     with pytest.raises(UserError, match="takes 5 features"):
