@@ -12,7 +12,7 @@ import numpy as np
 from ..tools.measures import diversity
 from . import metrics
 from .metrics import mean
-from .runner import Row
+from .records import Row
 from .stats import Estimate, difference, estimate, sign_test
 
 #: How far a guard may fall before it counts: 3 points of alignment or subject accuracy, a fifth of diversity.
@@ -308,8 +308,11 @@ def _span(found: Estimate) -> str:
     return f"95 % {found.low:+.2f} to {found.high:+.2f}"
 
 
-def figures(table: Table, measures: Mapping[str, Estimate] | None = None) -> dict[str, float | int | None]:
-    """The flat map: `<arm>_<metric>` and the suite's measures with `_low`, `_high`; `gain_<part>`; `n`."""
+def figures(table: Table, measures: Mapping[str, Estimate] | None = None) -> dict[str, float]:
+    """The flat map: `<arm>_<metric>` and the suite's measures with `_low`, `_high`; `gain_<part>`; `n`.
+
+    What is undefined (an interval over one prompt, a ratio over nothing) has no key.
+    """
     flat: dict[str, float | int | None] = {"n": len({row.request.id for row in table.rows})}
     for arm, found in table.estimates().items():
         for metric, value in found.items():
@@ -322,4 +325,4 @@ def figures(table: Table, measures: Mapping[str, Estimate] | None = None) -> dic
         flat[f"gain_{gain['part']}_p"] = gain["p"]
     for name, found in (measures or {}).items():
         flat |= found.figures(name)
-    return flat
+    return {name: value for name, value in flat.items() if value is not None}

@@ -13,12 +13,13 @@ the teacher (what of it could weights learn?).
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..emotion import RunResult, UserError
+from ..emotion import Missing, RunResult, UserError
 from ..recording import Critiqued, Rewritten
 from ..tools.registry import resolve
 from .cache import digest
@@ -166,9 +167,10 @@ def load_arm(spec: str, adapters: dict[str, Path]) -> Arm:
         UserError: None of these, or an adapter that is not there.
     """
     name, given, what = spec.partition("=")
-    what = what if given else name
-    if not name.replace("_", "").replace("-", "").isalnum():
-        name = what.rpartition(":")[2] if not given else name
+    if not given:
+        name, what = spec.rpartition(":")[2], spec
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise UserError(f"arm name {name!r}: letters, digits and . + - _ are allowed")
     on_adapter = what.removeprefix("loop_on_")
     if what in ARMS:
         return Arm(name, ARMS[what])
@@ -194,14 +196,17 @@ def _there(folder: Path) -> Path:
 async def deliver(
     answer: Answer, name: str, kit: Kit, request: Request, seed: int, version: str = "1"
 ) -> Delivery:
-    """What the arm hands over for the request, from the cache where it is known. A failure is not kept."""
+    """What the arm hands over for the request, from the cache where it is known.
+
+    Only what is complete is kept: a failure, or a delivery with an unread image, is tried again next time.
+    """
     budget = [kit.images, kit.rounds]
     key = digest("delivery", name, version, request.model_dump(mode="json"), seed, budget, kit.identity)
 
     async def make() -> dict[str, Any]:
         made = await answer(kit, request, seed, name)
-        if made.failure:
-            raise _Failed(made)
+        if made.failure or any(isinstance(shot.critique, Missing) for shot in made.shots):
+            raise _NotKept(made)
         return made.model_dump(mode="json")
 
     def images_are_there(document: Any) -> bool:
@@ -209,11 +214,11 @@ async def deliver(
 
     try:
         return Delivery.model_validate(await kit.cache.once(key, make, images_are_there))
-    except _Failed as error:
+    except _NotKept as error:
         return error.delivery
 
 
-class _Failed(Exception):
+class _NotKept(Exception):
     def __init__(self, delivery: Delivery) -> None:
         super().__init__(delivery.failure)
         self.delivery = delivery

@@ -71,7 +71,8 @@ def eval_(
     if len(words) > 1:
         raise UserError(f"one suite at a time: {words[1]!r} is too much")
     from ..settings import lvlm_settings
-    from .evaluate import Options, evaluate
+    from .document import Options
+    from .evaluate import evaluate
     from .runner import EvaluationFailed
 
     settings: dict[str, Any] = {"home": home, "generator": {"model": model}}

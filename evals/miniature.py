@@ -24,7 +24,7 @@ from ..miniature.world import Named, Parsed, Scene
 from ..tools.generator import ImageRequest
 from .kit import Kit, Made
 from .metrics import rank_tau
-from .runner import Row
+from .records import Row
 from .stats import Estimate, estimate
 from .suites import Request
 

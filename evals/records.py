@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..emotion import Critique, Emotion, Missing
+from .stats import Estimate
+from .suites import Request
 
 
 class _Record(BaseModel):
@@ -123,3 +129,57 @@ class Reading(_Record):
     quality: float | None = None
     aesthetic: float | None = None
     features: list[float] | None = Field(default=None, repr=False)
+
+
+@dataclass
+class Row:
+    """One arm's answer to one request, with what the judge and the guard read in it.
+
+    Attributes:
+        arm: The arm's name.
+        request: The request.
+        delivery: What was handed over.
+        readings: The judge's reading of each image handed over; None where it could not say.
+        guard: The guard's reading of each image in `siblings`.
+        siblings: Images of the delivered prompt: those handed over, or where it is one, all that share its
+            prompt.
+    """
+
+    arm: str
+    request: Request
+    delivery: Delivery
+    readings: list[Reading | None] = field(default_factory=list)
+    siblings: list[Shot] = field(default_factory=list)
+    guard: list[Reading | None] = field(default_factory=list)
+
+    @property
+    def guard_of_delivered(self) -> list[Reading | None]:
+        """The guard's readings of what was handed over."""
+        by_sha = {shot.sha256: reading for shot, reading in zip(self.siblings, self.guard, strict=True)}
+        return [by_sha.get(shot.sha256) for shot in self.delivery.handed_over]
+
+
+@dataclass
+class Outcome:
+    """All rows, and what made them.
+
+    Attributes:
+        rows: Arm by arm, in the order of the suite's requests.
+        blobs: Folder of the images.
+        home: Folder of the evaluation's log.
+        generators: `describe()` of each generator used, by adapter ("" is the base).
+        identity: Weights, prompts and reward behind the figures.
+        made: How many images were made now; the rest was there.
+        seconds: Wall clock.
+        pace: Seconds for one image, critique and rewrite, in full batches on this device.
+        measures: The suite's further figures.
+    """
+
+    rows: list[Row]
+    home: Path
+    generators: dict[str, dict[str, Any]]
+    identity: dict[str, Any]
+    made: int
+    seconds: float
+    pace: dict[str, float]
+    measures: dict[str, Estimate] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from . import metrics
 from .analysis import of_request
-from .runner import Outcome, Row
+from .records import Outcome, Row
 from .wording import COSTS, LABELS, interval, number, target_words
 
 #: Sweeps shown for each axis, and cases at each end.

@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from .arms import Arm, deliver
 from .cache import Cache, digest
 from .judges import Item, Judge
 from .kit import CachedGenerator, Kit
-from .records import Delivery, Reading, Shot
+from .records import Delivery, Outcome, Reading, Row, Shot
 from .stats import Estimate
 from .suites import Request, Suite
 
@@ -38,60 +37,6 @@ logger = logging.getLogger(__name__)
 
 #: Requests at work at once: enough to fill batches, few enough to keep memory small.
 CONCURRENCY = 16
-
-
-@dataclass
-class Row:
-    """One arm's answer to one request, with what the judge and the guard read in it.
-
-    Attributes:
-        arm: The arm's name.
-        request: The request.
-        delivery: What was handed over.
-        readings: The judge's reading of each image handed over; None where it could not say.
-        guard: The guard's reading of each image in `siblings`.
-        siblings: Images of the delivered prompt: those handed over, or where it is one, all that share its
-            prompt.
-    """
-
-    arm: str
-    request: Request
-    delivery: Delivery
-    readings: list[Reading | None] = field(default_factory=list)
-    siblings: list[Shot] = field(default_factory=list)
-    guard: list[Reading | None] = field(default_factory=list)
-
-    @property
-    def guard_of_delivered(self) -> list[Reading | None]:
-        """The guard's readings of what was handed over."""
-        by_sha = {shot.sha256: reading for shot, reading in zip(self.siblings, self.guard, strict=True)}
-        return [by_sha.get(shot.sha256) for shot in self.delivery.handed_over]
-
-
-@dataclass
-class Outcome:
-    """All rows, and what made them.
-
-    Attributes:
-        rows: Arm by arm, in the order of the suite's requests.
-        blobs: Folder of the images.
-        home: Folder of the evaluation's log.
-        generators: `describe()` of each generator used, by adapter ("" is the base).
-        identity: Weights, prompts and reward behind the figures.
-        made: How many images were made now; the rest was there.
-        seconds: Wall clock.
-        pace: Seconds for one image, critique and rewrite, in full batches on this device.
-        measures: The suite's further figures.
-    """
-
-    rows: list[Row]
-    home: Path
-    generators: dict[str, dict[str, Any]]
-    identity: dict[str, Any]
-    made: int
-    seconds: float
-    pace: dict[str, float]
-    measures: dict[str, Estimate] = field(default_factory=dict)
 
 
 class EvaluationFailed(Exception):

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from ..emotion import UserError
-from .evaluate import Options, fill
+from .document import Options
+from .evaluate import fill
 
 
 def main() -> None:

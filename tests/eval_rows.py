@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 from emoloop.emotion import Critique, EmotionTarget
-from emoloop.evals.records import Cost, Delivery, Reading, Revision, Shot
-from emoloop.evals.runner import Outcome, Row
+from emoloop.evals.records import Cost, Delivery, Outcome, Reading, Revision, Row, Shot
 from emoloop.evals.suites import Request
 from emoloop.traces.blobs import BlobStore
 from PIL import Image
@@ -84,8 +85,7 @@ def outcome_of(home, arms, sweep=False, prompts=4):
 
 def document_of(outcome, trained=()):
     """The report's document over an outcome."""
-    from emoloop.evals.arms import Arm, base
-    from emoloop.evals.evaluate import Options, Plan, describe
+    from emoloop.evals.document import Options, Plan, describe
     from emoloop.evals.judges import PixelJudge
     from emoloop.evals.suites import Suite
     from emoloop.settings import load_settings
@@ -100,7 +100,7 @@ def document_of(outcome, trained=()):
     plan = Plan(
         suite,
         load_settings(),
-        [Arm(arm, base, outcome.home if arm in trained else None) for arm in arms],
+        [SimpleNamespace(name=arm, adapter=outcome.home if arm in trained else None) for arm in arms],
         PixelJudge(Light(), "light"),
         None,
         None,

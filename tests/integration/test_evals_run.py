@@ -9,7 +9,8 @@ import pytest
 import tiny
 import yaml
 from emoloop.emotion import UserError
-from emoloop.evals.evaluate import Options, evaluate
+from emoloop.evals.document import Options
+from emoloop.evals.evaluate import evaluate
 from emoloop.evals.records import Reading
 from emoloop.evals.runner import EvaluationFailed
 from scripted import Scripted

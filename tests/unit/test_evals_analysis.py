@@ -62,7 +62,7 @@ def test_figures_are_flat_with_ends_and_n():
     assert flat["loop_error_reduction"] == pytest.approx(1 - flat["loop_error"] / flat["base_error"])
     assert flat["loop_amortisation"] == pytest.approx(1)
     assert flat["base_subject_accuracy"] == 1.0
-    assert all(value is None or isinstance(value, int | float) for value in flat.values())
+    assert all(isinstance(value, int | float) for value in flat.values())
 
 
 def test_amortisation_is_undefined_where_the_loop_does_not_surely_improve():

@@ -8,8 +8,7 @@ import pytest
 from emoloop.emotion import Critique, EmotionTarget, Missing
 from emoloop.evals import miniature
 from emoloop.evals.kit import Made
-from emoloop.evals.records import Delivery, Reading, Revision, Shot
-from emoloop.evals.runner import Row
+from emoloop.evals.records import Delivery, Reading, Revision, Row, Shot
 from emoloop.evals.suites import Request
 from emoloop.miniature import law, world
 from PIL import Image
