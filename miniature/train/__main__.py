@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument("--init", type=Path, default=None, help="checkpoint.pt to go on from, with a new schedule")
     parser.add_argument("--bf16", action="store_true", help="forward passes in bfloat16")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so many minutes")
     args = parser.parse_args()
@@ -41,6 +42,7 @@ def main() -> None:
     recipe = Recipe(
         out=args.out or Path("runs") / args.model, steps=args.steps or steps, batch=args.batch or batch,
         lr=args.lr or lr, seed=args.seed, device=args.device, minutes=args.minutes, ema=ema, bf16=args.bf16,
+        init=args.init,
     )  # fmt: skip
     losses = import_module(f"{__package__}.{module}").train(
         recipe, *([args.model] if module == "recogniser" else [])

@@ -30,6 +30,7 @@ class Recipe:
         minutes: Stop after so long even if steps are left (the rebuild check uses it).
         save_every: Steps between checkpoints.
         ema: Largest decay of the weights' moving average.
+        init: Checkpoint to start from instead of random weights.
         bf16: Run the forward pass under bfloat16 autocast (worth it where the CPU or GPU has it).
     """
 
@@ -43,6 +44,7 @@ class Recipe:
     save_every: int = 200
     ema: float = 0.998
     bf16: bool = False
+    init: Path | None = None
     weight_decay: float = 0.01
     losses: list[float] = field(default_factory=list)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     GenerationConfig,
@@ -26,6 +26,7 @@ from .. import world
 from ..codec import PatchAutoencoder
 from ..episodes import Example, critic_example, rewriter_example
 from .common import Recipe
+from .generator import layout
 
 IMAGE_TOKENS = 16
 # The order fixes the ids: pad, end of answer, roles, then what Idefics3's processor puts around an image.
@@ -217,7 +218,7 @@ def collate(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> tupl
 def train(recipe: Recipe) -> list[float]:
     """Train and write the model to `recipe.out / "model"`."""
     torch.manual_seed(recipe.seed)
-    tokenizer = build_tokenizer(recipe.seed)
+    tokenizer = build_tokenizer(0)
     model = build_model(tokenizer).to(recipe.device)
     model.train()
     # The CPU's fused attention has a backward pass that takes half of the step at these sizes.
@@ -241,16 +242,32 @@ def train(recipe: Recipe) -> list[float]:
         logits = model.lm_head(hidden[:, :-1][told]).float()
         return F.cross_entropy(logits, labels[:, 1:].to(recipe.device)[told], weight=weight)
 
+    # Words alone teach a vision tower slowly: as in the generator, a head that lives only in training says
+    # for each patch which icon covers it.
+    head = nn.Linear(model.config.vision_config.hidden_size, 1 + len(world.SUBJECTS) + len(world.COMPANIONS))
+    trainee = nn.ModuleDict({"model": model, "head": head.to(recipe.device)})
+    patches: list[Tensor] = []
+    model.model.vision_model.register_forward_hook(lambda _m, _i, out: patches.append(out.last_hidden_state))
+    if recipe.init is not None:
+        state = torch.load(recipe.init, map_location=recipe.device, weights_only=True)["average"]
+        trainee.load_state_dict(state if "head.weight" in state else {f"model.{k}": v for k, v in state.items()}, strict=False)
+
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([recipe.seed, step])
-        critiques = [critic_example(rng, world.FOLDS["critic"]) for _ in range(recipe.batch * 5 // 8)]
+        critiques = [critic_example(rng, world.FOLDS["critic"]) for _ in range(recipe.batch * 3 // 4)]
         pixels = spoil(rng, codec, np.stack([e.pixels for e in critiques if e.pixels is not None]))
+        patches.clear()
         seen = answer_loss(*collate(tokenizer, critiques), pixels)
-        rewrites = [rewriter_example(rng) for _ in range(recipe.batch * 3 // 8)]
+        covers = torch.from_numpy(np.stack([layout(e.scene) for e in critiques if e.scene])).to(recipe.device)
+        weight = torch.where(covers == 0, 0.15, 1.0).flatten()
+        things = F.cross_entropy(head(patches.pop()).float().flatten(0, 1), covers.flatten(), reduction="none")
+        things = (things * weight).sum() / weight.sum()
+        rewrites = [rewriter_example(rng) for _ in range(recipe.batch // 4)]
         written = answer_loss(*collate(tokenizer, rewrites), None)
-        return seen + written, {"critic": seen.item(), "rewriter": written.item()}
+        metrics = {"critic": seen.item(), "rewriter": written.item(), "things": things.item()}
+        return seen + 0.5 * written + 0.5 * things, metrics
 
-    for _ in recipe.run(model, loss, "lvlm"):
+    for _ in recipe.run(trainee, loss, "lvlm"):
         pass
     model.tie_weights()
     save(recipe.out / "model", model.cpu().eval(), tokenizer)
