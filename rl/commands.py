@@ -49,22 +49,28 @@ def distill(
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over the file: train.steps=200")
     ] = None,
+    print_config: Annotated[
+        bool, typer.Option(help="Print every knob with its value and meaning as YAML for --config, and stop.")
+    ] = False,
     home: Annotated[Path | None, typer.Option(help="Folder of the log; default from the settings.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Train the diffusion weights on logged runs, so that one pass gives what the loop gave."""
     from ..settings import load_settings
     from ..traces.store import StoreError
-    from .config import load_config
+    from .config import commented, load_config
     from .trainer import DistillError
 
     settings = load_settings({"home": home})
     where = parse_filter(source or [])
-    if out is None and not dry_run:
-        raise UserError("distill needs --out DIR (or --dry-run)")
     if preset is None and config is None:
         preset = _default_preset(settings)
     resolved = load_config(objective, preset, config, sets or [])
+    if print_config:
+        typer.echo(commented(resolved), nl=False)
+        return
+    if out is None and not dry_run:
+        raise UserError("distill needs --out DIR (or --dry-run)")
     try:
         if dry_run or out is None:
             _preview(settings, resolved, where, as_json)

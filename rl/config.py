@@ -6,6 +6,9 @@ into the run's folder. An unknown key is an error that names the nearest known o
 
 from __future__ import annotations
 
+import inspect
+import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -191,6 +194,48 @@ def load_config(
         return DistillConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(_explain(error)) from error
+
+
+def commented(config: DistillConfig) -> str:
+    """The whole configuration as YAML that `--config` takes, each knob under a comment that explains it."""
+    from .objectives import load_objective
+
+    knobs = dict(config.objective)
+    name = knobs.pop("name")
+    objective = load_objective(name, knobs)
+    lines = ["objective:", f"  # Registry name or dotted path.\n  name: {name}"]
+    lines += _explained(objective, "  ")
+    for section, model in config:
+        if section == "objective":
+            continue
+        if isinstance(model, BaseModel):
+            lines += [f"{section}:", *_explained(model, "  ")]
+        else:
+            lines += [f"# {_attributes(type(config))[section]}", f"{section}: {_scalar(model)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _explained(model: BaseModel, indent: str) -> list[str]:
+    about = {key: text for cls in reversed(type(model).__mro__) for key, text in _attributes(cls).items()}
+    lines = []
+    for key, value in model.model_dump(mode="json").items():
+        wrapped = textwrap.wrap(about.get(key, ""), 100 - len(indent))
+        lines += [f"{indent}# {text}" for text in wrapped]
+        lines.append(f"{indent}{key}: {_scalar(value)}")
+    return lines
+
+
+def _attributes(cls: type) -> dict[str, str]:
+    """Name → explanation, from the "Attributes:" part of a class's docstring."""
+    _, found, text = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+    entries = (
+        re.findall(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", text.split("\n\n")[0], re.MULTILINE) if found else []
+    )
+    return {name: " ".join(words.split()) for name, words in entries}
+
+
+def _scalar(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
 def flat(config: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,7 +27,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import func, select
 
-from ..emotion import Critique, EmotionTarget, UserError
+from ..emotion import Critique, EmotionTarget, RunStatus, UserError
 from ..tools.reward import load_reward
 from ..traces.rows import RunFilter
 from ..traces.schema import candidates, events, runs
@@ -218,9 +218,11 @@ class Dataset:
         self, store: TraceStore, config: DataConfig | None = None, where: RunFilter | None = None
     ) -> None:
         self.config = config or DataConfig()
-        self._store = store
-        #: Ids of the runs that the filter picks, as a subquery.
-        self._chosen = (where or RunFilter()).apply(select(runs.c.run_id))
+        self._store, where = store, where or RunFilter()
+        #: Ids of the runs that the filter picks, as a subquery. One that still runs would change the data.
+        self._chosen = where.apply(select(runs.c.run_id))
+        if where.status is None:
+            self._chosen = self._chosen.where(runs.c.status != RunStatus.RUNNING)
         self.base, self.reward = self._check_origin()
         self._human = _human_feedback(store)
         self._reward = load_reward(self.reward[0]) if self._human else _no_reward
@@ -240,7 +242,9 @@ class Dataset:
                 select(func.count(c.sha256), func.count(c.reward)).where(mine)
             ).one()
             if not images:
-                raise UserError("no run with images answers to --from: widen it (see `emoloop traces list`)")
+                raise UserError(
+                    "no finished run with images answers to --from: widen it (see `emoloop traces list`)"
+                )
             if not rewarded:
                 reason = connection.scalar(select(c.missing).where(mine, c.missing.is_not(None)).limit(1))
                 raise UserError(

@@ -159,6 +159,13 @@ def test_the_filter_picks_runs(tmp_path: Path) -> None:
             Dataset(store, ALL, RunFilter(prompt="zebra"))
 
 
+def test_a_run_that_still_runs_is_left_out(tmp_path: Path) -> None:
+    with open_store(write_log(tmp_path, 2)) as store:
+        store.append(*run_events(store, 2)[:-1])
+        assert len(store.runs()) == 3
+        assert Dataset(store, ALL).statistics.runs == 2
+
+
 def test_wrong_logs_are_refused_in_one_line(tmp_path: Path) -> None:
     with open_store(settings_for(tmp_path / "empty")) as store, pytest.raises(UserError, match="is empty"):
         Dataset(store)

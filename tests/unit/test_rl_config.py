@@ -1,0 +1,71 @@
+"""Distillation's configuration: where values come from, and that every knob is explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from emoloop.emotion import UserError
+from emoloop.rl.commands import parse_filter
+from emoloop.rl.config import PRESETS, commented, flat, load_config
+from emoloop.rl.objectives import OBJECTIVES
+
+
+@pytest.mark.parametrize("preset", [path.stem for path in PRESETS.glob("*.yaml")])
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_presets_resolve_and_print_as_a_file_that_gives_the_same(
+    preset: str, objective: str, tmp_path: Path
+) -> None:
+    config = load_config(objective, preset)
+    text = commented(config)
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    again = load_config(objective, None, file)
+    assert {**flat(again), **again.objective} == {
+        **flat(config),
+        **yaml.safe_load(text)["objective"],
+        **{f"objective.{key}": value for key, value in yaml.safe_load(text)["objective"].items()},
+    }
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if not line.lstrip().startswith("#") and not line.endswith(":"):
+            assert lines[number - 1].lstrip().startswith("#"), f"{line} is not explained"
+
+
+def test_file_over_preset_and_set_over_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {steps: 7, lr: 0.5}\nobjectives: {dpo: {train: {lr: 0.25}}}\n")
+    assert load_config("opd", "miniature", file).train.lr == 0.5
+    config = load_config("dpo", "miniature", file, ["train.steps=9", "policy.targets=[to_q]"])
+    assert (config.train.lr, config.train.steps, config.policy.targets) == (0.25, 9, ("to_q",))
+    assert config.train.batch_size == load_config("dpo", "miniature").train.batch_size
+    assert config.objective["name"] == "dpo" and config.objective["beta"] == 100.0
+
+
+def test_wrong_values_are_one_line() -> None:
+    for sets, message in (
+        (["trian.steps=3"], r"unknown key 'trian', did you mean|unknown key 'trian'"),
+        (["train.steps=three"], r"train\.steps: Input should be a valid integer"),
+        (["train.steps=[1"], "the value is not YAML"),
+        (["=3"], "want key=value"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config("opd", sets=sets)
+    with pytest.raises(UserError, match="No such file"):
+        load_config("opd", file=Path("nowhere.yaml"))
+
+
+def test_filters_of_runs() -> None:
+    where = parse_filter(["gain=0.2,model=a/b", "valence=-1..2", "run=r1+r2"])
+    assert (where.min_gain, where.model, where.valence, where.run_ids) == (
+        0.2,
+        "a/b",
+        (-1.0, 2.0),
+        ("r1", "r2"),
+    )
+    assert parse_filter(["prompt=a dog, by the sea"]).prompt == "a dog, by the sea"
+    assert parse_filter(["since=2d"]).since is not None
+    for words in ("gain", "color=red", "since=soon", "limit=many"):
+        with pytest.raises(UserError, match="--from"):
+            parse_filter([words])
