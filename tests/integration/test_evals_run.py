@@ -234,3 +234,39 @@ def test_wrong_words_are_one_line_before_anything_is_made(options, tmp_path, cha
 def test_readings_survive_the_cache():
     reading = Reading(valence=1.0, arousal=-1.0, features=[0.5], subject_right=True)
     assert Reading.model_validate(reading.model_dump(mode="json", exclude_none=True)) == reading
+
+
+@pytest.fixture(scope="module")
+def lvlm(tmp_path_factory):
+    import tiny_lvlm
+
+    return tiny_lvlm.build(tmp_path_factory.mktemp("lvlm") / "lvlm")
+
+
+def test_the_verb_prints_one_document_and_a_judge_may_be_a_model(options, lvlm, tmp_path):
+    from emoloop.cli import app
+    from typer.testing import CliRunner
+
+    suite = tmp_path / "verb.yaml"
+    small = {"generator": {"steps": 2}, "lvlm": {"max_tokens": 400}}
+    suite.write_text(yaml.safe_dump(SUITE | {"name": "verb", "images": 1, "settings": small}))
+    words = ["eval", str(suite), "--arms", "base", "--limit", "1", "--json", "--model"]
+    words += [options.settings["generator"]["model"], "--lvlm", str(lvlm)]
+    words += ["--home", str(tmp_path / "home"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["suite"] == "verb" and document["figures"]["n"] == 2 and document["device"] == "cpu"
+    assert (tmp_path / "out" / "report.html").is_file()
+
+    with pytest.raises(UserError, match="also gave the reward"):
+        CliRunner().invoke(app, [*words, "--judge", "lvlm"], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, [*words, "--judge", "lvlm", "--allow-reward-judge"], catch_exceptions=False
+    )
+    document = json.loads(result.stdout)
+    assert document["reward_judge"] == str(lvlm)
+    assert document["images_made"] == 0 and document["judge"]["name"] == f"LVLM {lvlm}"
+    assert (
+        "alarm" in (tmp_path / "out" / "report.html").read_text().partition("<h2")[0].partition("<header>")[2]
+    )
