@@ -20,7 +20,7 @@ from ..emotion import EmotionTarget, RunResult, RunStatus, UserError, read_targe
 from ..traces.database import StoreError
 from .loop import Loop
 from .progress import Progress, RunBegan
-from .state import candidate_seed, read_prompt
+from .state import candidate_seed, read_prompt, read_seed
 
 #: What a line may say, besides its target.
 _OPTIONS = ("rounds", "images", "tolerance", "patience")
@@ -89,15 +89,12 @@ def read_line(number: int, text: str) -> Request:
     flat = {key: given[key] for key in _TARGET if given.get(key) is not None}
     if flat and "target" in given:
         raise UserError("give the target as an object or as keys, not both")
-    seed = given.get("seed")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
-        raise UserError(f"seed {seed!r}: a whole number from 0 is wanted")
     line = given.get("line", number)
     return Request(
         line=line if isinstance(line, int) else number,
         prompt=read_prompt(given.get("prompt")),
         target=read_target(given.get("target", flat)),
-        seed=seed,
+        seed=read_seed(given.get("seed")),
         options={key: given[key] for key in _OPTIONS if given.get(key) is not None},
     )
 

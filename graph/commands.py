@@ -132,13 +132,14 @@ def run(
         code = _asyncio(_run(settings, None, None, None, name, True, out, as_json, review))
     else:
         from ..settings import load_settings
-        from .state import read_prompt
+        from .state import read_prompt, read_seed
 
         if prompt is None:
             raise UserError(
                 'say what the picture should show: emoloop run "a dog by the sea" --valence 2 --arousal -1'
             )
         text = read_prompt(prompt)
+        seed = read_seed(seed)
         target = read_target({"valence": valence, "arousal": arousal, "category": category})
         settings = load_settings(overrides)
         from .nodes import new_run_id

@@ -39,7 +39,7 @@ from .build import build_graph
 from .checkpoint import open_checkpointer
 from .nodes import Parts, check_request, new_run_id
 from .progress import PROGRESS, Progress, ReviewWanted, RunEnded
-from .state import Context, RunInput, State, read_run_id, same_target
+from .state import Context, RunInput, State, read_run_id, read_seed, same_target
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -301,8 +301,7 @@ class Loop:
         text, wanted = await asyncio.to_thread(check_request, self.parts, prompt, target)
         context = _context(options)
         context.over(self.settings.loop)
-        if seed is not None and not 0 <= seed < 2**63:
-            raise UserError(f"seed {seed}: a whole number from 0 to 2^63 - 1 is wanted")
+        seed = read_seed(seed)
         asked = wanted.model_dump(mode="json", exclude_none=True)
         name = read_run_id(run_id) if run_id is not None else new_run_id()
         events = await self.recorder.events(name) if run_id is not None else []

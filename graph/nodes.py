@@ -52,7 +52,7 @@ from ..traces.recorder import StoreRecorder
 from . import policy
 from .progress import ImageMade, Judged, RoundBegan, RoundEnded, RunBegan, Warned
 from .retry import ATTEMPTS, retryable
-from .state import Context, State, candidate_seed, read_prompt, read_run_id, same_target
+from .state import Context, State, candidate_seed, read_prompt, read_run_id, read_seed, same_target
 
 if TYPE_CHECKING:
     from ..tools.generator import Generator, ImageRequest
@@ -113,7 +113,7 @@ class Nodes:
         """Check the request, name the run and log it; or find the run that it continues."""
         prompt, target = check_request(self.parts, state["prompt"], state["target"])
         options = (runtime.context or Context()).over(self.parts.settings.loop)
-        seed = state.get("seed")
+        seed = read_seed(state.get("seed"))
         asked = target.model_dump(mode="json", exclude_none=True)
         run_id, started = await self._find(runtime, prompt, asked, seed)
         if started is None:
@@ -530,7 +530,8 @@ class Nodes:
     def _unknown(
         self, runtime: Runtime[Context], run_id: str, prompt: str, warnings: list[str], where: str = ""
     ) -> list[str]:
-        message = unknown_words(self.parts.generator, prompt)
+        # A rewriter keeps the neutral prompt's words, and once is enough to be told of each.
+        message = unknown_words(self.parts.generator, prompt, said="\n".join(warnings))
         return self._warn(runtime, run_id, where + message, warnings) if message else warnings
 
 
@@ -546,9 +547,12 @@ def check_request(parts: Parts, prompt: Any, target: Any) -> tuple[str, EmotionT
     return text, wanted
 
 
-def unknown_words(generator: Generator, prompt: str) -> str | None:
-    """One line that names the words which the generator does not know, with the nearest it does; or None."""
-    unknown = generator.unknown_words(prompt)
+def unknown_words(generator: Generator, prompt: str, said: str = "") -> str | None:
+    """One line that names the words which the generator does not know, with the nearest it does; or None.
+
+    Words that `said` names in quotes are left out.
+    """
+    unknown = [u for u in generator.unknown_words(prompt) if repr(u.word) not in said]
     if not unknown:
         return None
     named = "; ".join(

@@ -131,6 +131,17 @@ def read_prompt(prompt: Any) -> str:
     return text
 
 
+def read_seed(seed: Any) -> int | None:
+    """A run's seed, or None.
+
+    Raises:
+        UserError: It is no whole number from 0 to 2^63 - 1.
+    """
+    if seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63):
+        return seed
+    raise UserError(f"seed {seed!r}: a whole number from 0 to 2^63 - 1 is wanted")
+
+
 def read_run_id(run_id: str) -> str:
     """A run id that is safe as a file name.
 

@@ -55,6 +55,9 @@ class Scripted(BaseChatModel):
     def _llm_type(self) -> str:
         return "scripted"
 
+    def close(self) -> None:
+        """As our own engines have it."""
+
     def _generate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> ChatResult:
         system = messages[0]
         assert isinstance(system, SystemMessage)
