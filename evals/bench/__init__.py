@@ -14,4 +14,5 @@ BENCHES: dict[str, str] = {
     "dpo-step": ".evals.bench.dpo_step:main",
     "kill": ".evals.bench.kill:main",
     "lvlm": ".evals.bench.lvlm:main",
+    "soak": ".evals.bench.soak:main",
 }
