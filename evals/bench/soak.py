@@ -60,7 +60,8 @@ def main(n: int = 10_000, warm_up: int = 500, concurrency: int = 16, seed: int =
             for _ in left:
                 pixels = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
                 image = Image.fromarray(pixels).resize((96, 96), Image.Resampling.NEAREST)
-                good += isinstance(await critic.critique(image, "a dog by the sea", target), Critique)
+                critique = await critic.critique(image, "a dog by the sea", target)
+                good += isinstance(critique, Critique)
 
         await asyncio.gather(*(worker() for _ in range(concurrency)))
         return good
