@@ -186,7 +186,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(shell):
     code, out, _ = shell(*words, "--json")
     assert code == 0
     result = json.loads(out)
-    assert len(shell.painter.requests) == 1
+    assert len(shell.painter.requests) <= 2  # the one that was under way may be made again
     for key in ("prompt", "stop_reason", "gain", "best_gain"):
         assert result[key] == calm[key]
     assert result["best"]["sha256"] == calm["best"]["sha256"]
@@ -239,6 +239,6 @@ def test_collect_needs_lines(shell, content, said):
 
 def test_the_command_line_loads_nothing_heavy():
     heavy = "{'torch', 'transformers', 'langgraph', 'langchain_core', 'sqlalchemy', 'PIL'}"
-    code = f"import sys, emoloop.cli; sys.exit(str({heavy} & set(sys.modules) or ''))"
+    code = f"import sys, emoloop.cli; print(*({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr == "" and done.returncode == 0
+    assert (done.stdout.strip(), done.stderr, done.returncode) == ("", "", 0)
