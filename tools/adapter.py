@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..emotion import UserError
@@ -87,32 +87,31 @@ def load_artifact(
     path = Path(path).expanduser()
     family = family_of(pipe)
     lora, tokens = _files(path)
+    module = EmotionTokens.load(tokens) if tokens else None
+    if module is not None and not module.fits(family.encode(pipe, "", call)):
+        raise UserError(f"adapter {path}: its emotion tokens are made for another model ({module.config})")
     before = _probe(pipe, family, call)
-    active = list(pipe.get_active_adapters()) if _lora_models(pipe, None) else []
+    training = _read_json(path / TRAINING_FILE) if path.is_dir() else {}
+    others = bool(_lora_models(pipe, None))
+    active = list(pipe.get_active_adapters()) if others else []
     try:
         with quiet():
             expected = _bind(pipe, family, lora, name)
         _check_bound(pipe, path, name, expected)
-        if active:
-            pipe.set_adapters([*active, name])
+        _activate(pipe, [*active, name])
         _check_effect(pipe, family, call, path, name, before)
     except Exception as error:
         with contextlib.suppress(Exception):
-            _remove(pipe, name, active)
+            _remove(pipe, name, others, active)
         if isinstance(error, UserError):
             raise
         raise UserError(
             f"adapter {path} does not fit this {type(pipe).__name__}: {_first_line(error)}"
         ) from error
     if scale == 0:
-        _remove(pipe, name, active)
+        _remove(pipe, name, others, active)
     else:
         _rescale(pipe, name, scale)
-    module = EmotionTokens.load(tokens) if tokens else None
-    if module is not None and not module.fits(family.encode(pipe, "", call)):
-        _remove(pipe, name, active)
-        raise UserError(f"adapter {path}: its emotion tokens are made for another model ({module.config})")
-    training = _read_json(path / TRAINING_FILE) if path.is_dir() else {}
     hashed = [file for file in (lora, tokens) if file is not None]
     if lora.name == _PEFT_WEIGHTS:
         hashed.append(lora.with_name(_PEFT_CONFIG))
@@ -153,6 +152,7 @@ def save_artifact(
         UserError: The LoRA binds no module, or changes nothing.
         OSError: The disk does not take it; what was there before is intact.
     """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft.utils import get_peft_model_state_dict
 
     directory = Path(directory)
@@ -168,19 +168,20 @@ def save_artifact(
         with _rescaled(pipe, adapter_name, 0.0):
             base = _probe(pipe, family, call)
         _check_effect(pipe, family, call, directory, adapter_name, base)
-    metadata = config.to_dict()
-    # Sets have no order of their own, and the same weights must give the same file.
-    metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in metadata.items()}
+    metadata = {
+        f"{family.denoiser}.{key}": sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        type(pipe).save_lora_weights(
-            partial,
-            **{
-                f"{family.denoiser}_lora_layers": {k: v.detach().cpu() for k, v in state.items()},
-                f"{family.denoiser}_lora_adapter_metadata": metadata,
-            },
+        # The file that the pipeline's save_lora_weights writes, but with one entry in its header: safetensors
+        # puts several in random order, and the same weights must give the same bytes.
+        save_file(
+            {f"{family.denoiser}.{key}": value.detach().cpu().contiguous() for key, value in state.items()},
+            partial / LORA_FILE,
+            metadata={LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, sort_keys=True)},
         )
         if emotion_tokens is not None:
             emotion_tokens.save(partial / TOKENS_FILE)
@@ -311,36 +312,41 @@ def _probe(pipe: Any, family: Family, call: dict[str, Any] | None) -> Tensor:
     return output.images.float().cpu()
 
 
-def _rescale(pipe: Any, name: str, factor: float) -> None:
-    for model in _lora_models(pipe, name).values():
-        for module in model.modules():
-            scaling = getattr(module, "scaling", None)
-            if isinstance(scaling, dict) and name in scaling:
-                scaling[name] *= factor
-
-
-@contextmanager
-def _rescaled(pipe: Any, name: str, factor: float) -> Iterator[None]:
-    layers = [
+def _layers(pipe: Any, name: str) -> list[Any]:
+    return [
         module
         for model in _lora_models(pipe, name).values()
         for module in model.modules()
         if isinstance(getattr(module, "scaling", None), dict) and name in module.scaling
     ]
-    before = [layer.scaling[name] for layer in layers]
-    for layer in layers:
+
+
+def _rescale(pipe: Any, name: str, factor: float) -> None:
+    for layer in _layers(pipe, name):
         layer.scaling[name] *= factor
+
+
+@contextmanager
+def _rescaled(pipe: Any, name: str, factor: float) -> Iterator[None]:
+    before = [(layer, layer.scaling[name]) for layer in _layers(pipe, name)]
+    _rescale(pipe, name, factor)
     try:
         yield
     finally:
-        for layer, scaling in zip(layers, before, strict=True):
+        for layer, scaling in before:
             layer.scaling[name] = scaling
 
 
-def _remove(pipe: Any, name: str, active: list[str]) -> None:
-    if active:
+def _activate(pipe: Any, names: list[str]) -> None:
+    # Model by model, since the pipeline's own set_adapters would put the others' weights back to 1.
+    for model in _lora_models(pipe, None).values():
+        model.set_adapter([name for name in names if name in model.peft_config])
+
+
+def _remove(pipe: Any, name: str, others: bool, active: list[str]) -> None:
+    if others:
         pipe.delete_adapters(name)
-        pipe.set_adapters(active)
+        _activate(pipe, active)
     else:
         pipe.unload_lora_weights()
 

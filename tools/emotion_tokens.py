@@ -34,7 +34,7 @@ from ..emotion import HIGH, EmotionTarget, UserError
 from .families import Embeds
 
 _FORMAT = "emoloop.emotion_tokens"
-_VERSION = "1"
+_VERSION = 1
 
 
 def points(targets: Sequence[EmotionTarget | None], device: torch.device | str | None = None) -> Tensor:
@@ -147,10 +147,10 @@ class EmotionTokens(nn.Module):
         return torch.cat([prompt, extra], dim=1)
 
     def save(self, path: Path) -> None:
-        """Write weights as safetensors; format, version and arguments go into the header."""
+        """Write weights as safetensors; version and arguments go into the header, the same ones every time."""
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        header = {"format": "pt", _FORMAT: _VERSION, "config": json.dumps(self.config, sort_keys=True)}
-        save_file(state, path, metadata=header)
+        # One entry, since safetensors writes several in random order.
+        save_file(state, path, metadata={_FORMAT: json.dumps({"version": _VERSION, **self.config})})
 
     @classmethod
     def load(cls, path: Path) -> EmotionTokens:
@@ -161,15 +161,15 @@ class EmotionTokens(nn.Module):
         """
         try:
             with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
+                header = json.loads((file.metadata() or {}).get(_FORMAT, "{}"))
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is not a readable safetensors file: {error}") from error
-        if header.get(_FORMAT) != _VERSION:
+        if header.pop("version", None) != _VERSION:
             raise UserError(f"{path} holds no emotion tokens of version {_VERSION}")
         try:
-            module = cls(**json.loads(header["config"]))
+            module = cls(**header)
             module.load_state_dict(state)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError) as error:
             raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
         return module.eval()

@@ -156,8 +156,9 @@ class _Row:
 class DiffusersGenerator:
     """A diffusers pipeline that serves many concurrent callers.
 
-    The same request gives the same bits alone or in company, since every forward pass has the same shape;
-    with another `micro_batch` it stays within 2/255.
+    The same request gives the same bits alone or in company: every forward pass has the same shape, and the
+    first one of each shape checks that a row's place in the batch does not matter (`micro_batch` shrinks
+    where it does). With another `micro_batch` a picture stays within 2/255.
 
     Attributes:
         pipe: The pipeline.
@@ -227,6 +228,7 @@ class DiffusersGenerator:
                 pipe, settings.adapter, scale=settings.adapter_scale, call=self._call
             )
         self._embeds: OrderedDict[str | None, Embeds] = OrderedDict()
+        self._fair_shapes: set[tuple[int, int]] = set()
         self._worker: BatchWorker[ImageRequest, GeneratedImage] = BatchWorker(
             self._run,
             size=pick("micro_batch", 1 if self._device.type == "cpu" else 4),
@@ -237,7 +239,7 @@ class DiffusersGenerator:
 
     @property
     def micro_batch(self) -> int:
-        """Images in one forward pass; halved when the device runs out of memory."""
+        """Images in one forward pass; halved where memory or equal treatment of rows asks for it."""
         return self._worker.size
 
     async def generate(self, requests: Sequence[ImageRequest]) -> list[GeneratedImage]:
@@ -394,39 +396,60 @@ class DiffusersGenerator:
             size = self._worker.size
             chunk = rows[len(images) : len(images) + size]
             try:
-                images += self._forward(chunk, size)
+                if self._fair(chunk[0], size):
+                    images += self._forward(chunk, size)
+                else:
+                    self._shrink("this device's kernels treat rows of a batch differently")
             except Exception as error:
                 if _out_of_memory(error) and size > 1:
-                    self._worker.size = (size + 1) // 2
-                    logger.warning("out of memory: micro_batch goes from %d to %d", size, self._worker.size)
+                    self._shrink("out of memory")
                     if torch.cuda.is_available():
                         torch.cuda.empty_cache()
                 else:
                     images += [error] * len(chunk)
         return images
 
+    def _shrink(self, why: str) -> None:
+        before = self._worker.size
+        self._worker.size = (before + 1) // 2
+        logger.warning("%s: micro_batch goes from %d to %d", why, before, self._worker.size)
+
+    def _fair(self, row: _Row, size: int) -> bool:
+        """Whether equal rows of a batch get equal bits, as the same picture in any company needs.
+
+        Not a matter of course: where threads or tiles split a tensor in the middle of a row, its last bits
+        depend on its place. That hangs on shapes and cores alone, so one step tells, once for each shape.
+        """
+        shape = size, row.positive.prompt.shape[1]
+        if size > 1 and shape not in self._fair_shapes:
+            pixels = self._draw([row] * size, [0] * size, 1).images
+            if not all(np.array_equal(pixels[0], other, equal_nan=True) for other in pixels[1:]):
+                return False
+            self._fair_shapes.add(shape)
+        return True
+
     def _forward(self, rows: list[_Row], size: int) -> list[Image.Image | Exception]:
         padded = rows + [rows[-1]] * (size - len(rows))
-        negatives = [row.negative for row in padded if row.negative is not None]
-        output = self.pipe(
+        output = self._draw(padded, [row.seed for row in padded], self.steps)
+        if self.pipe.interrupt:
+            raise RuntimeError("the generator was closed")
+        refused = getattr(output, "nsfw_content_detected", None) or [False] * size
+        return [_picture(*pair) for pair in zip(output.images, refused, strict=True)][: len(rows)]
+
+    def _draw(self, rows: list[_Row], seeds: list[int], steps: int) -> Any:
+        negatives = [row.negative for row in rows if row.negative is not None]
+        return self.pipe(
             **self.family.arguments(
-                Embeds.stack([row.positive for row in padded]), Embeds.stack(negatives) if negatives else None
+                Embeds.stack([row.positive for row in rows]), Embeds.stack(negatives) if negatives else None
             ),
             height=self.height,
             width=self.width,
-            num_inference_steps=self.steps,
+            num_inference_steps=steps,
             guidance_scale=self.guidance,
-            generator=[torch.Generator("cpu").manual_seed(row.seed) for row in padded],
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             output_type="np",
             **self._call,
         )
-        if self.pipe.interrupt:
-            raise RuntimeError("the generator was closed")
-        refused = getattr(output, "nsfw_content_detected", None) or [False] * len(padded)
-        return [
-            _picture(pixels, bool(nsfw))
-            for pixels, nsfw in zip(output.images[: len(rows)], refused, strict=False)
-        ]
 
 
 def _picture(pixels: np.ndarray, refused: bool) -> Image.Image | Exception:
@@ -450,7 +473,8 @@ def load_generator(
     Args:
         spec: Settings; or what replaces their `model`: a preset, folder or hub id, a dotted path to a
             callable that takes the settings and returns a `Generator` (`"my_pkg.my_mod:MyGenerator"`), a
-            pipeline object, or a generator, which is returned as it is.
+            pipeline object, or a generator, which is returned as it is. A pipeline object that was loaded from
+            a folder with an `emoloop.json` keeps to it.
         settings: Everything else; defaults where None.
 
     Raises:
@@ -472,6 +496,10 @@ def load_generator(
         return spec
     if settings.device != "auto":
         spec.to(_device(settings.device))
+    source = spec.config.get("_name_or_path")
+    if source and (Path(source) / presets.DEFAULTS_FILE).is_file():
+        defaults = presets.read_defaults(Path(source) / presets.DEFAULTS_FILE)
+        return DiffusersGenerator(spec, settings, revision=revision(Path(source)), defaults=defaults)
     return DiffusersGenerator(spec, settings)
 
 

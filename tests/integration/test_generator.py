@@ -220,6 +220,25 @@ async def test_out_of_memory_halves_the_batch_and_goes_on(sd3: Path, monkeypatch
     await source.aclose()
 
 
+async def test_a_device_that_treats_rows_differently_gets_smaller_batches(sd3: Path, monkeypatch, caplog):
+    source = load_generator(sd3)
+    decode = source.pipe.vae.decode
+
+    def unfair(latents, **kwargs):
+        (pixels,) = decode(latents, **kwargs)
+        return (pixels + 0.01 * (torch.arange(len(pixels)) // 2)[:, None, None, None],)
+
+    monkeypatch.setattr(source.pipe.vae, "decode", unfair)
+    together = await source.generate(requests())
+    assert source.micro_batch == 2
+    assert "micro_batch goes from 4 to 2" in caplog.text
+    for request, image in zip(requests(), together, strict=True):
+        (alone,) = await source.generate([request])
+        assert np.array_equal(pixels(alone), pixels(image))
+    assert together[0].provenance["versions"]["micro_batch"] == "2"
+    await source.aclose()
+
+
 async def test_a_cancelled_call_leaves_the_others_alone(sd3: Path):
     source = load_generator(sd3, GeneratorSettings(batch_window_ms=200))
     doomed = asyncio.create_task(source.generate(requests(1)))
@@ -272,7 +291,7 @@ async def test_prompt_embeddings_are_cached_and_the_cache_is_bounded(sd3: Path, 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"height": 34}, "height 36: .* needs a multiple of (4|8), such as"),
+        ({"height": 34}, "height 34: .* needs a multiple of (4|8), such as"),
         ({"width": 30}, "width 30: .* needs a multiple of (4|8), such as 32"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not here"),
     ],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import StableDiffusion3Pipeline
 from emoloop.emotion import UserError
 from emoloop.settings import GeneratorSettings
 from emoloop.tools.generator import ImageRequest, load_generator
@@ -99,6 +100,12 @@ def test_settings_win_over_the_folder_and_the_folder_over_the_pipeline(sd3: Path
     assert (described["steps"], described["guidance"], described["height"]) == (28, 7.0, 32)
     assert described["micro_batch"] == 1
     assert described["revision"] != load_generator(sd3).describe()["revision"]
+
+
+def test_a_pipeline_object_keeps_to_the_defaults_of_its_folder(sd3: Path):
+    pipe = StableDiffusion3Pipeline.from_pretrained(sd3, text_encoder_3=None, tokenizer_3=None)
+    ours, loaded = load_generator(pipe).describe(), load_generator(sd3).describe()
+    assert ours == loaded
 
 
 def test_a_dotted_path_makes_any_generator():
