@@ -79,8 +79,8 @@ def rank_tau(wanted: Sequence[float], read: Sequence[float | None]) -> float | N
     pairs = [(w, r) for w, r in zip(wanted, read, strict=True) if r is not None]
     if len(pairs) < 3:
         return None
-    tau = kendalltau(*zip(*pairs, strict=True)).statistic
-    return float(tau) if np.isfinite(tau) else 0.0
+    tau = float(np.asarray(kendalltau(*zip(*pairs, strict=True)))[0])
+    return tau if np.isfinite(tau) else 0.0
 
 
 def feature_distance(a: Sequence[float], b: Sequence[float]) -> float:

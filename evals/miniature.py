@@ -169,7 +169,7 @@ async def _steering(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
             low, high = np.percentile(read, [2, 98])
             values.setdefault(f"steering_{axis}_span", []).append(float(high - low))
             values.setdefault(f"steering_{axis}_spearman", []).append(
-                float(spearmanr(wanted, read).statistic)
+                float(np.asarray(spearmanr(wanted, read))[0])
             )
     return {name: estimate([column], range(BASES)) for name, column in values.items()}
 

@@ -65,7 +65,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         scale = std**power * (scale.square().mean().sqrt())
         self.analysis.copy_((basis / scale[:, None]).float())
         self.synthesis.copy_((basis * scale[:, None]).T.float())
-        error = (self.decode(self.encode(x).latent_dist.mode()).sample.clamp(-1, 1) - x).square().mean()
+        posterior = self.encode(x, return_dict=False)[0]
+        error = (self.decode(posterior.mode(), return_dict=False)[0].clamp(-1, 1) - x).square().mean()
         return float(10 * torch.log10(4 / error))
 
     def encode(

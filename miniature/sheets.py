@@ -1,6 +1,6 @@
 """Pictures for the docs: 64 uncurated samples, and a sweep over valence and arousal.
 
-    python -m emoloop.miniature.sheets docs/miniature
+python -m emoloop.miniature.sheets docs/miniature
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def _grid(pictures: list[Image.Image], columns: int, titles: list[str] | None = 
     draw = ImageDraw.Draw(sheet)
     for i, picture in enumerate(pictures):
         x, y = i % columns * step_x, i // columns * step_y
-        sheet.paste(picture.resize((2 * world.SIZE, 2 * world.SIZE), Image.Resampling.LANCZOS), (x + 2, y + 2))
+        sheet.paste(
+            picture.resize((2 * world.SIZE, 2 * world.SIZE), Image.Resampling.LANCZOS), (x + 2, y + 2)
+        )
         if titles:
             draw.text((x + 4, y + 2 * world.SIZE + 2), titles[i], fill="black")
     return sheet
@@ -66,19 +68,26 @@ async def _draw(generator: Generator, prompts: list[str], seeds: list[int]) -> l
     return [made.image for made in await generator.generate(requests)]
 
 
-async def main(out: Path) -> None:
-    """Write `samples.png` and `sweep.png`."""
-    out.mkdir(parents=True, exist_ok=True)
+async def draw_sheets() -> tuple[Image.Image, Image.Image]:
+    """The sample sheet and the sweep sheet."""
     generator = load_generator("miniature")
     samples = sample_captions()
     pictures = await _draw(generator, [c for c, _ in samples], list(range(len(samples))))
-    _grid(pictures, 8).save(out / "samples.png", optimize=True)
-    (out / "samples.txt").write_text("".join(f"{i:2d}  {c}\n" for i, (c, _) in enumerate(samples)))
+    sheet = _grid(pictures, 8)
     sweep = sweep_captions("a dog by the sea")
     pictures = await _draw(generator, [c for c, _ in sweep], [0] * len(sweep))
-    _grid(pictures, 5, [t for _, t in sweep]).save(out / "sweep.png", optimize=True)
     await generator.aclose()
+    return sheet, _grid(pictures, 5, [t for _, t in sweep])
+
+
+def main(out: Path) -> None:
+    """Write `samples.png`, `samples.txt` and `sweep.png`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "samples.txt").write_text("".join(f"{i:2d}  {c}\n" for i, (c, _) in enumerate(sample_captions())))
+    samples, sweep = asyncio.run(draw_sheets())
+    samples.save(out / "samples.png", optimize=True)
+    sweep.save(out / "sweep.png", optimize=True)
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

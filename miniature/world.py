@@ -244,7 +244,7 @@ _GROUND = {
 }
 
 
-def _gradient(top: tuple[int, ...], bottom: tuple[int, ...], rows: int) -> NDArray[np.float32]:
+def _gradient(top: tuple[int, ...], bottom: tuple[int, ...], rows: int) -> NDArray[np.floating]:
     t = np.linspace(0, 1, rows, dtype=np.float32)[:, None, None]
     return np.asarray(top, np.float32) * (1 - t) + np.asarray(bottom, np.float32) * t
 
@@ -313,7 +313,7 @@ def _paste(canvas: NDArray[np.float32], sprite: NDArray[np.uint8], left: int, to
     region[:] = region * (1 - alpha) + sprite[..., :3] * alpha
 
 
-def _weather(canvas: NDArray[np.float32], weather: str) -> NDArray[np.float32]:
+def _weather(canvas: NDArray[np.floating], weather: str) -> NDArray[np.floating]:
     y, x = np.mgrid[:SIZE, :SIZE]
     if weather == "rain":
         streak = ((x * 2 + y) % 24 < 2) & ((y // 12 + x // 12) % 2 == 0)
@@ -338,7 +338,7 @@ _TINT = {
 _CHROMA = {"gray": 0.12, "muted": 0.5, "natural": 1.0, "vivid": 1.6}
 
 
-def _light(canvas: NDArray[np.float32], scene: Scene) -> NDArray[np.float32]:
+def _light(canvas: NDArray[np.floating], scene: Scene) -> NDArray[np.floating]:
     image = canvas / 255 * np.asarray(_TINT[scene.tint], np.float32)
     luma = image @ np.asarray((0.299, 0.587, 0.114), np.float32)
     image = luma[..., None] + _CHROMA[scene.saturation] * (image - luma[..., None])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
+from pydantic import SecretStr
 
 from ..settings import LVLMSettings
 from . import presets
@@ -40,7 +41,7 @@ def load_lvlm(settings: LVLMSettings | None = None, *, check: bool = True) -> Ba
         chat = VLLMChat(
             model=settings.model,
             base_url=settings.base_url,
-            api_key=settings.api_key,
+            api_key=SecretStr(settings.api_key),
             timeout=settings.timeout,
             patience=settings.patience,
             concurrency=settings.concurrency,

@@ -64,7 +64,7 @@ def main(
         return [
             sys.executable,
             "-m",
-            f"{__package__.partition('.')[0]}.cli",
+            f"{(__package__ or '').partition('.')[0]}.cli",
             "run",
             *words,
             *models,
@@ -92,7 +92,9 @@ def study(command: Command, kills: int, seed: int) -> dict[str, float]:
         or rewards are not those of the undisturbed run), `unfinished`, and `events` that were compared.
     """
     moments = random.Random(seed)
-    figures = dict.fromkeys(("kills", "killed", "lost", "doubled", "different", "unfinished", "events"), 0.0)
+    figures: dict[str, float] = dict.fromkeys(
+        ("kills", "killed", "lost", "doubled", "different", "unfinished", "events"), 0.0
+    )
     with tempfile.TemporaryDirectory(prefix="emoloop-kill-") as folder:
         calm = Path(folder, "calm")
         span = _run(command(calm, False), None)

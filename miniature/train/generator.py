@@ -153,7 +153,9 @@ class Trainee(nn.Module):
         # A picture's mean colour shows through noise until t is almost 1, so a plain logit-normal never makes
         # the net ask the words for it: a quarter of the batch lies in [0.9, 1].
         t = torch.sigmoid(torch.randn(len(x0), device=device) + 0.5)
-        t = torch.where(torch.rand(len(x0), device=device) < 0.25, 0.9 + 0.1 * torch.rand(len(x0), device=device), t)
+        t = torch.where(
+            torch.rand(len(x0), device=device) < 0.25, 0.9 + 0.1 * torch.rand(len(x0), device=device), t
+        )
         dropped = torch.rand(len(x0)) < 0.1
         texts = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
         embeds, pooled = self.encode(texts, device)
@@ -206,9 +208,10 @@ def save_pipeline(trainee: Trainee, codec: PatchAutoencoder, out: Path) -> None:
     index = json.loads((out / "model_index.json").read_text())
     index["vae"] = ["emoloop.miniature.codec", "PatchAutoencoder"]
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    absent = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
     preset = {
         "steps": 14, "guidance": 3.0, "height": world.SIZE, "width": world.SIZE, "micro_batch": 8,
-        "call": {"max_sequence_length": 0}, "load": dict.fromkeys(("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")),
+        "call": {"max_sequence_length": 0}, "load": dict.fromkeys(absent),
     }  # fmt: skip
     (out / "emoloop.json").write_text(json.dumps(preset, indent=2) + "\n")
 

@@ -250,7 +250,8 @@ def train(recipe: Recipe) -> list[float]:
     model.model.vision_model.register_forward_hook(lambda _m, _i, out: patches.append(out.last_hidden_state))
     if recipe.init is not None:
         state = torch.load(recipe.init, map_location=recipe.device, weights_only=True)["average"]
-        trainee.load_state_dict(state if "head.weight" in state else {f"model.{k}": v for k, v in state.items()}, strict=False)
+        known = "head.weight" in state
+        trainee.load_state_dict(state if known else {f"model.{k}": v for k, v in state.items()}, strict=False)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([recipe.seed, step])
@@ -260,7 +261,9 @@ def train(recipe: Recipe) -> list[float]:
         seen = answer_loss(*collate(tokenizer, critiques), pixels)
         covers = torch.from_numpy(np.stack([layout(e.scene) for e in critiques if e.scene])).to(recipe.device)
         weight = torch.where(covers == 0, 0.15, 1.0).flatten()
-        things = F.cross_entropy(head(patches.pop()).float().flatten(0, 1), covers.flatten(), reduction="none")
+        things = F.cross_entropy(
+            head(patches.pop()).float().flatten(0, 1), covers.flatten(), reduction="none"
+        )
         things = (things * weight).sum() / weight.sum()
         rewrites = [rewriter_example(rng) for _ in range(recipe.batch // 4)]
         written = answer_loss(*collate(tokenizer, rewrites), None)

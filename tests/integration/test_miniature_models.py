@@ -7,8 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from emoloop.agents.critic import Critic
 from emoloop.emotion import Critique, EmotionTarget
 from emoloop.miniature import law, world
@@ -17,6 +15,7 @@ from emoloop.miniature.judge import WEIGHTS, Guard, LawJudge
 from emoloop.settings import LVLMSettings
 from emoloop.tools.generator import ImageRequest, load_generator
 from emoloop.tools.lvlm import load_lvlm
+from PIL import Image
 
 
 def held_out(count: int, seed: int) -> tuple[list[world.Scene], list[np.ndarray]]:
@@ -35,7 +34,11 @@ def test_stock_pipeline_loads_the_folder() -> None:
     from diffusers import StableDiffusion3Pipeline
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(
-        WEIGHTS / "generator", text_encoder_3=None, tokenizer_3=None, image_encoder=None, feature_extractor=None
+        WEIGHTS / "generator",
+        text_encoder_3=None,
+        tokenizer_3=None,
+        image_encoder=None,
+        feature_extractor=None,
     )
     assert isinstance(pipeline.vae, PatchAutoencoder)
     picture = pipeline(
@@ -69,7 +72,11 @@ def test_readers_read_held_out_renders(reader: type[LawJudge] | type[Guard]) -> 
 async def test_generator_draws_what_it_is_told() -> None:
     generator = load_generator("miniature")
     judge = LawJudge()
-    prompts = ["a dog by the sea with a sun", "a robot in the city with a skull", "a cat in a graveyard nothing else"]
+    prompts = [
+        "a dog by the sea with a sun",
+        "a robot in the city with a skull",
+        "a cat in a graveyard nothing else",
+    ]
     made = await generator.generate([ImageRequest(prompt=p, seed=s) for p in prompts for s in range(4)])
     readings = judge.read([m.image for m in made])
     subjects = [world.parse(p).subject for p in prompts for _ in range(4)]
@@ -95,11 +102,16 @@ async def test_critic_reads_held_out_renders() -> None:
 
 
 @pytest.mark.training
-@pytest.mark.parametrize(("model", "steps", "batch"), [("generator", 24, 8), ("lvlm", 24, 8), ("judge", 30, 16)])
-def test_recipes_start_from_nothing_and_learn(tmp_path, model: str, steps: int, batch: int, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("model", "steps", "batch"), [("generator", 24, 8), ("lvlm", 24, 8), ("judge", 30, 16)]
+)
+def test_recipes_start_from_nothing_and_learn(
+    tmp_path, model: str, steps: int, batch: int, monkeypatch
+) -> None:
     from emoloop.miniature.train.__main__ import main
 
-    arguments = ["train", model, "--out", str(tmp_path), "--steps", str(steps), "--batch", str(batch), "--device", "cpu"]
+    sizes = ["--steps", str(steps), "--batch", str(batch)]
+    arguments = ["train", model, "--out", str(tmp_path), *sizes, "--device", "cpu"]
     monkeypatch.setattr("sys.argv", arguments)
     main()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
