@@ -85,13 +85,18 @@ class Asker:
         slots: Requests in flight at once.
         timeout: Seconds for one request; None leaves that to the model, as ours know better (a client that
             waits for a server to come back is not late).
+        name: The model's name for the log; by default what it calls itself.
     """
 
     def __init__(
-        self, model: BaseChatModel | Runnable[Any, BaseMessage], slots: int = 16, timeout: float | None = None
+        self,
+        model: BaseChatModel | Runnable[Any, BaseMessage],
+        slots: int = 16,
+        timeout: float | None = None,
+        name: str | None = None,
     ):
         self.model = model
-        self.name = model_id(model)
+        self.name = name or model_id(model)
         self.timeout = timeout
         self.slots = asyncio.Semaphore(slots)
         self._takes_schema = takes_schema(model)

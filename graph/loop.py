@@ -194,7 +194,8 @@ class Loop:
                 "setting lvlm.samples above 1 needs lvlm.temperature above 0: equal answers tell nothing"
             )
         # Our own clients know their time limits; anybody else's model is held to the setting.
-        asker = Asker(model, settings.lvlm.concurrency, None if own else settings.lvlm.timeout)
+        timeout, name = (None, settings.lvlm.model) if own else (settings.lvlm.timeout, None)
+        asker = Asker(model, settings.lvlm.concurrency, timeout, name)
         critic = Critic(asker, critic_prompt, settings.lvlm.samples)
         rewriter = Rewriter(asker, rewriter_prompt)
         recorder = await asyncio.to_thread(open_recorder, settings)
