@@ -36,10 +36,10 @@ class Collapsing:
         self.looks += 1
         # Two looks at the yardsticks, then the student.
         nearness = min(1.0, 0.1 * max(0, self.looks - 2))
+        off = 30 * (1 - nearness)
         features = np.random.default_rng(0).standard_normal((len(images), 4))
         return [
-            SimpleNamespace(valence=3 * nearness, arousal=3 * nearness, features=row, index=i)
-            for i, row in enumerate(features)
+            SimpleNamespace(valence=off, arousal=off, features=row, index=i) for i, row in enumerate(features)
         ]
 
     def alignment(self, image: Image.Image, prompt: str) -> float:

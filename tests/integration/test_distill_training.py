@@ -29,6 +29,7 @@ from emoloop.tools.families import family_of
 from emoloop.tools.generator import load_pipeline
 from emoloop.traces.rows import RunFilter
 from emoloop.traces.store import open_store
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 QUICK = (
@@ -49,8 +50,13 @@ def run(world: tuple[Settings, Path], out: Path, objective: str = "opd", *more: 
 
 
 def weights(folder: Path) -> dict[str, bytes]:
+    """Every tensor's bits; the files' headers have no order of their own."""
     names = ("pytorch_lora_weights.safetensors", "emotion_tokens.safetensors")
-    return {name: (folder / name).read_bytes() for name in names}
+    return {
+        f"{name}:{key}": tensor.numpy().tobytes()
+        for name in names
+        for key, tensor in load_file(folder / name).items()
+    }
 
 
 def picture(pipe: Any, target: torch.Tensor | None = None, tokens: Any = None) -> np.ndarray:
