@@ -29,6 +29,11 @@ def with_layout(response_format: dict[str, Any] | None) -> dict[str, Any] | None
     return {**response_format, "json_schema": {**described, "schema": {**described["schema"], **LAYOUT}}}
 
 
+def continues(messages: Sequence[BaseMessage]) -> bool:
+    """Whether the chat ends with words of the model's own, which it is then to go on from."""
+    return isinstance(messages[-1], AIMessage)
+
+
 def to_openai(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     """Messages as OpenAI's chat API takes them: every content a list of text and image_url parts."""
     return convert_to_openai_messages(list(messages), text_format="block")

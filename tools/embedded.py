@@ -37,14 +37,15 @@ from transformers.utils import logging as hf_logging
 
 from ..emotion import UserError
 from .batching import BatchWorker
-from .chat import image_from_url, to_openai, to_result, with_layout
+from .chat import continues, image_from_url, to_openai, to_result, with_layout
 
 
 @dataclass
 class _Request:
     messages: list[dict[str, Any]]
     images: list[Image.Image]
-    schema: str | None
+    continues: bool
+    grammar: str | None
     temperature: float
     seed: int | None
     max_tokens: int
@@ -54,10 +55,10 @@ class _Request:
 class EmbeddedLVLM(BaseChatModel):
     """A chat model that runs in this process.
 
-    Understands, by `.bind(...)` or per call: `response_format` ({"type": "json_schema", ...}),
-    `temperature`, `seed`, `max_tokens`, and `logprobs=True` with `top_logprobs=n`. With a schema,
-    `max_tokens` is where free text is cut short: the answer is then closed at once, so that it still
-    parses.
+    Understands, by `.bind(...)` or per call: `response_format` ({"type": "json_schema", ...}), `temperature`,
+    `seed`, `max_tokens`, `structured_outputs` ({"regex": ...}, as vLLM has it), and `logprobs=True` with
+    `top_logprobs=n`. A chat that ends with an AIMessage is continued. With a grammar, `max_tokens` is where free
+    text is cut short: the answer is then closed at once, so that it still parses.
 
     Attributes:
         model: Folder (or hub id) of an image-text-to-text model with processor and chat template.
@@ -102,17 +103,21 @@ class EmbeddedLVLM(BaseChatModel):
         kind = (response_format or {}).get("type", "text")
         if kind not in ("text", "json_object", "json_schema"):
             raise ValueError(f"response_format {kind!r} is not known here; json_schema is")
-        schema = None
+        grammar = None
         if response_format and kind == "json_schema":
             schema = json.dumps(response_format["json_schema"]["schema"])
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
         elif kind == "json_object":
-            schema = '{"type": "object"}'
+            grammar = llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}')
+        elif structured := kwargs.get("structured_outputs"):
+            grammar = llguidance.LLMatcher.grammar_from_regex(structured["regex"])
         prompt, images = _split_images(to_openai(messages))
         temperature = kwargs.get("temperature")
         request = _Request(
             messages=prompt,
             images=images,
-            schema=schema,
+            continues=continues(messages),
+            grammar=grammar,
             temperature=self.temperature if temperature is None else float(temperature),
             seed=kwargs.get("seed"),
             max_tokens=int(kwargs.get("max_tokens") or self.max_tokens),
@@ -221,20 +226,24 @@ class _Decoder:
         self.closing = np.zeros(self.vocabulary, dtype=bool)
         self.closing[: len(self.bytes)] = [token.startswith(b'"') for token in self.bytes]
 
-    def grammar(self, schema: str) -> llguidance.LLMatcher:
-        """A fresh matcher; compiling happens once per schema."""
-        if schema not in self.grammars:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+    def matcher(self, grammar: str) -> llguidance.LLMatcher:
+        """A fresh matcher; compiling happens once per grammar."""
+        if grammar not in self.grammars:
             matcher = llguidance.LLMatcher(self.grammar_tokens, grammar, log_level=0)
             if matcher.is_error():
                 raise ValueError(f"the response schema cannot be used: {matcher.get_error()}")
-            self.grammars[schema] = matcher
-        return self.grammars[schema].deep_copy()
+            self.grammars[grammar] = matcher
+        return self.grammars[grammar].deep_copy()
 
     @torch.inference_mode()
     def __call__(self, requests: Sequence[_Request]) -> list[ChatResult]:
         prompts = [
-            self.processor.apply_chat_template(request.messages, add_generation_prompt=True, tokenize=False)
+            self.processor.apply_chat_template(
+                request.messages,
+                add_generation_prompt=not request.continues,
+                continue_final_message=request.continues,
+                tokenize=False,
+            )
             for request in requests
         ]
         images = [request.images for request in requests] if requests[0].images else None
@@ -268,7 +277,7 @@ class _Row:
 
     def __init__(self, decoder: _Decoder, request: _Request):
         self.decoder, self.request = decoder, request
-        self.matcher = decoder.grammar(request.schema) if request.schema else None
+        self.matcher = decoder.matcher(request.grammar) if request.grammar else None
         self.hard_limit = request.max_tokens + (self.SLACK if self.matcher else 0)
         self.tokens: list[int] = []
         self.logprobs: list[dict[str, Any]] = []

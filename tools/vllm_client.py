@@ -38,7 +38,7 @@ from tenacity import AsyncRetrying, RetryCallState
 
 from ..emotion import UserError
 from . import presets
-from .chat import image_url, with_layout
+from .chat import continues, image_url, with_layout
 
 Result = TypeVar("Result")
 
@@ -85,9 +85,9 @@ class VLLMChat(BaseChatModel):
     """Chat with vLLM servers.
 
     Understands, by `.bind(...)` or per call: `response_format` ({"type": "json_schema", ...}), `temperature`,
-    `seed`, `max_tokens`, `logprobs`, `top_logprobs`. A run is known by `run_id` or `thread_id` in the
-    metadata or the configurable part of its RunnableConfig; requests without go where the least is under
-    way.
+    `seed`, `max_tokens`, `structured_outputs` ({"regex": …}), `logprobs`, `top_logprobs`. A chat that ends
+    with an AIMessage is continued. A run is known by `run_id` or `thread_id` in the metadata or the
+    configurable part of its RunnableConfig; requests without go where the least is under way.
 
     Attributes:
         model: A name that the server gives the model, or a preset or folder that stands for one.
@@ -196,10 +196,16 @@ class VLLMChat(BaseChatModel):
         body = {"temperature": self.temperature, "max_tokens": self.max_tokens, **kwargs}
         if stop:
             body["stop"] = stop
+        extra = dict(body.pop("extra_body", {}))
+        if continues(messages):
+            extra |= {"continue_final_message": True, "add_generation_prompt": False}
+        if structured := body.pop("structured_outputs", None):
+            extra["structured_outputs"] = structured
         # Beside the other fields, where ChatOpenAI would read the answer itself and trip over one that was
         # cut.
         if response_format := with_layout(body.pop("response_format", None)):
-            body["extra_body"] = {**body.get("extra_body", {}), "response_format": response_format}
+            extra["response_format"] = response_format
+        body["extra_body"] = extra
         config = ensure_config()
         known = {**config.get("configurable", {}), **config.get("metadata", {})}
         known |= getattr(manager, "metadata", None) or {}

@@ -22,7 +22,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatResult
 from pydantic import ConfigDict, Field, PrivateAttr
 
-from .chat import to_openai, to_result, with_layout
+from .chat import continues, to_openai, to_result, with_layout
 from .vllm_server import GuardedProcess, engine_options, environment, find_python, has_gpu, log_reason
 
 CHILD = Path(__file__).with_name("vllm_offline_child.py")
@@ -32,7 +32,8 @@ class VLLMOffline(BaseChatModel):
     """Chat with a vLLM engine of one's own; it starts with the first request.
 
     Understands, by `.bind(...)` or per call: `response_format` ({"type": "json_schema", ...}), `temperature`,
-    `seed`, `max_tokens`, `logprobs`, `top_logprobs`. Many calls at once make it fast.
+    `seed`, `max_tokens`, `structured_outputs` ({"regex": …}), `logprobs`, `top_logprobs`. A chat that ends
+    with an AIMessage is continued. Many calls at once make it fast.
 
     Attributes:
         model: Folder or hub id.
@@ -80,13 +81,14 @@ class VLLMOffline(BaseChatModel):
 
     def _submit(self, messages: list[BaseMessage], **kwargs: Any) -> Future[ChatResult]:
         response_format = with_layout(kwargs.get("response_format"))
-        schema = None
+        structured = kwargs.get("structured_outputs")
         if response_format and response_format.get("type") == "json_schema":
-            schema = response_format["json_schema"]["schema"]
+            structured = {"json": response_format["json_schema"]["schema"]}
         temperature = kwargs.get("temperature")
         request = {
             "messages": to_openai(messages),
-            "schema": schema,
+            "continues": continues(messages),
+            "structured": structured,
             "temperature": self.temperature if temperature is None else float(temperature),
             "seed": kwargs.get("seed"),
             "max_tokens": int(kwargs.get("max_tokens") or self.max_tokens),

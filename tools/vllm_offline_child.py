@@ -71,13 +71,13 @@ def main():
     engine = LLM(**json.loads(sys.argv[1]))
 
     def sampling(request):
-        schema = request["schema"]
+        structured = request["structured"]
         return SamplingParams(
             temperature=request["temperature"],
             seed=request["seed"],
             max_tokens=request["max_tokens"],
             logprobs=request["logprobs"],
-            structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
+            structured_outputs=StructuredOutputsParams(**structured) if structured else None,
         )
 
     def serve(requests):
@@ -86,6 +86,8 @@ def main():
                 [request["messages"] for request in requests],
                 [sampling(request) for request in requests],
                 use_tqdm=False,
+                add_generation_prompt=not requests[0]["continues"],
+                continue_final_message=requests[0]["continues"],
             )
         except Exception as error:
             if len(requests) == 1:
@@ -105,7 +107,9 @@ def main():
                 arrived.put(None)
                 break
             waiting.append(request)
-        serve(waiting)
+        for kind in (False, True):
+            if requests := [request for request in waiting if request["continues"] is kind]:
+                serve(requests)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from emoloop.settings import LVLMSettings
 from emoloop.tools.chat import image_url
 from emoloop.tools.embedded import EmbeddedLVLM
 from emoloop.tools.lvlm import load_lvlm
+from emoloop.tools.scores import read_scores, score_only
 from langchain_core.messages import HumanMessage, SystemMessage
 from PIL import Image
 
@@ -146,6 +147,26 @@ def test_logprobs_are_those_of_the_model(model, folder):
     assert [t["logprob"] for t in reported[0]["top_logprobs"]] == sorted(
         (t["logprob"] for t in reported[0]["top_logprobs"]), reverse=True
     )
+
+
+async def test_scores_continue_the_given_beginning(model):
+    scorer = score_only(model)
+    answers = await asyncio.gather(*(scorer.ainvoke(question(i)) for i in range(4)))
+    for answer in answers:
+        assert re.fullmatch(r'[+-][0-3]\.[0-9]", "arousal": "[+-][0-3]\.[0-9]', answer.content)
+        scores = read_scores(answer)
+        assert scores["valence"].value == float(answer.content[:4])
+        assert 0 < scores["arousal"].certainty <= 1
+    # The same prompt and beginning under the whole schema leads to the same numbers.
+    schema = {
+        "type": "object",
+        "properties": {k: CRITIC_SCHEMA["properties"][k] for k in ("valence", "arousal")},
+    }
+    whole = response_format(
+        "scores", {**schema, "required": ["valence", "arousal"], "additionalProperties": False}
+    )
+    message = await model.bind(response_format=whole).ainvoke(question(0))
+    assert message.content == '{"valence": "' + answers[0].content + '"}'
 
 
 async def test_a_bad_request_fails_alone(model):

@@ -69,6 +69,11 @@ def test_the_last_mention_counts():
     assert got["valence"].value == 1.5
 
 
+def test_an_answer_without_its_given_beginning():
+    got = read_scores(answer(SURE, '", "arousal": "', SURE))
+    assert got["valence"].value == got["arousal"].value == 1.5
+
+
 def test_what_cannot_be_read():
     with pytest.raises(ValueError, match="logprobs=True"):
         read_scores(AIMessage("{}"))
