@@ -6,6 +6,7 @@ it need not be.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import import_module
@@ -34,7 +35,8 @@ async def open_checkpointer(settings: Settings) -> AsyncIterator[BaseCheckpointS
         async with _postgres(url) as saver:
             yield saver
         return
-    path = settings.home.expanduser().absolute() / "checkpoints.db"
+    home = await asyncio.to_thread(lambda: settings.home.expanduser().absolute())
+    path = home / "checkpoints.db"
     async with aiosqlite.connect(path, timeout=_BUSY) as connection:
         saver = AsyncSqliteSaver(connection)
         await saver.setup()

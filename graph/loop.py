@@ -13,7 +13,7 @@ import inspect
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Future
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -134,7 +134,7 @@ class Loop:
         """
         if self._stack is not None:
             raise RuntimeError("this loop is open already")
-        _check_home(self.settings.home)
+        await asyncio.to_thread(_check_home, self.settings.home)
         async with AsyncExitStack() as stack:
             self._parts = await self._open_parts(stack)
             saver = await stack.enter_async_context(open_checkpointer(self.settings))
@@ -169,35 +169,18 @@ class Loop:
             opening.__exit__(None, None, None)
 
     async def _open_parts(self, stack: AsyncExitStack) -> Parts:
-        from ..tools.generator import load_generator
-
+        # All of it in threads: whoever opens a loop inside a server must not stop its event loop.
         settings = self.settings
-        reward = load_reward(self._given["reward"] or settings.loop.reward)
-        spec = self._given["generator"]
-        generator = await asyncio.to_thread(
-            load_generator, settings.generator if spec is None else spec, settings.generator
-        )
-        if generator is not spec:
+        reward = await asyncio.to_thread(load_reward, self._given["reward"] or settings.loop.reward)
+        generator = await asyncio.to_thread(_load_generator, self._given["generator"], settings)
+        if generator is not self._given["generator"]:
             stack.push_async_callback(generator.aclose)
         model: Any = self._given["lvlm"]
         own = model is None
         if own:
-            from ..tools.lvlm import load_lvlm
-
-            model = await asyncio.to_thread(load_lvlm, settings.lvlm)
+            model = await asyncio.to_thread(_load_lvlm, settings)
             stack.push_async_callback(asyncio.to_thread, model.close)
-        prompts = _model_prompts(settings.lvlm) if own else {}
-        critic_prompt = settings.lvlm.critic_prompt or prompts.get("critic_prompt", "critic")
-        rewriter_prompt = settings.lvlm.rewriter_prompt or prompts.get("rewriter_prompt", "rewriter")
-        if own and settings.lvlm.samples > 1 and settings.lvlm.temperature == 0:
-            raise UserError(
-                "setting lvlm.samples above 1 needs lvlm.temperature above 0: equal answers tell nothing"
-            )
-        # Our own clients know their time limits; anybody else's model is held to the setting.
-        timeout, name = (None, settings.lvlm.model) if own else (settings.lvlm.timeout, None)
-        asker = Asker(model, settings.lvlm.concurrency, timeout, name)
-        critic = Critic(asker, critic_prompt, settings.lvlm.samples)
-        rewriter = Rewriter(asker, rewriter_prompt)
+        critic, rewriter = await asyncio.to_thread(_agents, model, own, settings)
         recorder = await asyncio.to_thread(open_recorder, settings)
         stack.push_async_callback(recorder.aclose)
         return Parts(
@@ -460,12 +443,34 @@ def _started(events: list[Event]) -> RunStarted:
     return found
 
 
-def _model_prompts(settings: LVLMSettings) -> dict[str, Any]:
-    """The prompt files that the model asks for; a server may serve one of which nothing is known here."""
-    try:
-        return presets.defaults(settings.model, "lvlm")
-    except UserError:
-        return {}
+def _load_generator(spec: Any, settings: Settings) -> Generator:
+    from ..tools.generator import load_generator
+
+    return load_generator(settings.generator if spec is None else spec, settings.generator)
+
+
+def _load_lvlm(settings: Settings) -> Any:
+    from ..tools.lvlm import load_lvlm
+
+    if settings.lvlm.samples > 1 and settings.lvlm.temperature == 0:
+        raise UserError(
+            "setting lvlm.samples above 1 needs lvlm.temperature above 0: equal answers tell nothing"
+        )
+    return load_lvlm(settings.lvlm)
+
+
+def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Rewriter]:
+    lvlm = settings.lvlm
+    wanted: dict[str, Any] = {}
+    if own:
+        # A server may serve a model of which nothing is known here.
+        with suppress(UserError):
+            wanted = presets.defaults(lvlm.model, "lvlm")
+    # Our own clients know their time limits; anybody else's model is held to the setting.
+    timeout, name = (None, lvlm.model) if own else (lvlm.timeout, None)
+    asker = Asker(model, lvlm.concurrency, timeout, name)
+    critic = Critic(asker, lvlm.critic_prompt or wanted.get("critic_prompt", "critic"), lvlm.samples)
+    return critic, Rewriter(asker, lvlm.rewriter_prompt or wanted.get("rewriter_prompt", "rewriter"))
 
 
 def _check_home(home: Path) -> None:
