@@ -291,7 +291,10 @@ def flags(table: Table, trained: Sequence[str]) -> list[dict[str, Any]]:
             if table.has(arm, "base", metric=metric):
                 change, _ = table.difference(metric, arm, "base")
                 if change.high is not None and change.high < -ALIGNMENT_SLACK:
-                    flag(metric, f"{metric.replace('_', ' ')} fell by {-change.value:.2f} ({_span(change)}).")
+                    flag(
+                        metric,
+                        f"{metric.replace('_', ' ')} changed by {change.value:+.2f} ({_span(change)}).",
+                    )
         against = next(
             (a for a in ("teacher", "rewrite", "base") if table.has(arm, a, metric="diversity")), None
         )

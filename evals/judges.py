@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..emotion import PROTOTYPES, Critique, Emotion, EmotionTarget, UserError
 from ..settings import Settings
@@ -73,7 +73,6 @@ class Judge(Protocol):
         ...
 
 
-@runtime_checkable
 class PixelReader(Protocol):
     """The simple form, pixels only. `subject_of`, `alignment` and `version` are used where they exist."""
 
@@ -237,11 +236,10 @@ class HumanJudge:
             for line, row in enumerate(rows, start=2):
                 try:
                     reading = Reading(
+                        valence=_number(row.get("valence") or None),
+                        arousal=_number(row.get("arousal") or None),
+                        alignment=_number(row.get("alignment") or None),
                         category=Emotion(row["category"].strip().lower()) if row.get("category") else None,
-                        **{
-                            key: float(row[key]) if row.get(key) else None
-                            for key in ("valence", "arousal", "alignment")
-                        },
                     )
                 except ValueError as error:
                     raise UserError(f"{path}, line {line}: {str(error).splitlines()[0]}") from error
@@ -454,12 +452,10 @@ def load_judge(spec: str, settings: Settings) -> Judge:
     if callable(known):
         return known(argument, settings)
     found = resolve(spec, JUDGES, "judge")
-    made = found() if callable(found) else found
-    if isinstance(made, PixelReader) and not hasattr(made, "sees_target"):
-        return PixelJudge(made, spec)
+    made: Any = found() if callable(found) else found
     if not hasattr(made, "read"):
         raise UserError(f"judge {spec!r} has no read(images)")
-    return made
+    return made if hasattr(made, "sees_target") else PixelJudge(made, spec)
 
 
 def reward_sources(settings: Settings, adapters: Sequence[Path]) -> set[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from . import metrics
 from .analysis import of_request
@@ -107,7 +107,7 @@ def render(document: dict[str, Any], outcome: Outcome) -> str:
     from ..traces.blobs import BlobStore
 
     environment = Environment(
-        loader=PackageLoader(__package__.partition(".")[0], "evals/templates"),
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=select_autoescape(["html", "jinja"], default=True),
         trim_blocks=True,
         lstrip_blocks=True,

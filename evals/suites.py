@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
-from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -156,11 +155,13 @@ class Suite(_Part):
         return int.from_bytes(hashlib.sha256(f"{self.seed}\n{prompt}".encode()).digest()[:4], "big") >> 1
 
 
+#: Where the shipped suites lie.
+FOLDER = Path(__file__).parent / "suites"
+
+
 def shipped() -> list[str]:
     """Names of the suites that come with emoloop."""
-    return sorted(
-        Path(f.name).stem for f in files(__package__).joinpath("suites").iterdir() if f.name.endswith(".yaml")
-    )
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
 def load_suite(name: str | Path) -> Suite:
@@ -172,8 +173,7 @@ def load_suite(name: str | Path) -> Suite:
     Raises:
         UserError: Unknown name, unreadable file or a field that does not fit, in one line that names it.
     """
-    inside = Path(str(files(__package__).joinpath("suites", f"{name}.yaml")))
-    path = inside if str(name) in shipped() else Path(name)
+    path = FOLDER / f"{name}.yaml" if str(name) in shipped() else Path(name)
     if not path.is_file():
         raise UserError(f"no suite {str(name)!r}: neither one of {', '.join(shipped())} nor a YAML file")
     try:

@@ -147,7 +147,7 @@ async def test_perfect_models_get_perfect_figures():
     for axis in ("valence", "arousal"):
         assert value[f"critic_{axis}_mae"] == value[f"judge_{axis}_mae"] == 0.0
         assert value[f"critic_generated_{axis}_mae"] == 0.0
-        assert value[f"critic_{axis}_tau"] == 1.0
+        assert value[f"critic_{axis}_tau"] == pytest.approx(1.0)
         assert value[f"steering_{axis}_spearman"] > 0.9
         assert value[f"steering_{axis}_span"] > 2
     assert value["neutral_valence_std"] == 1.0 and value["neutral_arousal_std"] == 0.0
