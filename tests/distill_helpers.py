@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from emoloop.rl.config import load_config
+from emoloop.rl.distill import distill
 from emoloop.rl.objectives.sft import SFT
+from emoloop.settings import Settings
 from PIL import Image
+
+
+def distil_until_killed(settings: Settings, objective: str, sets: list[str], out: Path, at: int) -> None:
+    """Distil in a process of its own that dies by SIGKILL at a step; resumes what an earlier one left."""
+
+    def watch(step: int, steps: int, figures: dict[str, float]) -> None:
+        if step == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    distill(settings, load_config(objective, sets=sets), out, resume=at > 1, watch=watch)
 
 
 class TurnsToNaN(SFT):
