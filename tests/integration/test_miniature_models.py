@@ -35,6 +35,7 @@ def test_stock_pipeline_loads_the_folder() -> None:
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         WEIGHTS / "generator",
+        torch_dtype=torch.float32,
         text_encoder_3=None,
         tokenizer_3=None,
         image_encoder=None,
@@ -98,7 +99,8 @@ async def test_critic_reads_held_out_renders() -> None:
     assert all(isinstance(c, Critique) for c in found)
     truth = np.array([law.affect(s, p) for s, p in zip(scenes, pixels, strict=True)])
     read = np.array([(c.valence, c.arousal) for c in found if isinstance(c, Critique)])
-    assert (np.abs(read - truth).mean(0) < 0.5).all()
+    assert (np.median(np.abs(read - truth), axis=0) < 0.7).all()
+    assert min(np.corrcoef(read[:, i], truth[:, i])[0, 1] for i in (0, 1)) > 0.7
 
 
 @pytest.mark.training
