@@ -41,10 +41,10 @@ _KINDS: tuple[Kind, ...] = ("rounds", "within", "across", "human")
 
 #: What each source can give, narrowest first: an objective takes the first that has its keys.
 SOURCES: dict[str, frozenset[str]] = {
-    "pairs": frozenset({"prompt", "target", "refined", "advantage", "latents"}),
-    "bests": frozenset({"prompt", "target", "winner"}),
-    "preferences": frozenset({"prompt", "target", "winner", "loser"}),
-    "groups": frozenset({"prompt", "target", "latents", "reward", "rewards"}),
+    "pairs": frozenset({"number", "prompt", "target", "refined", "advantage", "latents"}),
+    "bests": frozenset({"number", "prompt", "target", "winner"}),
+    "preferences": frozenset({"number", "prompt", "target", "winner", "loser"}),
+    "groups": frozenset({"number", "prompt", "target", "latents", "reward", "rewards"}),
 }
 
 
@@ -87,6 +87,7 @@ class Example:
         run_id: The run it comes from.
         prompt: The neutral prompt.
         target: The wanted emotion.
+        number: Its place in the source, the same for as long as the data are.
         refined: The winning round's prompt.
         advantage: Its gain.
         winner: Address of the preferred image.
@@ -100,6 +101,7 @@ class Example:
     run_id: str
     prompt: str
     target: EmotionTarget
+    number: int = 0
     refined: str | None = None
     advantage: float | None = None
     winner: str | None = None
@@ -492,8 +494,8 @@ class Dataset:
         more = [str(self._ids[run]) for run in picked["other"]] if source == "preferences" else []
         heads, (images, prompts) = self._heads(ids), self._images(ids + more)
         out = []
-        for row, run_id, chance in zip(picked, ids, chances, strict=True):
-            example = replace(heads[run_id])
+        for number, row, run_id, chance in zip(rows, picked, ids, chances, strict=True):
+            example = replace(heads[run_id], number=int(number))
             mine = images[run_id]
             match source:
                 case "pairs":

@@ -12,7 +12,7 @@ every adapter off, the network runs the base's own layers, so its output equals 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -112,6 +112,8 @@ class Policy:
         self.device = next(module.parameters()).device
         self.dtype = next(module.parameters()).dtype
         self.null = network.encode(negative_prompt)
+        #: What `recall` remembers; part of a checkpoint, so that a resumed run computes the same.
+        self.memory: dict[tuple[int, int], Tensor] = {}
         self._previous_tokens: EmotionTokens | None = None
         self._slow_tokens: EmotionTokens | None = None
         if previous is None:
@@ -151,6 +153,14 @@ class Policy:
         """Prediction of the student's moving average."""
         with self._voice(SLOW):
             return self._predict(x, t, *self._heard(condition, target, self._slow_tokens), self.guidance)
+
+    def recall(self, names: Sequence[tuple[int, int]], make: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows that are computed once and remembered; see `objectives.base.PolicyView`."""
+        missing = [place for place, name in enumerate(names) if name not in self.memory]
+        if missing:
+            for place, row in zip(missing, make(torch.tensor(missing)).cpu(), strict=True):
+                self.memory[names[place]] = row
+        return torch.stack([self.memory[name] for name in names])
 
     @staticmethod
     def _heard(

@@ -113,6 +113,7 @@ class Loader:
             "latents": lambda: self._cache.latents([str(it.image) for it in examples]),
             "reward": lambda: torch.tensor([it.reward for it in examples]),
             "rewards": lambda: _padded([it.rewards for it in examples]),
+            "number": lambda: torch.tensor([it.number for it in examples]),
         }
         return {key: makers[key]().to(self._device) for key in sorted(self._keys)}
 
@@ -384,6 +385,7 @@ class Trainer:
             ),
             "ema": {name: tensor.cpu() for name, tensor in self._ema.items()},
             "slow": {name: tensor.cpu() for name, tensor in self.policy.slow_state().items()},
+            "memory": _packed(self.policy.memory),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             "data_hash": self._data_hash,
             "best_held_out": list(self._best_held_out),
@@ -424,6 +426,7 @@ class Trainer:
         slow = self.policy.slow_state()
         for name, tensor in state["slow"].items():
             slow[name].copy_(tensor)
+        self.policy.memory = _unpacked(state["memory"])
         if state["scaler"] is not None and self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self._steps_done = state["step"]
@@ -526,6 +529,19 @@ def _mix(*numbers: int) -> int:
     """One seed from several numbers, far apart for neighbours."""
     high, low = np.random.SeedSequence(list(numbers)).generate_state(2, np.uint32)
     return (int(high) << 31) ^ int(low)
+
+
+def _packed(memory: dict[tuple[int, int], Tensor]) -> dict[str, Tensor]:
+    if not memory:
+        return {}
+    return {"names": torch.tensor(list(memory)), "rows": torch.stack(list(memory.values()))}
+
+
+def _unpacked(state: dict[str, Tensor]) -> dict[tuple[int, int], Tensor]:
+    if not state:
+        return {}
+    names = [(int(one), int(other)) for one, other in state["names"].tolist()]
+    return dict(zip(names, state["rows"].unbind(), strict=True))
 
 
 def _step_of(line: str) -> int:

@@ -15,12 +15,13 @@ Batch keys (B rows, one for each example):
     latents    (B, C, H, W) latent of one image of a group
     reward     (B,) its reward
     rewards    (B, G) the rewards of its whole group, NaN where the group is smaller
+    number     (B,) the example's own number in the dataset, int64
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -52,6 +53,18 @@ class PolicyView(Protocol):
 
     def slow(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
         """Prediction of the student's moving average; no gradient. Needs `Objective.slow_decay`."""
+        ...
+
+    def recall(self, names: Sequence[tuple[int, int]], make: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows of numbers that are computed once and remembered, for as long as the training lasts.
+
+        Args:
+            names: B names.
+            make: Takes the places (in `names`) of those not known yet, returns (their number, W).
+
+        Returns:
+            (B, W) on the CPU.
+        """
         ...
 
     def rollout(

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..networks import Conditioning
-from .base import Batch, Metrics, Objective, PolicyView, per_row
+from .base import Batch, Metrics, Objective, PolicyView, normal_like, per_row
 
 
 def dpo_loss(
@@ -43,29 +43,49 @@ class DPO(Objective):
 
     Attributes:
         beta: Diffusers' scale; 2000–5000 for epsilon models, about 100 for flows (Flow-GRPO).
+        draws: Noise and time of a pair come from so many fixed draws, and the reference's errors on them are
+            remembered: from the second meeting on, the reference costs nothing. 0 draws afresh each time.
     """
 
     beta: float = Field(default=100.0, gt=0)
+    draws: int = Field(default=0, ge=0)
     hold_fraction: float = Field(default=0.0, ge=0, le=1)
 
     @property
     def required_keys(self) -> frozenset[str]:
-        """Two images and what they were meant to show."""
-        return frozenset({"prompt", "target", "winner", "loser"})
+        """Two images and what they were meant to show; a number to remember them by."""
+        keys = {"prompt", "target", "winner", "loser"}
+        return frozenset(keys | {"number"} if self.draws else keys)
 
     def loss(self, batch: Batch, policy: PolicyView, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """See the module's formula."""
         winner, loser = batch["winner"], batch["loser"]
-        x_winner, t, noise = self.draw_states(batch, "winner", policy, generator)
-        x = torch.cat([x_winner, policy.process.add_noise(loser, noise, t)])
-        clean, noise, t = torch.cat([winner, loser]), noise.repeat(2, 1, 1, 1), t.repeat(2)
-        wanted = policy.process.regression_target(clean, noise, t)
+        names: list[tuple[int, int]] | None = None
+        if self.draws:
+            which = torch.randint(self.draws, (len(winner),), generator=generator)
+            names = list(zip(batch["number"].tolist(), which.tolist(), strict=True))
+            t, noise = self._fixed(names, winner, policy)
+        else:
+            _, t, noise = self.draw_states(batch, "winner", policy, generator)
+        x = torch.cat([policy.process.add_noise(clean, noise, t) for clean in (winner, loser)])
+        wanted = torch.cat([policy.process.regression_target(clean, noise, t) for clean in (winner, loser)])
+        t = t.repeat(2)
         condition: Conditioning = batch["prompt"].repeat(2)
         target = batch["target"].repeat(2, 1)
         student, hold = self.with_hold(x, t, condition, target, policy)
-        model = per_row(student - wanted)
-        reference = per_row(policy.reference(x, t, condition, target) - wanted)
-        (mw, ml), (rw, rl) = model.chunk(2), reference.chunk(2)
+
+        def reference(rows: Tensor) -> Tensor:
+            both = torch.cat([rows, rows + len(winner)])
+            said = policy.reference(x[both], t[both], condition[both], target[both])
+            return per_row(said - wanted[both]).reshape(2, -1).T
+
+        errors = (
+            reference(torch.arange(len(winner)))
+            if names is None
+            else policy.recall(names, reference).to(x.device)
+        )
+        rw, rl = errors.T
+        mw, ml = per_row(student - wanted).chunk(2)
         loss = dpo_loss(mw, ml, rw, rl, self.beta)
         logits = ((rw - rl) - (mw - ml)).detach()
         return loss + hold, {
@@ -75,3 +95,12 @@ class DPO(Objective):
             "loser_error": ml.mean().item(),
             "hold": hold.item(),
         }
+
+    def _fixed(self, names: list[tuple[int, int]], like: Tensor, policy: PolicyView) -> tuple[Tensor, Tensor]:
+        """Time and noise that belong to (pair, draw) for good."""
+        times, noises = [], []
+        for pair, draw in names:
+            own = torch.Generator().manual_seed(pair * 65_537 + draw)
+            times.append(policy.process.draw(1, own, self.time_sampling))
+            noises.append(normal_like(like[:1], own))
+        return torch.cat(times).to(like.device), torch.cat(noises)

@@ -16,6 +16,7 @@ from emoloop.rl.objectives.dpo import dpo_loss
 from emoloop.rl.objectives.nft import group_advantage, nft_loss
 from emoloop.rl.objectives.opd import OPD, opd_loss
 from emoloop.rl.objectives.rwr import reward_weights
+from emoloop.rl.policy import Policy
 from emoloop.rl.process import Diffusion, Flow
 from torch import Tensor
 
@@ -117,6 +118,32 @@ def test_dpo_closed_form() -> None:
         logits = beta * ((c - d) - (a - b))
         expected += math.log1p(math.exp(-logits)) / 6
     assert dpo_loss(*errors, beta).item() == pytest.approx(expected, rel=1e-13)
+
+
+def test_dpo_with_fixed_draws_asks_the_reference_once() -> None:
+    class Counting(FakePolicy):
+        asked = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory: dict[tuple[int, int], Tensor] = {}
+
+        def reference(self, x: Tensor, *rest: Any) -> Tensor:
+            self.asked += len(x)
+            return super().reference(x, *rest)
+
+        recall = Policy.recall
+
+    policy, objective = Counting(), load_objective("dpo", {"draws": 2})
+    b = batch() | {"number": torch.tensor([7, 8, 9, 10])}
+    losses = [objective.loss(b, policy, torch.Generator().manual_seed(seed))[0].item() for seed in range(12)]
+    # Each of 4 pairs and 2 draws was met once, winner and loser.
+    assert policy.asked == 4 * 2 * 2 and len(policy.memory) == 8
+    assert len(set(losses)) > 1
+    fresh = Counting()
+    again = objective.loss(b, fresh, torch.Generator().manual_seed(11))[0].item()
+    assert again == pytest.approx(losses[11], rel=1e-12)
+    assert "number" in objective.required_keys and "number" not in load_objective("dpo").required_keys
 
 
 def test_dpo_at_the_reference_is_log_2() -> None:
