@@ -9,8 +9,8 @@ Four sources come out of it:
     preferences  two images under one neutral prompt and target, the better one first
     groups       one image with the rewards of its whole group
 
-The gain is measured on images that selected nothing: round 0's against the winning round's without the best
-one, since the winning round won by that one.
+The gain is measured on images that selected nothing: round 0's against a rewritten round's, and of the winning
+round without the best image, since it won by that one.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class DataConfig(BaseModel):
     """Which runs and how they become examples.
 
     Attributes:
+        refined: Which rewritten prompts teach: "all" that gained, "best" the one of each run that gained most,
+            "winner" that of the winning round (none where a lucky image of round 0 won).
         min_gain: Pairs need more gain than this.
         max_spread: Leave out candidates on which critics (or one critic's samples) differ by more points of
             valence or arousal; None keeps all.
@@ -68,6 +70,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    refined: Literal["all", "best", "winner"] = "all"
     min_gain: float = 0.0
     max_spread: float | None = Field(default=None, gt=0)
     gate: Literal["unselected", "all"] = "unselected"
@@ -145,7 +148,7 @@ class Statistics(BaseModel):
         dropped: Runs that give no pair, by reason.
         sources: Examples by source and split.
         kinds: Preference pairs by kind.
-        gains: Gains of all runs that have one, also below `min_gain`.
+        gains: Gains of all rewritten rounds, also below `min_gain`.
         mean_gain: Their mean.
         rewards: Rewards of all candidates.
         valence: Wanted valences.
@@ -299,9 +302,8 @@ class Dataset:
             values = np.array([row.reward for row in usable], dtype=np.float64)
             counts["rewarded"] += len(values)
             rewards += np.histogram(np.clip(values, -2, 2), 40, (-2, 2))[0]
-            gain, reason = self._index(index, number, run.run_id, usable)
-            if gain is not None:
-                gains.append(gain)
+            found, reason = self._index(index, number, run.run_id, usable)
+            gains += found
             if reason is not None:
                 dropped[reason] += 1
         self._ids = np.array(ids, dtype=np.str_)
@@ -386,10 +388,10 @@ class Dataset:
 
     def _index(
         self, index: _Index, run: int, run_id: str, rows: list[_Row]
-    ) -> tuple[float | None, str | None]:
-        """Add one run to the sources; its gain, and why it gives no pair."""
+    ) -> tuple[list[float], str | None]:
+        """Add one run to the sources; the gains of its rewritten rounds, and why it gives no pair."""
         if not rows:
-            return None, "no reward"
+            return [], "no reward"
         # The earliest of equals, as the log's own tables have it.
         best = max(rows, key=lambda row: (row.reward or 0.0, -row.round, -row.index))
         first = [row for row in rows if row.round == 0]
@@ -400,19 +402,26 @@ class Dataset:
         if len(group) >= self.config.min_group and max(values) > min(values):  # type: ignore[type-var]
             index.groups.append(run)
         if not first:
-            return None, "no reward in round 0"
-        if best.round == 0:
-            return None, "round 0 won"
-        winning = [row for row in rows if row.round == best.round]
-        if self.config.gate == "unselected":
-            winning = [row for row in winning if row is not best]
-        if not winning:
-            return None, "one image a round: none is left to measure the gain with"
-        gain = float(np.mean([row.reward for row in winning]) - np.mean([row.reward for row in first]))  # type: ignore[arg-type]
-        if gain <= self.config.min_gain:
-            return gain, "gain too small"
-        index.pairs.append((run, best.round, gain))
-        return gain, None
+            return [], "no reward in round 0"
+        if self.config.refined == "winner" and best.round == 0:
+            return [], "round 0 won"
+        unaided = np.mean([row.reward for row in first])  # type: ignore[arg-type]
+        gains: dict[int, float] = {}
+        for number in sorted({row.round for row in rows} - {0}):
+            images = [row for row in rows if row.round == number]
+            if self.config.gate == "unselected":
+                images = [row for row in images if row is not best]
+            if images and (self.config.refined != "winner" or number == best.round):
+                gains[number] = float(np.mean([row.reward for row in images]) - unaided)  # type: ignore[arg-type]
+        if not gains:
+            alone = any(row.round for row in rows)
+            return [], "one image a round: none is left to measure the gain with" if alone else "no rewrite"
+        kept = {number: gain for number, gain in gains.items() if gain > self.config.min_gain}
+        if self.config.refined == "best" and kept:
+            number = max(kept, key=kept.__getitem__)
+            kept = {number: kept[number]}
+        index.pairs += [(run, number, gain) for number, gain in kept.items()]
+        return list(gains.values()), None if kept else "gain too small"
 
     def _prefer(
         self, index: _Index, run: int, run_id: str, best: _Row, first: list[_Row], rows: list[_Row]

@@ -27,6 +27,24 @@ def test_the_gain_leaves_out_the_image_that_won(tmp_path: Path) -> None:
     assert pair.prompt == "a dog" and pair.refined == "a dog bright 1"
 
 
+def test_which_rewritten_prompts_teach(tmp_path: Path) -> None:
+    def reward(run: int, round_: int, index: int) -> float:
+        # Round 0 has one lucky image, round 1 is good, round 2 a little better than neutral.
+        return {0: (2.0, -1.0, -1.0), 1: (0.9, 0.8, 0.7), 2: (0.2, 0.1, 0.3)}[round_][index]
+
+    with open_store(write_log(tmp_path, 1, rounds=3, reward=reward)) as store:
+
+        def gains(**how: object) -> list[float]:
+            examples = Dataset(store, DataConfig(held_out=0, **how)).examples("pairs")  # type: ignore[arg-type]
+            return [pair.advantage or 0 for pair in examples.fetch(range(len(examples)))]
+
+        assert gains() == pytest.approx([0.8, 0.2])
+        assert gains(refined="best") == pytest.approx([0.8])
+        assert gains(min_gain=0.5) == pytest.approx([0.8])
+        with pytest.raises(UserError, match="round 0 won"):
+            gains(refined="winner")
+
+
 def test_each_source_holds_what_it_says(tmp_path: Path) -> None:
     with open_store(write_log(tmp_path, 6)) as store:
         dataset = Dataset(store, ALL)
@@ -80,14 +98,21 @@ def test_why_runs_give_no_pair(tmp_path: Path) -> None:
         store.append(*run_events(store, 1, images=1))
         store.append(*run_events(store, 2, reward=lambda run, round_, index: 0.5 + (round_ and index) * 0.01))
         store.append(*run_events(store, 3))
-        dataset = Dataset(store, DataConfig(held_out=0, min_gain=0.05))
+        store.append(*run_events(store, 4, rounds=1))
+        dataset = Dataset(store, DataConfig(held_out=0, min_gain=0.05, refined="winner"))
         assert dataset.statistics.dropped == {
             "gain too small": 1,
             "one image a round: none is left to measure the gain with": 1,
-            "round 0 won": 1,
+            "round 0 won": 2,
         }
         assert len(dataset.examples("pairs")) == 1
-        with pytest.raises(UserError, match=r"4 runs give no pairs to train on .*round 0 won.*loosen"):
+        dataset = Dataset(store, DataConfig(held_out=0, min_gain=0.05))
+        assert dataset.statistics.dropped == {
+            "gain too small": 2,
+            "no rewrite": 1,
+            "one image a round: none is left to measure the gain with": 1,
+        }
+        with pytest.raises(UserError, match=r"5 runs give no pairs to train on .*too small.*loosen"):
             Dataset(store, DataConfig(held_out=0, min_gain=5)).examples("pairs")
 
 
