@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
@@ -69,9 +69,15 @@ class Prompt:
 
     def _render(self, template: str, values: dict[str, Any]) -> str:
         try:
-            return _ENVIRONMENT.from_string(template).render(values)
+            return _compiled(template).render(values)
         except TemplateError as error:
             raise UserError(f"prompt {self.id}: {error}") from error
+
+
+@cache
+def _compiled(template: str) -> Template:
+    # Compiling costs more than all else that happens around a critique.
+    return _ENVIRONMENT.from_string(template)
 
 
 @cache
