@@ -106,10 +106,10 @@ def study(command: Command, kills: int, seed: int) -> dict[str, float]:
             for _ in range(2):
                 died = _run(command(home, resume), moments.uniform(0, span)) < 0
                 figures["killed"] += died
-                if not died:
-                    break
                 _, acknowledged = _read(home)
                 resume = bool(acknowledged)
+                if not died:
+                    break
             _run(command(home, resume), None)
             [result], events = _read(home)
             kept = {event.seq: event for event in events}
