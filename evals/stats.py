@@ -7,11 +7,12 @@ between arms are taken within a request first, because all arms share prompts, t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import DegenerateDataWarning, binomtest, bootstrap
 
 #: Draws of a bootstrap and the seed of its generator: fixed, so that a report can be made again to the digit.
 RESAMPLES, SEED = 9999, 0
@@ -87,16 +88,19 @@ def estimate(
         return Estimate(None, n=len(rows), clusters=len(order))
     if len(order) < 2:
         return Estimate(value, n=len(rows), clusters=len(order))
-    interval = bootstrap(
-        (*sums, counts),
-        of,
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        n_resamples=RESAMPLES,
-        batch=1000,
-        rng=np.random.default_rng(SEED),
-    ).confidence_interval
+    with warnings.catch_warnings():
+        # Where every prompt has the same value the interval has no width, which is right and needs no warning.
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        interval = bootstrap(
+            (*sums, counts),
+            of,
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            n_resamples=RESAMPLES,
+            batch=1000,
+            rng=np.random.default_rng(SEED),
+        ).confidence_interval
     low, high = float(interval.low), float(interval.high)
     finite = np.isfinite(low) and np.isfinite(high)
     return Estimate(value, low if finite else None, high if finite else None, len(rows), len(order))

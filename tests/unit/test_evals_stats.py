@@ -59,6 +59,7 @@ def test_one_prompt_has_no_interval_and_nothing_has_no_value():
     assert estimate([[1.0, 2.0], [0.0, 0.0]], ["a", "b"], lambda a, b: a / b).value is None
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_constant_has_an_interval_of_no_width():
     found = difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0], "abc")
     assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
