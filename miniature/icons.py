@@ -36,7 +36,7 @@ def rasterise(iconify_json: Path, icons: dict[str, str], size: int) -> dict[str,
     Returns:
         Our name → RGBA array of shape (size, size, 4).
     """
-    import resvg_py
+    import resvg_py  # pyright: ignore[reportMissingImports]
 
     collection = json.loads(iconify_json.read_text())
     sprites = {}

