@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -474,6 +475,18 @@ class Dataset:
     def _rows(self, source: str, split: Split) -> np.ndarray:
         table = self._tables[source]
         return np.flatnonzero(self._held[table["run"]] == (split == "held_out"))
+
+    def critics(self) -> list[str]:
+        """The models whose readings the rewards come from, as the first critique of each run names them."""
+        first = select(events.c.body).where(
+            events.c.run_id.in_(self._chosen),
+            events.c.type == "critiqued",
+            events.c.round == 0,
+            events.c.index == 0,
+        )
+        with self._store.read() as connection:
+            found = connection.execute(first.execution_options(yield_per=1000))
+            return sorted({json.loads(body)["model"] for (body,) in found})
 
     def examples(self, source: str, split: Split = "train") -> Examples:
         """The examples of a source.

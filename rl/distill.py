@@ -256,6 +256,8 @@ def _record(
         "config": config.model_dump(mode="json"),
         "base": {**dataset.base._asdict(), **generator.describe()},
         "reward": {"name": dataset.reward[0], "version": dataset.reward[1]},
+        # An evaluation refuses these as its headline judge.
+        "critics": dataset.critics(),
         "source": source,
         "data": dataset.statistics.model_dump(mode="json"),
         "outcome": asdict(outcome),

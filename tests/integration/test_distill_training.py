@@ -77,6 +77,7 @@ def test_each_objective_leaves_an_artifact_that_works(
     assert result.outcome.reason == "finished" and result.outcome.steps == 6
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["data"]["data_hash"] == result.statistics["data_hash"]
+    assert record["critics"] == ["l"]
     assert record["config"]["train"]["lr"] == 0.01 and record["reward"] == {"name": "emotion", "version": "1"}
     lines = [json.loads(line) for line in (tmp_path / "out/training/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
