@@ -108,7 +108,7 @@ async def test_sixteen_at_once_are_each_as_alone(tmp_path):
         together = await asyncio.gather(*(loop.run(p, t, seed=i) for i, (p, t) in enumerate(asked)))
         ids = {result.run_id for result in together}
         assert len(ids) == 16
-        for i, (prompt, target) in list(enumerate(asked))[::5]:
+        for i, (prompt, target) in enumerate(asked):
             assert essence(await loop.run(prompt, target, seed=i)) == essence(together[i])
         for result in together:
             events = await loop.recorder.events(result.run_id)

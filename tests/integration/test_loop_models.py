@@ -38,17 +38,18 @@ def pictures(result) -> list:
     return [(c.sha256, c.critique, c.reward) for round in result.rounds for c in round.candidates]
 
 
-async def test_runs_share_the_models_and_are_each_as_alone(models, tmp_path):
+async def test_sixteen_runs_share_the_models_and_are_each_as_alone(models, tmp_path):
+    asked = [f"a {what} {where}" for what in ("dog", "cat", "red house", "boat")
+             for where in ("by the sea", "on a hill", "in the city", "at night")]  # fmt: skip
     async with make(models, tmp_path) as loop:
-        asked = ["a dog by the sea", "a cat on a hill", "a red house"]
         together = await asyncio.gather(*(loop.run(p, TARGET, seed=i) for i, p in enumerate(asked)))
-        alone = await loop.run(asked[1], TARGET, seed=1)
+        alone = [await loop.run(p, TARGET, seed=i) for i, p in enumerate(asked)]
     assert all(result.status is RunStatus.COMPLETED for result in together)
-    assert len({result.rounds[0].candidates[0].sha256 for result in together}) == 3
-    assert [r.prompt for r in alone.rounds] == [r.prompt for r in together[1].rounds]
-    for one, other in zip(pictures(alone), pictures(together[1]), strict=True):
-        assert one[0] == other[0]
-        assert one[1] == other[1]
+    assert len({result.rounds[0].candidates[0].sha256 for result in together}) == len(asked)
+    for one, other in zip(alone, together, strict=True):
+        assert [r.prompt for r in one.rounds] == [r.prompt for r in other.rounds]
+        assert pictures(one) == pictures(other)
+        assert one.best.sha256 == other.best.sha256
 
 
 def test_from_the_shell_with_an_adapter_of_another_model(models, tmp_path, monkeypatch, capsys):
