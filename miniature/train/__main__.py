@@ -34,7 +34,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument(
-        "--init", type=Path, default=None, help="checkpoint.pt to go on from, with a new schedule"
+        "--init",
+        type=Path,
+        default=None,
+        help="model folder or checkpoint.pt to go on from, with a new schedule",
     )
     parser.add_argument("--bf16", action="store_true", help="forward passes in bfloat16")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so many minutes")

@@ -30,7 +30,7 @@ class Recipe:
         minutes: Stop after so long even if steps are left (the rebuild check uses it).
         save_every: Steps between checkpoints.
         ema: Largest decay of the weights' moving average.
-        init: Checkpoint to start from instead of random weights.
+        init: Checkpoint, or saved model's folder, to start from instead of random weights.
         bf16: Run the forward pass under bfloat16 autocast (worth it where the CPU or GPU has it).
     """
 

@@ -216,17 +216,34 @@ def save_pipeline(trainee: Trainee, codec: PatchAutoencoder, out: Path) -> None:
     (out / "emoloop.json").write_text(json.dumps(preset, indent=2) + "\n")
 
 
+def _go_on(trainee: Trainee, init: Path) -> PatchAutoencoder:
+    """Load what an earlier run learned: a saved pipeline (the heads begin anew) or a finished run's checkpoint.
+
+    The codec comes along: one that is fitted again may flip the sign of a component, and the net would have to
+    learn its ends anew.
+    """
+    if init.is_dir():
+        trainee.transformer.load_state_dict(
+            SD3Transformer2DModel.from_pretrained(init / "transformer").state_dict()
+        )
+        trainee.text_encoder.load_state_dict(
+            CLIPTextModelWithProjection.from_pretrained(init / "text_encoder").state_dict()
+        )
+        return PatchAutoencoder.from_pretrained(init / "vae")
+    trainee.load_state_dict(torch.load(init, weights_only=True, map_location="cpu")["average"], strict=False)
+    return PatchAutoencoder.from_pretrained(init.parent / "model" / "vae")
+
+
 def train(recipe: Recipe) -> list[float]:
     """Train and write the pipeline to `recipe.out / "model"`."""
     torch.manual_seed(recipe.seed)
     codec = PatchAutoencoder()
-    decibels = codec.fit(draw_batch(recipe.seed + 1, 0, 1000)[1])
+    decibels = codec.fit(draw_batch(1, 0, 1000)[1])
     print(f"codec: {decibels:.1f} dB")
-    trainee = Trainee(build_tokenizer()).to(recipe.device)
-    codec = codec.to(recipe.device)
+    trainee = Trainee(build_tokenizer())
     if recipe.init is not None:
-        state = torch.load(recipe.init, map_location=recipe.device, weights_only=True)
-        trainee.load_state_dict(state["average"], strict=False)
+        codec = _go_on(trainee, recipe.init)
+    trainee, codec = trainee.to(recipe.device), codec.to(recipe.device)
     count = (
         sum(p.numel() for p in trainee.transformer.parameters()),
         sum(p.numel() for p in trainee.text_encoder.parameters()),

@@ -285,7 +285,9 @@ def train(recipe: Recipe, vision_only: bool = False) -> list[float]:
     trainee = nn.ModuleDict({"model": model, "sight": sight})
     patches: list[Tensor] = []
     model.model.vision_model.register_forward_hook(lambda _m, _i, out: patches.append(out.last_hidden_state))
-    if recipe.init is not None:
+    if recipe.init is not None and recipe.init.is_dir():
+        model.load_state_dict(Idefics3ForConditionalGeneration.from_pretrained(recipe.init).state_dict())
+    elif recipe.init is not None:
         state = torch.load(recipe.init, map_location=recipe.device, weights_only=True)["average"]
         trainee.load_state_dict(state, strict=False)
     if vision_only:
