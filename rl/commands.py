@@ -43,7 +43,8 @@ def distill(
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show what the log holds and train nothing.")] = False,
     preset: Annotated[
-        str | None, typer.Option(help="miniature or sd35-medium; default from the model.")
+        str | None,
+        typer.Option(help="miniature or sd35-medium; default from the model that made the images."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file over the preset.")] = None,
     sets: Annotated[
@@ -63,16 +64,15 @@ def distill(
 
     settings = load_settings({"home": home})
     where = parse_filter(source or [])
-    if preset is None and config is None:
-        preset = _default_preset(settings)
-    resolved = load_config(objective, preset, config, sets or [])
-    if print_config:
-        typer.echo(commented(resolved), nl=False)
-        return
-    if out is None and not dry_run:
+    if out is None and not dry_run and not print_config:
         raise UserError("distill needs --out DIR (or --dry-run)")
     try:
-        if dry_run or out is None:
+        if preset is None:
+            preset = _preset_for(_base_model(settings, where, print_config), config)
+        resolved = load_config(objective, preset, config, sets or [])
+        if print_config:
+            typer.echo(commented(resolved), nl=False)
+        elif dry_run or out is None:
             _preview(settings, resolved, where, as_json)
         else:
             _train(settings, resolved, out, where, resume, as_json)
@@ -122,11 +122,41 @@ def _moment(text: str) -> datetime:
         raise UserError(f"--from since={text}: want 2026-01-31, 2026-01-31T12:00, 30m, 12h or 7d") from None
 
 
-def _default_preset(settings: Settings) -> str | None:
+def _base_model(settings: Settings, where: RunFilter, may_lack: bool) -> str:
+    """What the log says made the images; what would make them where the log may lack."""
+    from ..traces.store import open_store
+    from .dataset import origin
+
+    try:
+        with open_store(settings, read_only=True) as store:
+            return origin(store, where)[0].model
+    except UserError:
+        if may_lack:
+            return settings.generator.model
+        raise
+
+
+def _preset_for(model: str, config: Path | None) -> str | None:
+    """The preset for a model as the log names it: by a short name, a hub id or a folder.
+
+    Raises:
+        UserError: None fits, and no file gives the knobs either.
+    """
+    from ..tools.presets import GENERATORS
     from .config import PRESETS
 
-    name = settings.generator.model
-    return name if (PRESETS / f"{name}.yaml").is_file() else None
+    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    name = next((name for name, it in GENERATORS.items() if model in (name, str(it.model))), model)
+    if name in known:
+        typer.echo(f"preset {name}, for images by {model}", err=True)
+        return name
+    if config is None:
+        raise UserError(
+            f"no preset fits {model}, which made the images: name one by --preset ({', '.join(known)}) "
+            "or give --config FILE"
+        )
+    typer.echo(f"no preset fits {model}: taking {config} over the defaults", err=True)
+    return None
 
 
 def _train(

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 
 from ..emotion import Critique, EmotionTarget, RunStatus, UserError
 from ..tools.reward import load_reward
@@ -224,56 +224,13 @@ class Dataset:
         self, store: TraceStore, config: DataConfig | None = None, where: RunFilter | None = None
     ) -> None:
         self.config = config or DataConfig()
-        self._store, where = store, where or RunFilter()
-        #: Ids of the runs that the filter picks, as a subquery. One that still runs would change the data.
-        self._chosen = where.apply(select(runs.c.run_id))
-        if where.status is None:
-            self._chosen = self._chosen.where(runs.c.status != RunStatus.RUNNING)
-        self.base, self.reward = self._check_origin()
+        self._store, self._chosen = store, _chosen(where)
+        self.base, self.reward = origin(store, where)
         self._human = _human_feedback(store)
         self._reward = load_reward(self.reward[0]) if self._human else _no_reward
         self._collect()
 
     # One pass.
-
-    def _check_origin(self) -> tuple[Base, tuple[str, str]]:
-        c = candidates.c
-        mine = c.run_id.in_(self._chosen)
-        with self._store.read() as connection:
-            if connection.scalar(select(runs.c.run_id).limit(1)) is None:
-                raise UserError(
-                    f"the log in {self._store.home} is empty: make runs first (`emoloop collect`)"
-                )
-            images, rewarded = connection.execute(
-                select(func.count(c.sha256), func.count(c.reward)).where(mine)
-            ).one()
-            if not images:
-                raise UserError(
-                    "no finished run with images answers to --from: widen it (see `emoloop traces list`)"
-                )
-            if not rewarded:
-                reason = connection.scalar(select(c.missing).where(mine, c.missing.is_not(None)).limit(1))
-                raise UserError(
-                    f"none of the {images} images has a reward: "
-                    f"all critiques are missing ({reason or 'no reason'})"
-                )
-            made = {Base(*row) for row in connection.execute(
-                select(c.model, c.revision, c.adapter).where(mine, c.sha256.is_not(None)).distinct()
-            )}  # fmt: skip
-            if len(made) > 1:
-                listed = "; ".join(sorted(_describe(base) for base in made))
-                raise UserError(
-                    f"the runs come from {len(made)} base models ({listed}): "
-                    "pick one with --from model=… or adapter=…"
-                )
-            named = select(c.reward_name, c.reward_version).where(mine, c.reward.is_not(None)).distinct()
-            rewards = [tuple(row) for row in connection.execute(named)]
-            if len(rewards) > 1:
-                listed = ", ".join(sorted(f"{name} v{version}" for name, version in rewards))
-                raise UserError(
-                    f"the runs carry different rewards ({listed}): they cannot be compared; narrow --from"
-                )
-        return made.pop(), (str(rewards[0][0]), str(rewards[0][1]))
 
     def _collect(self) -> None:
         index, hasher = _Index(), hashlib.sha256()
@@ -587,6 +544,56 @@ class Examples:
     def fetch(self, numbers: Sequence[int], rng: np.random.Generator | None = None) -> list[Example]:
         """Examples by number, in that order."""
         return self.dataset.fetch(self.source, self._rows[list(numbers)], rng or np.random.default_rng(0))
+
+
+def origin(store: TraceStore, where: RunFilter | None = None) -> tuple[Base, tuple[str, str]]:
+    """What made the images of the picked runs, and the name and version of their rewards.
+
+    Raises:
+        UserError: As `Dataset`.
+    """
+    c = candidates.c
+    mine = c.run_id.in_(_chosen(where))
+    with store.read() as connection:
+        if connection.scalar(select(runs.c.run_id).limit(1)) is None:
+            raise UserError(f"the log in {store.home} is empty: make runs first (`emoloop collect`)")
+        images, rewarded = connection.execute(
+            select(func.count(c.sha256), func.count(c.reward)).where(mine)
+        ).one()
+        if not images:
+            raise UserError(
+                "no finished run with images answers to --from: widen it (see `emoloop traces list`)"
+            )
+        if not rewarded:
+            reason = connection.scalar(select(c.missing).where(mine, c.missing.is_not(None)).limit(1))
+            raise UserError(
+                f"none of the {images} images has a reward: "
+                f"all critiques are missing ({reason or 'no reason'})"
+            )
+        made = {Base(*row) for row in connection.execute(
+            select(c.model, c.revision, c.adapter).where(mine, c.sha256.is_not(None)).distinct()
+        )}  # fmt: skip
+        if len(made) > 1:
+            listed = "; ".join(sorted(_describe(base) for base in made))
+            raise UserError(
+                f"the runs come from {len(made)} base models ({listed}): "
+                "pick one with --from model=… or adapter=…"
+            )
+        named = select(c.reward_name, c.reward_version).where(mine, c.reward.is_not(None)).distinct()
+        rewards = [tuple(row) for row in connection.execute(named)]
+        if len(rewards) > 1:
+            listed = ", ".join(sorted(f"{name} v{version}" for name, version in rewards))
+            raise UserError(
+                f"the runs carry different rewards ({listed}): they cannot be compared; narrow --from"
+            )
+    return made.pop(), (str(rewards[0][0]), str(rewards[0][1]))
+
+
+def _chosen(where: RunFilter | None) -> Select[Any]:
+    """Ids of the runs that the filter picks, as a subquery. One that still runs would change the data."""
+    where = where or RunFilter()
+    ids = where.apply(select(runs.c.run_id))
+    return ids.where(runs.c.status != RunStatus.RUNNING) if where.status is None else ids
 
 
 def held_out(prompt: str, share: float, salt: str) -> bool:

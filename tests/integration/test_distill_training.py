@@ -290,7 +290,7 @@ def test_latents_are_encoded_once(world: tuple[Settings, Path], tmp_path: Path) 
 
 def test_command_line(world: tuple[Settings, Path], tmp_path: Path) -> None:
     runner = CliRunner()
-    home = ["--home", str(world[0].home)]
+    home = ["--home", str(world[0].home), "--preset", "miniature"]
     shown = runner.invoke(app, ["distill", "opd", "--dry-run", *home])
     assert shown.exit_code == 0 and "10 runs" in shown.output and "← this objective" in shown.output
     answer = runner.invoke(app, ["distill", "dpo", "--dry-run", "--json", "--from", "gain=0,limit=4", *home])

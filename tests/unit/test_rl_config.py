@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from emoloop.cli import app
 from emoloop.emotion import UserError
 from emoloop.rl.commands import parse_filter
 from emoloop.rl.config import PRESETS, commented, flat, load_config
 from emoloop.rl.objectives import OBJECTIVES
+from rl_log import write_log
+from typer.testing import CliRunner
 
 
 @pytest.mark.parametrize("preset", [path.stem for path in PRESETS.glob("*.yaml")])
@@ -41,6 +44,33 @@ def test_file_over_preset_and_set_over_file(tmp_path: Path) -> None:
     assert (config.train.lr, config.train.steps, config.policy.targets) == (0.25, 9, ("to_q",))
     assert config.train.batch_size == load_config("dpo", "miniature").train.batch_size
     assert config.objective["name"] == "dpo" and config.objective["beta"] == 100.0
+
+
+@pytest.mark.parametrize("model", ["sd35-medium", "stabilityai/stable-diffusion-3.5-medium"])
+def test_the_preset_is_that_of_the_model_in_the_log(model: str, tmp_path: Path) -> None:
+    write_log(tmp_path, 2, model=model)
+    (tmp_path / "mine.yaml").write_text("train: {steps: 7}\n")
+    words = ["distill", "opd", "--print-config", "--home", str(tmp_path)]
+    answer = CliRunner().invoke(app, [*words, "--config", str(tmp_path / "mine.yaml")])
+    shown = yaml.safe_load(answer.stdout)
+    assert (shown["policy"]["rank"], shown["train"]["lr"], shown["train"]["steps"]) == (64, 1e-4, 7)
+    assert answer.stderr.splitlines() == [f"preset sd35-medium, for images by {model}"]
+    named = CliRunner().invoke(app, [*words, "--preset", "miniature"])
+    assert yaml.safe_load(named.stdout)["train"]["steps"] == 300 and not named.stderr
+
+
+def test_without_a_fitting_preset_one_is_asked_for(tmp_path: Path) -> None:
+    write_log(tmp_path, 2, model="somebody/model")
+    words = ["distill", "opd", "--dry-run", "--home", str(tmp_path)]
+    failed = CliRunner().invoke(app, words)
+    message = r"no preset fits somebody/model, .* --preset \(miniature, sd35-medium\)"
+    with pytest.raises(UserError, match=message):
+        raise failed.exception or AssertionError
+    (tmp_path / "mine.yaml").write_text("train: {steps: 7}\n")
+    assert CliRunner().invoke(app, [*words, "--config", str(tmp_path / "mine.yaml")]).exit_code == 0
+    # Without a log there are knobs to print all the same.
+    words[2:] = ["--print-config", "--home", str(tmp_path / "none")]
+    assert yaml.safe_load(CliRunner().invoke(app, words).stdout)["train"]["steps"] == 300
 
 
 def test_wrong_values_are_one_line() -> None:
