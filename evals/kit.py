@@ -32,12 +32,11 @@ if TYPE_CHECKING:
     from ..traces.recorder import StoreRecorder
 
 #: What decides the bits of an image, out of `Generator.describe()`; versions and device are left out on
-#: purpose.
+#: purpose. An adapter's id says its scale.
 _DECISIVE = (
     "model",
     "revision",
     "adapter",
-    "adapter_scale",
     "pipeline",
     "dtype",
     "steps",

@@ -102,6 +102,8 @@ async def test_scale_zero_is_the_base_and_half_lies_between(name: str, artifact:
     assert not np.array_equal(a, b)
     assert not np.array_equal(b, base)
     assert half.describe()["adapter"] == f"{full.describe()['adapter']}@0.5"
+    (made,) = await half.generate([ImageRequest("a dog", 1, target)])
+    assert made.provenance["adapter"] == half.describe()["adapter"]
 
 
 async def test_the_target_moves_the_picture_and_only_with_an_artifact(name: str, artifact: Path):
