@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..emotion import Missing, RunResult, UserError
+from ..emotion import RunResult, RunStatus, UserError
 from ..recording import Critiqued, Rewritten
 from ..tools.registry import resolve
 from .cache import digest
@@ -79,10 +79,10 @@ async def loop(kit: Kit, request: Request, seed: int, name: str = "loop") -> Del
         samples=kit.critic.samples,
         tokens=sum(usage.get("total_tokens", 0) for usage, _ in usages),
     )
-    return _picked(name, request, result, cost)
+    return _picked(name, request, result, cost, kit.images)
 
 
-def _picked(name: str, request: Request, result: RunResult, cost: Cost) -> Delivery:
+def _picked(name: str, request: Request, result: RunResult, cost: Cost, images: int) -> Delivery:
     shots: list[Shot] = []
     delivered: list[int] = []
     revisions: list[Revision] = []
@@ -96,17 +96,21 @@ def _picked(name: str, request: Request, result: RunResult, cost: Cost) -> Deliv
             if result.best and (candidate.round, candidate.index) == (result.best.round, result.best.index):
                 delivered.append(len(shots))
             shots.append(Shot.model_validate(candidate.model_dump(include=kept)))
-    reason = result.warnings[0] if result.warnings else str(result.stop_reason)
+    failure = None
+    if result.status is not RunStatus.COMPLETED or not delivered:
+        # A run that broke off may have a best candidate, out of less than the other arms chose from.
+        failure = result.warnings[-1] if result.warnings else f"{result.status}: {result.stop_reason}"
     return Delivery(
         arm=name,
         request=request.id,
-        prompt=result.best.prompt if result.best else request.prompt,
+        prompt=result.best.prompt if result.best and not failure else request.prompt,
         shots=shots,
-        delivered=delivered,
+        delivered=[] if failure else delivered,
         revisions=revisions,
         run_id=result.run_id,
         cost=cost.model_copy(update={"images": len(shots)}),
-        failure=None if delivered else reason,
+        failure=failure,
+        complete=all(len(round.candidates) == images for round in result.rounds),
     )
 
 
@@ -123,7 +127,8 @@ async def teacher(kit: Kit, request: Request, seed: int, name: str = "teacher") 
     await take.round(found.prompt, seeds=kit.seeds(seed, kit.rounds + 1000))
     made = await take.all()
     # To have the prompt one has to run the loop; the image comes on top.
-    return made.model_copy(update={"cost": found.cost.model_copy(update={"images": found.cost.images + 1})})
+    cost = found.cost.model_copy(update={"images": found.cost.images + 1})
+    return made.model_copy(update={"cost": cost, "complete": made.complete and found.whole})
 
 
 #: Arms by name.
@@ -198,14 +203,15 @@ async def deliver(
 ) -> Delivery:
     """What the arm hands over for the request, from the cache where it is known.
 
-    Only what is complete is kept: a failure, or a delivery with an unread image, is tried again next time.
+    Only what is whole is kept: a failure, or a delivery with an image unmade or unread, is tried again next
+    time.
     """
     budget = [kit.images, kit.rounds]
     key = digest("delivery", name, version, request.model_dump(mode="json"), seed, budget, kit.identity)
 
     async def make() -> dict[str, Any]:
         made = await answer(kit, request, seed, name)
-        if made.failure or any(isinstance(shot.critique, Missing) for shot in made.shots):
+        if not made.whole:
             raise _NotKept(made)
         return made.model_dump(mode="json")
 

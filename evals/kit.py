@@ -356,4 +356,5 @@ class Take:
             run_id=self.run_id,
             cost=cost,
             failure=failure,
+            complete=not self.problems,
         )

@@ -87,6 +87,7 @@ class Delivery(_Record):
         run_id: The run in the evaluation's log; None where the arm failed before it began one.
         cost: For one delivered image.
         failure: Why nothing was delivered.
+        complete: Whether every image that the arm asked for was made.
     """
 
     arm: str
@@ -98,6 +99,13 @@ class Delivery(_Record):
     run_id: str | None = None
     cost: Cost = Cost()
     failure: str | None = None
+    complete: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether the arm had all that its budget allows; with less, arms don't compare."""
+        valued = all(shot.critique is None or shot.reward is not None for shot in self.shots)
+        return self.failure is None and self.complete and valued
 
     @property
     def handed_over(self) -> list[Shot]:

@@ -75,7 +75,9 @@ async def open_kit(
 
     home = home_of(settings)
     generating = settings.generator.model_copy(update={"adapter": str(adapter) if adapter else None})
-    ours = settings.model_copy(update={"home": home, "generator": generating})
+    # Nobody is there to answer a review.
+    looping = settings.loop.model_copy(update={"review": False})
+    ours = settings.model_copy(update={"home": home, "generator": generating, "loop": looping})
     cache = Cache(home / "cache")
     inner = await asyncio.to_thread(load_generator, generating)
     try:

@@ -45,3 +45,10 @@ async def twice(kit, request, seed, name):
     take = Take(kit, name, request, seed)
     await take.round(f"bright {request.prompt}")
     return await take.all()
+
+
+def painter(settings):
+    """A generator that is quick and may fail."""
+    from painter import Painter
+
+    return Painter()

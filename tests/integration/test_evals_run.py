@@ -181,6 +181,43 @@ def test_one_failed_request_is_missing_and_the_rest_counts(options, tmp_path):
     assert arm["metrics"]["error"]["n"] == 3
 
 
+def test_a_loop_that_broke_off_is_a_failure_and_goes_on_next_time(options, tmp_path):
+    options.arms = ["loop"]
+    options.limit = 1
+    options.settings = {**options.settings, "loop": {"review": True}}
+
+    def down(role, number):
+        return ValueError("gone") if role == "critic" and number >= 6 else None
+
+    with pytest.raises(EvaluationFailed, match="on all 2 requests: round 1: no critique at all: ValueError"):
+        evaluate(options, tmp_path / "one", lvlm=Scripted(fail=down))
+    document, outcome = evaluate(options, tmp_path / "one", lvlm=Scripted())
+    assert document["arms"]["loop"]["delivered"] == 2
+    assert all(len(row.delivery.shots) == 6 for row in outcome.rows)
+
+
+async def test_what_an_arm_lacked_is_made_the_next_time(tmp_path):
+    from emoloop.evals.arms import ARMS, deliver
+    from emoloop.evals.runner import open_kit
+    from emoloop.evals.suites import Suite
+    from emoloop.settings import load_settings
+    from painter import Painter
+
+    suite = Suite.model_validate(SUITE)
+    request = suite.requests[0]
+    settings = load_settings(
+        {"home": tmp_path, "generator": {"model": "eval_parts:painter"}, "loop": {"rounds": 2, "images": 3}}
+    )
+    async with open_kit(suite, settings, None, Scripted()) as kit:
+        painter = kit.generator.inner
+        assert isinstance(painter, Painter)
+        painter.fail = lambda number: ValueError("bad weather") if number == 1 else None
+        first = await deliver(ARMS["best_of_n"], "best_of_n", kit, request, 1)
+        assert (first.failure, first.complete, len(first.shots)) == (None, False, 5)
+        again = await deliver(ARMS["best_of_n"], "best_of_n", kit, request, 1)
+        assert again.whole and len(again.shots) == 6 and len(painter.requests) == 7
+
+
 def test_a_judge_that_gave_the_reward_is_refused_unless_allowed(options, tmp_path):
     options.settings = {**options.settings, "loop": {"reward": "eval_parts:Light"}}
     with pytest.raises(UserError, match="also gave the reward"):
