@@ -37,7 +37,7 @@ from ..traces.reader import load_run
 from ..traces.recorder import StoreRecorder, open_recorder
 from .build import build_graph
 from .checkpoint import open_checkpointer
-from .nodes import Parts, check_request, new_run_id
+from .nodes import Parts, check_request, new_run_id, read_review
 from .progress import PROGRESS, Progress, ReviewWanted, RunEnded
 from .state import Context, RunInput, State, read_run_id, read_seed, same_target
 
@@ -264,7 +264,8 @@ class Loop:
             reviewer: As for `run`.
 
         Raises:
-            UserError: No such run, or it was made with another model than this loop's.
+            UserError: No such run, it was made with another model than this loop's, or the answer is none; the
+                run waits as before.
         """
         return await self._finish(self.stream_resume(run_id, answer), on_progress, reviewer)
 
@@ -315,7 +316,8 @@ class Loop:
             if answer is None:
                 yield ReviewWanted(run_id=name, review=snapshot.interrupts[0].value)
                 return
-            begin = Command(resume=answer)
+            # A wrong answer must not get into the saved state: every later try would meet it again.
+            begin = Command(resume=read_review(answer))
         elif not snapshot.next:
             # No checkpoint, or a run that failed: the log knows the way from the start.
             started = _started(events)

@@ -415,7 +415,7 @@ class Nodes:
             }
         )
         given = read_review(answer)
-        if comment := given.get("comment", ""):
+        if comment := given.get("comment") or "":
             best = state.get("best")
             await self.parts.recorder.record(
                 HumanFeedback(
@@ -432,7 +432,7 @@ class Nodes:
                 Rewritten(
                     run_id=state["run_id"],
                     round=state["round"] + 1,
-                    prompt=read_prompt(prompt),
+                    prompt=prompt,
                     why=comment,
                     model="human",
                     prompt_version="human",
@@ -565,7 +565,7 @@ def read_review(answer: Any) -> dict[str, Any]:
     """A person's answer to a review.
 
     Raises:
-        UserError: It is neither text nor an object with known keys.
+        UserError: It is neither text nor an object with known keys and usable values.
     """
     if answer is None:
         return {}
@@ -573,7 +573,9 @@ def read_review(answer: Any) -> dict[str, Any]:
         return {"comment": answer.strip()}
     if not isinstance(answer, dict) or not set(answer) <= REVIEW_KEYS:
         raise UserError(f"a review is a comment, or an object with {', '.join(sorted(REVIEW_KEYS))}")
-    return answer
+    if not isinstance(answer.get("comment") or "", str):
+        raise UserError(f"a review's comment is text, not {answer['comment']!r}")
+    return {**answer, "prompt": read_prompt(answer["prompt"])} if answer.get("prompt") else answer
 
 
 def _node(name: str, events: list[Event]) -> str:

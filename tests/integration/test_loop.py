@@ -419,6 +419,17 @@ async def test_a_review_may_be_answered_later(tmp_path):
     assert done.rounds[1].prompt == "a bright dog"
 
 
+@pytest.mark.parametrize("wrong", [{"promt": "x"}, {"prompt": "x" * 9000, "comment": "sun"}, 7])
+async def test_a_wrong_answer_leaves_the_review_open(tmp_path, wrong):
+    async with make(tmp_path, rounds=2, review=True) as loop:
+        result = await loop.run("a dog", TARGET, seed=7)
+        with pytest.raises(UserError):
+            await loop.resume(result.run_id, wrong)
+        assert not any(isinstance(e, HumanFeedback) for e in await loop.recorder.events(result.run_id))
+        done = await loop.resume(result.run_id, {"prompt": "a bright dog"})
+    assert (done.status, done.rounds[1].prompt) == (RunStatus.COMPLETED, "a bright dog")
+
+
 # ---- as a LangGraph
 
 

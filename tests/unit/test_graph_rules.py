@@ -253,6 +253,11 @@ def test_reviews():
     assert read_review({"stop": True}) == {"stop": True}
     with pytest.raises(UserError, match="a review is"):
         read_review({"promt": "x"})
+    assert read_review({"prompt": " a  dog "}) == {"prompt": "a dog"}
+    with pytest.raises(UserError, match="prompt must be text"):
+        read_review({"prompt": 5})
+    with pytest.raises(UserError, match="comment is text"):
+        read_review({"comment": 5})
 
 
 # ---- lines and words
