@@ -317,7 +317,8 @@ class Loop:
                 yield ReviewWanted(run_id=name, review=snapshot.interrupts[0].value)
                 return
             # A wrong answer must not get into the saved state: every later try would meet it again.
-            begin = Command(resume=read_review(answer))
+            # LangGraph takes an empty object for no answer.
+            begin = Command(resume=read_review(answer) or {"comment": ""})
         elif not snapshot.next:
             # No checkpoint, or a run that failed: the log knows the way from the start.
             started = _started(events)

@@ -419,6 +419,14 @@ async def test_a_review_may_be_answered_later(tmp_path):
     assert done.rounds[1].prompt == "a bright dog"
 
 
+@pytest.mark.parametrize("nothing", [None, {}, ""])
+async def test_to_say_nothing_is_to_go_on(tmp_path, nothing):
+    asked: list = []
+    async with make(tmp_path, rounds=2, review=True) as loop:
+        result = await loop.run("a dog", TARGET, seed=7, reviewer=lambda it: asked.append(it) or nothing)
+    assert (result.status, len(asked)) == (RunStatus.COMPLETED, 1)
+
+
 @pytest.mark.parametrize("wrong", [{"promt": "x"}, {"prompt": "x" * 9000, "comment": "sun"}, 7])
 async def test_a_wrong_answer_leaves_the_review_open(tmp_path, wrong):
     async with make(tmp_path, rounds=2, review=True) as loop:
