@@ -15,6 +15,7 @@ round without the best image, since it won by that one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -28,8 +29,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Select, func, select
 
-from ..emotion import Critique, EmotionTarget, RunStatus, UserError
-from ..tools.reward import load_reward
+from ..emotion import Critique, Emotion, EmotionTarget, RunStatus, UserError
+from ..tools.reward import Reward, load_reward
 from ..traces.rows import RunFilter
 from ..traces.schema import candidates, events, runs
 
@@ -203,6 +204,14 @@ class _Row(NamedTuple):
     spread: float | None
 
 
+class _Said(NamedTuple):
+    """What people said of an image."""
+
+    valence: float | None = None
+    arousal: float | None = None
+    rating: float | None = None
+
+
 _ROW = tuple(candidates.c[name] for name in _Row._fields)
 
 
@@ -226,8 +235,8 @@ class Dataset:
         self.config = config or DataConfig()
         self._store, self._chosen = store, _chosen(where)
         self.base, self.reward = origin(store, where)
-        self._human = _human_feedback(store)
-        self._reward = load_reward(self.reward[0]) if self._human else _no_reward
+        self._human = _human_feedback(store, self._chosen)
+        self._again: Reward | None = None
         self._collect()
 
     # One pass.
@@ -255,7 +264,7 @@ class Dataset:
                 hasher.update(repr(row).encode())
             counts["images"] += sum(row.sha256 is not None for row in rows)
             counts["missing"] += sum(row.reward is None for row in rows)
-            target = EmotionTarget(valence=point[0], arousal=point[1])
+            target = EmotionTarget(valence=run.valence, arousal=run.arousal, category=run.category)
             usable = self._rewarded(run.run_id, target, rows)
             values = np.array([row.reward for row in usable], dtype=np.float64)
             counts["rewarded"] += len(values)
@@ -305,7 +314,7 @@ class Dataset:
     def _stream(self) -> Iterator[tuple[Any, list[_Row]]]:
         """(run, its candidates), run by run; two cursors side by side, nothing held but one run."""
         r, run_id = runs.c, candidates.c.run_id
-        columns = (r.run_id, r.prompt, r.point_valence, r.point_arousal, r.category)
+        columns = (r.run_id, r.prompt, r.valence, r.arousal, r.category, r.point_valence, r.point_arousal)
         of_runs = select(*columns).where(r.run_id.in_(self._chosen)).order_by(r.run_id)
         of_candidates = select(run_id, *_ROW).where(run_id.in_(self._chosen))
         of_candidates = of_candidates.order_by(run_id, candidates.c.round, candidates.c.index)
@@ -332,17 +341,46 @@ class Dataset:
         said = self._human.get(run_id, {})
         out = []
         for row in rows:
-            valence, arousal, _ = said.get(row.sha256 or "", (None, None, None))
+            valence, arousal, _ = said.get(row.sha256 or "", _Said())
             if valence is not None or arousal is not None:
                 valence = row.valence if valence is None else valence
                 arousal = row.arousal if arousal is None else arousal
                 if valence is not None and arousal is not None:
-                    alignment = 1.0 if row.alignment is None else row.alignment
-                    read = Critique(valence=valence, arousal=arousal, alignment=alignment)
-                    row = row._replace(reward=self._reward(read, target), spread=None)
+                    read = Critique(
+                        valence=valence,
+                        arousal=arousal,
+                        category=self._category(run_id, row),
+                        alignment=1.0 if row.alignment is None else row.alignment,
+                    )
+                    self._again = self._again or self._find_reward(run_id)
+                    row = row._replace(reward=self._again(read, target), spread=None)
             if self._usable(row):
                 out.append(row)
         return out
+
+    def _category(self, run_id: str, row: _Row) -> Emotion | None:
+        """What the critic named; read on its own, since people read few of the images."""
+        c = candidates.c
+        here = select(c.category).where(c.run_id == run_id, c.round == row.round, c.index == row.index)
+        with self._store.read() as connection:
+            return connection.scalar(here)
+
+    def _find_reward(self, run_id: str) -> Reward:
+        """The reward that the log names; a newcomer's own by the path in its run's settings."""
+        started = select(events.c.body).where(events.c.run_id == run_id, events.c.type == "run_started")
+        with self._store.read() as connection:
+            body = json.loads(connection.scalar(started) or "{}")
+        path = body.get("settings", {}).get("loop", {}).get("reward")
+        for spec in filter(None, (self.reward[0], path)):
+            with contextlib.suppress(UserError):
+                found = load_reward(spec)
+                if (found.name, found.version) == self.reward:
+                    return found
+        raise UserError(
+            f"people read images of run {run_id}, so its rewards have to be computed again, but reward "
+            f"{self.reward[0]} v{self.reward[1]} is not found by its name or by the run's loop.reward "
+            f"({path or 'not logged'}): make it importable from there, or leave the run out by --from"
+        )
 
     def _index(
         self, index: _Index, run: int, run_id: str, rows: list[_Row]
@@ -390,12 +428,12 @@ class Dataset:
 
         kinds = self.config.kinds
         rated = [
-            (said[2], row)
+            (said.rating, row)
             for row in rows
-            if (said := self._human.get(run_id, {}).get(row.sha256 or "")) and said[2] is not None
+            if (said := self._human.get(run_id, {}).get(row.sha256 or "")) and said.rating is not None
         ]
         if "human" in kinds and len(rated) > 1:
-            high, low = max(rated, key=lambda r: r[0]), min(rated, key=lambda r: r[0])  # type: ignore[arg-type, return-value]
+            high, low = max(rated, key=lambda r: r[0]), min(rated, key=lambda r: r[0])
             if high[0] != low[0]:
                 add("human", high[1], low[1])
                 return
@@ -616,10 +654,6 @@ def source_for(keys: frozenset[str]) -> str:
     raise UserError(f"no source of the log gives all of {', '.join(sorted(keys))}: {nearest} lack {missing}")
 
 
-def _no_reward(critique: Critique, target: EmotionTarget) -> float:
-    raise AssertionError("only a person's reading is rewarded again")
-
-
 def _describe(base: Base) -> str:
     revision = f"@{base.revision[:8]}" if base.revision else ""
     return f"{base.model}{revision}" + (f" + adapter {base.adapter[:8]}" if base.adapter else "")
@@ -631,19 +665,19 @@ def _distance(one: Any, other: Any) -> float:
     return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=0.0)
 
 
-def _human_feedback(
-    store: TraceStore,
-) -> dict[str, dict[str, tuple[float | None, float | None, float | None]]]:
-    """What people said, by run and image: (valence, arousal, rating), the latest of each."""
+def _human_feedback(store: TraceStore, chosen: Select[Any]) -> dict[str, dict[str, _Said]]:
+    """What people said, by run and image; the latest word on each axis stands."""
     from ..recording import EVENT, HumanFeedback
 
-    query = (
-        select(events.c.body).where(events.c.type == "human_feedback").order_by(events.c.run_id, events.c.seq)
-    )
-    said: dict[str, dict[str, tuple[float | None, float | None, float | None]]] = {}
+    mine = events.c.run_id.in_(chosen) & (events.c.type == "human_feedback")
+    query = select(events.c.body).where(mine).order_by(events.c.run_id, events.c.seq)
+    said: dict[str, dict[str, _Said]] = {}
     with store.read() as connection:
         for body in connection.execution_options(yield_per=500).scalars(query):
             event = EVENT.validate_json(body)
-            if isinstance(event, HumanFeedback) and event.sha256 is not None:
-                said.setdefault(event.run_id, {})[event.sha256] = (event.valence, event.arousal, event.rating)
+            assert isinstance(event, HumanFeedback)
+            given = event.model_dump(include=set(_Said._fields), exclude_none=True)
+            if event.sha256 is not None and given:
+                images = said.setdefault(event.run_id, {})
+                images[event.sha256] = images.get(event.sha256, _Said())._replace(**given)
     return said

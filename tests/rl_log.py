@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from emoloop.emotion import Critique, EmotionTarget, Missing, RunStatus, StopReason
+from emoloop.emotion import Critique, Emotion, EmotionTarget, Missing, RunStatus, StopReason
 from emoloop.recording import (
     Critiqued,
     Event,
@@ -37,6 +37,15 @@ def default_reward(run: int, round_: int, index: int) -> float | None:
     return round(-0.2 + 0.3 * round_ + 0.05 * ((run + 3 * index) % 4), 4)
 
 
+class Pleased:
+    """A newcomer's reward: pleasure, and a point for the wanted category."""
+
+    name, version = "pleased", "1"
+
+    def __call__(self, critique: Critique, target: EmotionTarget) -> float:
+        return critique.valence + (critique.category == target.category)
+
+
 def run_events(
     store: TraceStore,
     run: int,
@@ -51,11 +60,14 @@ def run_events(
     spread: float | None = None,
     prompt: str | None = None,
     target: EmotionTarget | None = None,
+    category: Emotion | None = None,
+    reward_path: str | None = None,
 ) -> list[Event]:
     run_id = f"run-{run:04d}"
     neutral = prompt or PROMPTS[run % len(PROMPTS)]
     target = target or EmotionTarget(valence=round(-2 + run % 5, 1), arousal=round(2 - run % 4, 1))
-    out: list[Event] = [RunStarted(run_id=run_id, prompt=neutral, target=target, seed=run)]
+    settings = {} if reward_path is None else {"loop": {"reward": reward_path}}
+    out: list[Event] = [RunStarted(run_id=run_id, prompt=neutral, target=target, seed=run, settings=settings)]
     for round_ in range(rounds):
         text = neutral if round_ == 0 else f"{neutral} bright {round_}"
         if round_:
@@ -86,6 +98,7 @@ def run_events(
                 critique = Critique(
                     valence=0.1 * index,
                     arousal=0.0,
+                    category=category,
                     alignment=1.0,
                     valence_spread=spread,
                     arousal_spread=spread,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emoloop.emotion import Critique, EmotionTarget, UserError
+from emoloop.emotion import Critique, Emotion, EmotionTarget, UserError
 from emoloop.recording import Critiqued, HumanFeedback
 from emoloop.rl.dataset import DataConfig, Dataset, held_out, source_for
 from emoloop.traces.rows import RunFilter
@@ -146,6 +146,45 @@ def test_a_person_stands_above_the_model(tmp_path: Path) -> None:
         )
         (best,) = Dataset(store, ALL).examples("bests").fetch([0])
         assert best.winner == low.sha256
+
+
+def test_a_later_word_leaves_what_was_said_of_other_axes(tmp_path: Path) -> None:
+    with open_store(write_log(tmp_path, 1)) as store:
+        rows = list(store.candidates("run-0000"))
+        for number, (row, said) in enumerate((
+            (rows[0], {"rating": 5.0}),
+            (rows[4], {"rating": 1.0}),
+            (rows[0], {"comment": "the sky is too dark"}),
+            (rows[4], {"valence": -3.0}),
+        )):  # fmt: skip
+            store.append(HumanFeedback(run_id="run-0000", index=number, sha256=row.sha256, **said))  # type: ignore[arg-type]
+        (pair,) = Dataset(store, ALL).examples("preferences").fetch([0])
+        assert (pair.kind, pair.winner, pair.loser) == ("human", rows[0].sha256, rows[4].sha256)
+
+
+def test_a_persons_reading_is_rewarded_by_the_runs_own_reward(tmp_path: Path) -> None:
+    target = EmotionTarget(valence=2.0, category=Emotion.AWE)
+    with open_store(
+        write_log(
+            tmp_path, 2, target=target, category=Emotion.AWE, reward_name="pleased",
+            reward_path="rl_log:Pleased",
+        )
+    ) as store:  # fmt: skip
+        sha = next(store.candidates("run-0000")).sha256
+        store.append(HumanFeedback(run_id="run-0000", sha256=sha, valence=2.5, arousal=0.0))
+        groups = Dataset(store, ALL).examples("groups").fetch(range(2))
+        assert [max(it.rewards) for it in groups] == [3.5, pytest.approx(0.1, abs=0.2)]
+
+
+def test_a_reward_is_looked_for_only_where_a_person_read_a_picked_run(tmp_path: Path) -> None:
+    with open_store(write_log(tmp_path, 2, reward_name="myr", reward_path="nowhere:Reward")) as store:
+        sha = next(store.candidates("run-0000")).sha256
+        store.append(HumanFeedback(run_id="run-0000", sha256=sha, comment="nice", rating=4.0))
+        assert Dataset(store, ALL).statistics.runs == 2
+        store.append(HumanFeedback(run_id="run-0000", index=1, sha256=sha, valence=1.0))
+        assert Dataset(store, ALL, RunFilter(run_ids=("run-0001",))).statistics.runs == 1
+        with pytest.raises(UserError, match=r"reward myr v1 is not found .*\(nowhere:Reward\): make it"):
+            Dataset(store, ALL)
 
 
 def test_the_split_goes_by_neutral_prompt_and_stays(tmp_path: Path) -> None:
