@@ -262,6 +262,8 @@ class Dataset:
             hasher.update(repr((run.run_id, run.prompt, point, run.category)).encode())
             for row in rows:
                 hasher.update(repr(row).encode())
+            if said := self._human.get(run.run_id):
+                hasher.update(repr(sorted(said.items())).encode())
             counts["images"] += sum(row.sha256 is not None for row in rows)
             counts["missing"] += sum(row.reward is None for row in rows)
             target = EmotionTarget(valence=run.valence, arousal=run.arousal, category=run.category)

@@ -212,6 +212,13 @@ def test_the_data_hash_follows_the_data(tmp_path: Path) -> None:
 
     same = hash_of(tmp_path / "a")
     assert same == hash_of(tmp_path / "b")
+    with open_store(settings_for(tmp_path / "b")) as store:
+        sha = next(store.candidates("run-0000")).sha256
+        seen = [same]
+        for number, said in enumerate(({"rating": 1.0}, {"rating": 2.0}, {"valence": 1.0})):
+            store.append(HumanFeedback(run_id="run-0000", index=number, sha256=sha, **said))  # type: ignore[arg-type]
+            seen.append(Dataset(store, ALL).statistics.data_hash)
+        assert len(set(seen)) == 4
     assert same != hash_of(tmp_path / "c", reward=lambda *place: default_reward(*place) + 0.001)  # type: ignore[operator]
 
 
