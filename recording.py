@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from .emotion import Critique, EmotionTarget, Missing, RunStatus, StopReason
 
@@ -133,7 +133,7 @@ class Rewritten(_Event):
 
 
 class HumanFeedback(_Event):
-    """A person rated a candidate or edited a prompt."""
+    """A person rated a candidate or edited a prompt; `index` numbers the ratings of one picture, else time does."""
 
     type: Literal["human_feedback"] = "human_feedback"
     node: str = "human"
@@ -142,6 +142,17 @@ class HumanFeedback(_Event):
     arousal: float | None = None
     rating: float | None = None
     comment: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_key(cls, data: Any) -> Any:
+        # The first event of a key stands, and a corrected rating has to stand beside it.
+        if not isinstance(data, dict) or "node" in data or data.get("sha256") is None:
+            return data
+        data = {"time": datetime.now(UTC), **data}
+        rated = any(data.get(axis) is not None for axis in ("valence", "arousal", "rating"))
+        number = f" {data['time']}" if rated and "index" not in data else ""
+        return {**data, "node": f"human {'rating' if rated else 'comment'} {data['sha256']}{number}"}
 
 
 class RunFinished(_Event):

@@ -136,6 +136,19 @@ def test_a_known_key_is_skipped_and_keeps_its_seq(store):
     assert store.append(twice, twice) == [len(batch)] * 2
 
 
+def test_every_rating_of_every_picture_is_kept(store):
+    said = [
+        HumanFeedback(run_id="one", sha256=sha, rating=rating)
+        for sha, rating in (("a" * 64, 1.0), ("b" * 64, 1.0), ("a" * 64, 5.0), ("a" * 64, 1.0))
+    ]
+    assert store.append(*said) == store.append(*said) == [0, 1, 2, 3]
+    numbered = [HumanFeedback(run_id="one", sha256="a" * 64, rating=1.0, index=n) for n in (0, 1, 1)]
+    assert store.append(*numbered) == [4, 5, 5]
+    # A node that runs again says the same comment once.
+    notes = [HumanFeedback(run_id="one", sha256=sha, comment="more sun") for sha in ("a" * 64, "a" * 64)]
+    assert store.append(*notes) == [6, 6]
+
+
 def test_seq_is_dense_and_monotone_for_each_run_of_a_mixed_batch(store):
     one, two = a_run(store, "one", [[0.1]]), a_run(store, "two", [[0.2]])
     mixed = [event for pair in zip(one, two, strict=True) for event in pair]
