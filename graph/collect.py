@@ -214,7 +214,13 @@ async def _one(
         run_id = run_id_of(request, print_)
         own = candidate_seed(seed, 0, request.line) if request.seed is None else request.seed
         result = await loop.run(
-            request.prompt, request.target, seed=own, run_id=run_id, on_progress=watch, **request.options
+            request.prompt,
+            request.target,
+            seed=own,
+            run_id=run_id,
+            on_progress=watch,
+            review=False,  # nobody is there to answer
+            **request.options,
         )
         # The log has everything; a saved state of each run would only fill the disk.
         await loop.forget(run_id)

@@ -135,3 +135,14 @@ async def test_another_model_makes_other_runs(tmp_path):
     async with make(tmp_path, painter) as loop:
         second = await outcomes(loop, source)
     assert not {o.run_id for o in first} & {o.run_id for o in second}
+
+
+async def test_nobody_is_asked_for_a_review(tmp_path):
+    source = write(tmp_path)
+    async with open_loop(
+        generator=Painter(),
+        lvlm=Scripted(),
+        home=str(tmp_path / "home"),
+        loop={"rounds": 2, "images": 2, "review": True},
+    ) as loop:
+        assert [o.error for o in await outcomes(loop, source)] == [None] * 5
