@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+import math
 from dataclasses import dataclass, field
 
 from langchain_core.language_models import BaseChatModel
@@ -13,9 +15,28 @@ from PIL import Image
 from ..emotion import Critique, EmotionTarget, Missing
 from ..recording import Recorder
 from ..tools.chat import image_url
-from .ask import Asker, Reply, span
+from ..tools.reward import Reward
+from .ask import Asker, Reply, one_line, span
 from .prompt import load_prompt
 from .schemas import CRITIC_SCHEMA, CriticAnswer, average, target_text
+
+logger = logging.getLogger(__name__)
+
+
+def valued(
+    reward: Reward, critique: Critique | Missing, target: EmotionTarget
+) -> tuple[float | None, str | None]:
+    """A critique's reward, or None and the reason: a reward may be anybody's function."""
+    if isinstance(critique, Missing):
+        return None, f"no critique: {critique.reason}"
+    try:
+        value = float(reward(critique, target))
+    except Exception as error:
+        logger.warning("reward %s failed", reward.name, exc_info=error)
+        return None, f"reward {reward.name}: {one_line(error)}"
+    if not math.isfinite(value):
+        return None, f"reward {reward.name} gave {value}"
+    return value, None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..agents.critic import valued
 from ..emotion import Critique, EmotionTarget, Missing, RunStatus, StopReason
 from ..graph.state import candidate_seed
 from ..recording import Critiqued, Event, ImageGenerated, Rewarded, Rewritten, RunFinished, RunStarted
@@ -277,7 +278,7 @@ class Take:
         kit, place = self.kit, {"run_id": self.run_id, "round": round, "index": index}
         critique, usage = await kit.look(made.sha256, self.request, request.seed)
         self.tokens["critic"] += usage.get("total_tokens", 0)
-        value = kit.reward(critique, self.request.target) if isinstance(critique, Critique) else None
+        value, reason = valued(kit.reward, critique, self.request.target)
         known = {key: made.provenance[key] for key in ImageGenerated.model_fields if key in made.provenance}
         self.events += [
             ImageGenerated(
@@ -297,7 +298,7 @@ class Take:
                 name=kit.reward.name,
                 version=kit.reward.version,
                 value=value,
-                reason=critique.reason if isinstance(critique, Missing) else None,
+                reason=reason,
             ),
         ]
         return Shot(
@@ -331,7 +332,7 @@ class Take:
         failure = None
         if not delivered:
             reasons = self.problems or [
-                s.critique.reason for s in self.shots if isinstance(s.critique, Missing)
+                event.reason for event in self.events if isinstance(event, Rewarded) and event.reason
             ]
             failure = reasons[0] if reasons else "nothing was made"
         best = self.shots[delivered[0]] if len(delivered) == 1 else None

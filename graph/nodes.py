@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 from collections import Counter
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from langgraph.runtime import Runtime
 from langgraph.types import interrupt
 
 from ..agents.ask import one_line
-from ..agents.critic import Critic
+from ..agents.critic import Critic, valued
 from ..agents.generator import paint
 from ..agents.rewriter import KEPT, Rewriter
 from ..emotion import (
@@ -277,20 +276,19 @@ class Nodes:
         run_id, number = state["run_id"], state["round"]
         target, options = read_target(state["target"]), state["options"]
         events = await self.parts.recorder.events(run_id)
-        node = _node("critique", events)
-        tried = {e.index for e in events if isinstance(e, Critiqued) and e.round == number and e.node == node}
+        node, reward_node = _node("critique", events), _node("reward", events)
+        tried = {
+            e.index for e in events if isinstance(e, Rewarded) and e.round == number and e.node == reward_node
+        }
         rounds = (await self._history(run_id))[: number + 1]
         todo: list[Candidate] = []
         for candidate in rounds[number].candidates:
-            if isinstance(candidate.critique, Critique) or candidate.index in tried:
+            if candidate.reward is not None or candidate.index in tried:
                 _tell_judged(runtime, run_id, candidate)
             else:
                 todo.append(candidate)
         errors = await asyncio.gather(
-            *(
-                self._judge(state, runtime, candidate, target, node, _node("reward", events))
-                for candidate in todo
-            )
+            *(self._judge(state, runtime, candidate, target, node, reward_node) for candidate in todo)
         )
         for error in errors:
             if error is not None:
@@ -318,10 +316,12 @@ class Nodes:
             ).model_dump(mode="json")
         )
         warnings = state["warnings"]
-        reasons = [_missing_reason(c) for c in current.candidates if c.reward is None]
-        if reasons:
+        lacking = [c for c in current.candidates if c.reward is None]
+        if lacking:
+            reasons = _missing_reasons(lacking, await self.parts.recorder.events(run_id))
+            kind = "critique" if any(isinstance(c.critique, Missing) for c in lacking) else "reward"
             total = len(current.candidates)
-            what = "no critique at all" if not rewards else f"{len(reasons)} of {total} critiques missing"
+            what = f"no {kind} at all" if not rewards else f"{len(lacking)} of {total} {kind}s missing"
             warnings = self._warn(
                 runtime, run_id, f"round {number}: {what}: {_most_common(reasons)}", warnings
             )
@@ -346,34 +346,42 @@ class Nodes:
         node: str,
         reward_node: str,
     ) -> Exception | None:
-        """Read and value one candidate; an error means that the node should be tried again."""
-        parts, run_id = self.parts, state["run_id"]
-        image = await parts.recorder.get_image(candidate.sha256)
-        reading = await parts.critic.read(image, state["prompt"], target, parts.recorder, seed=candidate.seed)
-        if (
-            reading.error is not None
-            and not parts.patient
-            and retryable(reading.error)
-            and _may_retry(runtime)
-        ):
-            return reading.error
-        value, reason = self._value(reading.critique, target)
+        """Read and value what one candidate lacks; an error means that the node should be tried again."""
+        parts, run_id, critique = self.parts, state["run_id"], candidate.critique
         place = {
             "run_id": run_id,
             "round": candidate.round,
             "index": candidate.index,
             "sha256": candidate.sha256,
         }
+        read: list[Critiqued] = []
+        if not isinstance(critique, Critique):
+            image = await parts.recorder.get_image(candidate.sha256)
+            reading = await parts.critic.read(
+                image, state["prompt"], target, parts.recorder, seed=candidate.seed
+            )
+            if (
+                reading.error is not None
+                and not parts.patient
+                and retryable(reading.error)
+                and _may_retry(runtime)
+            ):
+                return reading.error
+            critique = reading.critique
+            read.append(
+                Critiqued(
+                    **place,
+                    node=node,
+                    critique=critique,
+                    model=parts.critic.model,
+                    prompt_version=parts.critic.prompt.id,
+                    usage=reading.usage,
+                    seconds=round(reading.seconds, 4),
+                )
+            )
+        value, reason = valued(parts.reward, critique, target)
         await parts.recorder.record(
-            Critiqued(
-                **place,
-                node=node,
-                critique=reading.critique,
-                model=parts.critic.model,
-                prompt_version=parts.critic.prompt.id,
-                usage=reading.usage,
-                seconds=round(reading.seconds, 4),
-            ),
+            *read,
             Rewarded(
                 **place,
                 node=reward_node,
@@ -383,22 +391,8 @@ class Nodes:
                 reason=reason,
             ),
         )
-        _tell_judged(
-            runtime, run_id, candidate.model_copy(update={"critique": reading.critique, "reward": value})
-        )
+        _tell_judged(runtime, run_id, candidate.model_copy(update={"critique": critique, "reward": value}))
         return None
-
-    def _value(self, critique: Critique | Missing, target: EmotionTarget) -> tuple[float | None, str | None]:
-        if isinstance(critique, Missing):
-            return None, f"no critique: {critique.reason}"
-        try:
-            value = float(self.parts.reward(critique, target))
-        except Exception as error:
-            logger.warning("reward %s failed", self.parts.reward.name, exc_info=error)
-            return None, f"reward {self.parts.reward.name}: {one_line(error)}"
-        if not math.isfinite(value):
-            return None, f"reward {self.parts.reward.name} gave {value}"
-        return value, None
 
     # ---- review and rewrite
 
@@ -601,12 +595,15 @@ def _cause(error: Exception) -> Exception:
     return cause if isinstance(cause, Exception) else error
 
 
-def _missing_reason(candidate: Candidate) -> str:
-    return (
-        candidate.critique.reason
-        if isinstance(candidate.critique, Missing)
-        else "the reward could not be had"
-    )
+def _missing_reasons(lacking: list[Candidate], events: list[Event]) -> list[str]:
+    """Why each of the candidates has no reward; the log knows for those that were read."""
+    logged = {(e.round, e.index): e.reason for e in events if isinstance(e, Rewarded)}
+    return [
+        it.critique.reason
+        if isinstance(it.critique, Missing)
+        else logged.get((it.round, it.index)) or "the reward could not be had"
+        for it in lacking
+    ]
 
 
 def _most_common(reasons: Any) -> str:

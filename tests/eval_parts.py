@@ -52,3 +52,8 @@ def painter(settings):
     from painter import Painter
 
     return Painter()
+
+
+def odd(critique, target):
+    """A reward that never gives a number."""
+    return float("nan")

@@ -218,6 +218,13 @@ async def test_what_an_arm_lacked_is_made_the_next_time(tmp_path):
         assert again.whole and len(again.shots) == 6 and len(painter.requests) == 7
 
 
+def test_a_reward_that_fails_is_a_failure_of_the_arm(options, tmp_path):
+    options.arms = ["base", "best_of_n"]
+    options.settings = {**options.settings, "loop": {"reward": "eval_parts:odd"}}
+    with pytest.raises(EvaluationFailed, match="'best_of_n' failed on all 4 requests: reward odd gave nan"):
+        evaluate(options, tmp_path / "one", lvlm=Scripted())
+
+
 def test_a_judge_that_gave_the_reward_is_refused_unless_allowed(options, tmp_path):
     options.settings = {**options.settings, "loop": {"reward": "eval_parts:Light"}}
     with pytest.raises(UserError, match="also gave the reward"):

@@ -271,6 +271,31 @@ async def test_a_reward_that_fails_is_missing(tmp_path):
     assert {e.reason for e in events if isinstance(e, Rewarded)} == {f"reward {odd.__qualname__} gave nan"}
 
 
+async def test_a_reward_that_failed_is_had_on_resume_and_nothing_is_read_again(tmp_path):
+    broken = True
+
+    def moody(critique, target):
+        if broken:
+            raise ZeroDivisionError("no mood")
+        return critique.valence
+
+    model = Scripted()
+    loop = open_loop(
+        generator=Painter(), lvlm=model, reward=moody, home=str(tmp_path), loop={"rounds": 1, "images": 2}
+    )
+    async with loop:
+        result = await loop.run("a dog", TARGET, seed=7)
+        [said] = result.warnings
+        assert said.startswith("round 0: no reward at all: reward ") and "ZeroDivisionError: no mood" in said
+        broken = False
+        again = await loop.resume(result.run_id)
+        events = await loop.recorder.events(result.run_id)
+    assert again.status is RunStatus.COMPLETED and again.best is not None
+    assert model.calls["critic"] == 2
+    rewards = [(e.node, e.value is None) for e in events if isinstance(e, Rewarded)]
+    assert rewards == [("reward", True)] * 2 + [("reward.2", False)] * 2
+
+
 async def test_unknown_words_are_named_once(tmp_path):
     async with make(tmp_path) as loop:
         seen: list = []
