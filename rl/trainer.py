@@ -226,11 +226,11 @@ class Trainer:
             quiet = contextlib.nullcontext() if last else accelerator.no_sync(self.policy.trained)
             with quiet:
                 loss, figures = self.objective.loss(batch, self.policy, generator)
-                self._check(loss, step)
+                self._check("loss", loss.item(), step)
                 accelerator.backward(loss / knobs.accumulation)
             for name, value in {"loss": loss.item(), **figures}.items():
                 totals[name] = totals.get(name, 0.0) + value / knobs.accumulation
-        norm = self._clip()
+        norm = self._clip(step)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._update_averages(step)
@@ -242,10 +242,10 @@ class Trainer:
         chosen = self._order.take(number * knobs.batch_size, knobs.batch_size)
         return self._load(self._train.fetch(chosen, np.random.default_rng([3, *seeds])))
 
-    def _check(self, loss: Tensor, step: int) -> None:
-        if not torch.isfinite(loss):
+    def _check(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
             raise DistillError(
-                f"the loss became {loss.item()} at step {step}; {self._last_good()}: lower train.lr, "
+                f"the {what} became {value} at step {step}; {self._last_good()}: lower train.lr, "
                 "set train.max_grad_norm, or use train.precision fp32 or bf16"
             )
 
@@ -278,11 +278,16 @@ class Trainer:
             group["lr"] = group["base"] * factor
         return knobs.lr * factor
 
-    def _clip(self) -> float:
+    def _clip(self, step: int) -> float:
         parameters = list(self.policy.parameters().values())
         limit = self.config.train.max_grad_norm or math.inf
         norm = self._accelerator.clip_grad_norm_(parameters, limit)
-        return float(norm) if norm is not None else math.nan
+        if norm is None:
+            return math.nan
+        # A scaler leaves such a step out by itself, and lowers its scale.
+        if self._accelerator.scaler is None:
+            self._check("gradients' norm", float(norm), step)
+        return float(norm)
 
     @torch.no_grad()
     def _update_averages(self, step: int) -> None:

@@ -42,6 +42,14 @@ class TurnsToNaN(SFT):
         return loss, figures
 
 
+class BadGradient(SFT):
+    """A loss that is a number and has a gradient that is none: the slope of a root at 0."""
+
+    def loss(self, batch: Any, policy: Any, generator: torch.Generator) -> Any:
+        loss, figures = super().loss(batch, policy, generator)
+        return loss + (loss - loss).sqrt(), figures
+
+
 class Collapsing:
     """A guard whose reward rises and whose alignment falls at each look."""
 

@@ -142,6 +142,16 @@ def test_a_loss_that_is_no_number_ends_training_and_keeps_the_checkpoint(
     assert weights(tmp_path / "out") == weights(tmp_path / "sft")
 
 
+def test_gradients_that_are_no_numbers_never_reach_the_weights(
+    world: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: steps.append(1))
+    with pytest.raises(DistillError, match=r"gradients' norm became nan at step 0; there is no checkpoint"):
+        run(world, tmp_path / "out", "distill_helpers:BadGradient")
+    assert not steps
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(
     world: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
