@@ -145,7 +145,7 @@ class Settings(BaseSettings):
 
 def _refuse_unknown_environment() -> None:
     # pydantic-settings reads only the variables it looks for, so a misspelt EMOLOOP_LOOP__RUONDS would pass.
-    known = {"EMOLOOP_CONFIG"}
+    known = {"EMOLOOP_CONFIG", "EMOLOOP_DEBUG"}
     for name, field in Settings.model_fields.items():
         known.add(f"EMOLOOP_{name}".upper())
         if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
@@ -188,10 +188,12 @@ def load_settings(overrides: dict[str, Any] | None = None) -> Settings:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested dicts of settings as one; `over` wins."""
+    """Two nested dicts of settings as one; `over` wins, but its None leaves what is there."""
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
+        if value is None and below is not None:
+            continue
         if isinstance(below, Mapping) and isinstance(value, Mapping):
             value = merged(below, value)
         result[key] = value

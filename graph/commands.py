@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: What a shell expects of a program that Ctrl-C ended.
 _INTERRUPTED = 130
 
+#: What a run keeps from its beginning.
+_OPTIONS = ("rounds", "images", "tolerance", "patience")
+
 _MODELS, _LOOP, _OUTPUT = "Models", "Loop", "Output"
 
 Home = Annotated[
@@ -120,16 +123,21 @@ def run(
     """Make a picture that shows PROMPT and makes people feel what is wanted."""
     overrides = _overrides(locals())
     if resume is not None:
-        given = [
-            n
-            for n, v in (("PROMPT", prompt), ("--valence", valence), ("--arousal", arousal))
-            if v is not None
-        ]
-        if given or category is not None or seed is not None:
-            named = given[0] if given else "--category" if category is not None else "--seed"
-            raise UserError(f"--resume goes on with what the run was asked for: leave out {named}")
+        asked = {
+            "PROMPT": prompt,
+            "--valence": valence,
+            "--arousal": arousal,
+            "--category": category,
+            "--seed": seed,
+            # Those of --set as well.
+            **{f"--{name}": overrides["loop"].get(name) for name in _OPTIONS},
+            "--review": review or overrides["loop"].get("review"),
+        }
+        for named, value in asked.items():
+            if value is not None and value is not False:
+                raise UserError(f"--resume goes on with what the run was asked for: leave out {named}")
         settings, name = _settings_of(resume, overrides)
-        code = _asyncio(_run(settings, None, None, None, name, True, out, as_json, review))
+        code = _asyncio(_run(settings, None, None, None, name, True, out, as_json, False))
     else:
         from ..settings import load_settings
         from .state import read_prompt, read_seed
@@ -240,7 +248,9 @@ async def _run(
     show_result(console, result, files, time.monotonic() - began - loading)
     if result.status is RunStatus.INTERRUPTED:
         console.print(
-            f"the run waits for a review; go on with:  {again} --review", highlight=False, soft_wrap=True
+            f"the run waits for a review; go on, in a terminal, with:  {again}",
+            highlight=False,
+            soft_wrap=True,
         )
     if result.status is RunStatus.FAILED:
         reason = result.warnings[-1] if result.warnings else result.stop_reason

@@ -28,8 +28,8 @@ from langgraph.types import Command
 from ..agents.ask import Asker, span
 from ..agents.critic import Critic
 from ..agents.rewriter import Rewriter
-from ..emotion import EmotionTarget, RunResult, RunStatus, UserError
-from ..recording import Event, ImageGenerated, RunFinished, RunStarted
+from ..emotion import Critique, EmotionTarget, RunResult, RunStatus, UserError
+from ..recording import Critiqued, Event, ImageGenerated, Rewarded, RunFinished, RunStarted
 from ..settings import GeneratorSettings, LVLMSettings, Settings, load_settings, lvlm_settings, merged
 from ..tools import presets
 from ..tools.reward import load_reward
@@ -264,8 +264,8 @@ class Loop:
             reviewer: As for `run`.
 
         Raises:
-            UserError: No such run, it was made with another model than this loop's, or the answer is none; the
-                run waits as before.
+            UserError: No such run, it was made with another model or reward than this loop's, or the answer
+                is none; the run waits as before.
         """
         return await self._finish(self.stream_resume(run_id, answer), on_progress, reviewer)
 
@@ -309,7 +309,7 @@ class Loop:
         if any(isinstance(e, RunFinished) and e.status is RunStatus.COMPLETED for e in events):
             yield RunEnded(run_id=name, result=await self._result(name))
             return
-        self._check_same_generator(events)
+        self._check_same_parts(events)
         snapshot = await self.graph.aget_state(_config(name))
         begin: Any = None
         if snapshot.interrupts:
@@ -391,18 +391,26 @@ class Loop:
     async def _result(self, run_id: str) -> RunResult:
         return await asyncio.to_thread(load_run, self.recorder.store, run_id)
 
-    def _check_same_generator(self, events: list[Event]) -> None:
-        made = next((e for e in events if isinstance(e, ImageGenerated)), None)
-        if made is None:
-            return
-        now = self.parts.generator.describe()
-        for key in ("model", "revision", "adapter", "steps", "guidance", "height", "width"):
-            then = getattr(made, key)
-            if key in now and now[key] != then:
-                raise UserError(
-                    f"run {made.run_id!r} was made with {key} {then}, this loop has {now[key]}: "
-                    "resume it with the settings that it began with"
-                )
+    def _check_same_parts(self, events: list[Event]) -> None:
+        """Refuse to mix: what was made, read or valued is not comparable with another model's."""
+        parts = self.parts
+        made = (e for e in events if isinstance(e, ImageGenerated))
+        read = (e for e in events if isinstance(e, Critiqued) and isinstance(e.critique, Critique))
+        valued = (e for e in events if isinstance(e, Rewarded) and e.value is not None)
+        keys = ("model", "revision", "adapter", "steps", "guidance", "height", "width")
+        generator = parts.generator.describe()
+        for what, before, now in (
+            ("", made, {key: generator[key] for key in keys if key in generator}),
+            ("critic ", read, {"model": parts.critic.model}),
+            ("reward ", valued, {"name": parts.reward.name, "version": parts.reward.version}),
+        ):
+            first = next(before, None)
+            for key, value in now.items() if first else ():
+                if (then := getattr(first, key)) != value:
+                    raise UserError(
+                        f"run {events[0].run_id!r} was made with {what}{key} {then}, this loop has {value}: "
+                        "resume it with the settings that it began with"
+                    )
 
     def _sync(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         future: Future[T]

@@ -406,6 +406,15 @@ async def test_another_model_does_not_continue_a_run(tmp_path):
     async with make(tmp_path, painter=painter) as loop:
         with pytest.raises(UserError, match="adapter None, this loop has abc"):
             await loop.resume("other")
+    async with open_loop(
+        generator=Painter(), lvlm=Scripted(), reward=lambda *_: 1.0, home=str(tmp_path / "home")
+    ) as loop:
+        with pytest.raises(UserError, match=r"reward name emotion, this loop has .*lambda"):
+            await loop.resume("other")
+    async with make(tmp_path) as loop:
+        loop.parts.critic.asker.name = "another"
+        with pytest.raises(UserError, match="critic model Scripted, this loop has another"):
+            await loop.resume("other")
 
 
 # ---- people

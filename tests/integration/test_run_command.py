@@ -125,6 +125,10 @@ def test_environment_and_file_give_settings(shell, monkeypatch):
         ),
         (["--resume", "nothing"], "no traces in"),
         (["a dog", "--resume", "last"], "leave out PROMPT"),
+        (["--resume", "last", "--category", "awe"], "leave out --category"),
+        (["--resume", "last", "--rounds", "5"], "leave out --rounds"),
+        (["--resume", "last", "--review"], "leave out --review"),
+        (["--resume", "last", "--set", "loop.patience=5"], "leave out --patience"),
         ([], "say what the picture should show"),
     ],
 )
@@ -205,6 +209,19 @@ def test_an_error_beyond_retries_is_one_line_and_resumable(shell, monkeypatch):
     assert "broke off: PermissionError: read-only disk" in err
     assert "emoloop run --resume" in err
     assert shell("run", "--resume", "last")[0] == 0
+
+
+def test_debugging_shows_where_it_broke(shell, monkeypatch):
+    from emoloop.traces.recorder import StoreRecorder
+
+    def broken(self, image):
+        raise PermissionError("read-only disk")
+
+    monkeypatch.setenv("EMOLOOP_DEBUG", "1")
+    monkeypatch.setattr(StoreRecorder, "get_image", broken)
+    monkeypatch.setattr(sys, "argv", ["emoloop", "run", *ASKED, "--model", "drawing:make"])
+    with pytest.raises(PermissionError):
+        cli.main()
 
 
 def test_collect(shell):
