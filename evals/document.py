@@ -37,7 +37,7 @@ class Options:
         adapter: Folder behind the arms `adapter` and `loop_on_adapter`.
         allow_reward_judge: Let a judge that gave the reward speak, in red.
         limit: Only so many neutral prompts.
-        settings: Overrides, nested by section; the suite's own win.
+        settings: Overrides, nested by section; they win over the suite's, save for rounds and images.
     """
 
     suite: str

@@ -38,7 +38,7 @@ def plan(options: Options) -> Plan:
         suite = suite.model_copy(update={"blocks": [block for block in blocks if block.prompts]})
         suite = Suite.model_validate(suite.model_dump())
     budget = {"loop": {"rounds": suite.rounds, "images": suite.images}}
-    settings = load_settings(merged(merged(options.settings, suite.settings), budget))
+    settings = load_settings(merged(merged(suite.settings, options.settings), budget))
     adapters = dict(suite.adapters)
     if options.adapter or settings.generator.adapter:
         adapters["adapter"] = Path(options.adapter or settings.generator.adapter or "")

@@ -232,6 +232,18 @@ def test_a_judge_that_gave_the_reward_is_refused_unless_allowed(options, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_line_wins_over_the_suite(options):
+    from emoloop.evals.evaluate import plan
+
+    suite = SUITE | {"settings": {"generator": {"steps": 9, "guidance": 2.5}, "loop": {"tolerance": 0.3}}}
+    with open(options.suite, "w") as file:
+        yaml.safe_dump(suite, file)
+    options.settings = {**options.settings, "loop": {"tolerance": None, "rounds": 9}}
+    settings = plan(options).settings
+    assert (settings.generator.steps, settings.generator.guidance) == (2, 2.5)
+    assert (settings.loop.tolerance, settings.loop.rounds) == (0.3, SUITE["rounds"])
+
+
 def test_shards_fill_one_cache(options, tmp_path):
     from emoloop.evals.evaluate import plan
     from emoloop.evals.runner import run

@@ -299,4 +299,5 @@ def test_one_word_about_the_lvlm():
 
 def test_settings_merge():
     assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}}) == {"a": {"b": 4, "c": 2}, "d": 3}
+    assert merged({"a": {"b": 1}, "d": 3}, {"a": {"b": None}, "d": None}) == {"a": {"b": 1}, "d": 3}
     assert json.dumps(merged({}, {"a": {"b": None}})) == '{"a": {"b": null}}'
