@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from ..emotion import Candidate, Critique, Missing, Round, RunResult, RunStatus, UserError
@@ -17,7 +16,6 @@ from ..recording import (
     RunStarted,
 )
 from . import derive
-from .rows import RunFilter
 from .store import TraceStore
 
 
@@ -34,12 +32,6 @@ def load_run(store: TraceStore, run_id: str) -> RunResult:
     if started is None:
         raise UserError(f"no run {run_id!r} in {store.home} (see `emoloop traces list`)")
     return _fold(started, events, store)
-
-
-def iter_runs(store: TraceStore, where: RunFilter | None = None) -> Iterator[RunResult]:
-    """The runs that a filter picks, newest first, one in memory at a time."""
-    for row in store.runs(where):
-        yield load_run(store, row.run_id)
 
 
 def result_json(result: RunResult) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from emoloop.recording import (
     RunStarted,
 )
 from emoloop.settings import Settings
-from emoloop.traces.reader import iter_runs, load_run, result_json
+from emoloop.traces.reader import load_run, result_json
 from emoloop.traces.schema import candidates, runs
 from emoloop.traces.store import RunFilter, TraceStore, open_store
 from PIL import Image
@@ -261,7 +261,7 @@ def test_filters(store):
     assert found(run_ids=("aaa1",)) == ["aaa1"]
     assert found(model="tiny") == ["bbb3", "aaa2", "aaa1"]
     assert {row.run_id for row in store.candidates(where=RunFilter(limit=2))} == {"aaa2", "bbb3"}
-    assert [result.run_id for result in iter_runs(store, RunFilter(min_gain=0.0))] == ["bbb3", "aaa2", "aaa1"]
+    assert found(min_gain=0.0) == ["bbb3", "aaa2", "aaa1"]
     with pytest.raises(ValueError):
         RunFilter(stauts="running")  # pyright: ignore[reportCallIssue]
 
