@@ -200,7 +200,10 @@ class Round(BaseModel):
 
 
 class RunStatus(StrEnum):
-    """How a run stands."""
+    """How a run stands.
+
+    INTERRUPTED is said to the caller of a run that waits for a review; in the log such a run is RUNNING.
+    """
 
     RUNNING = "running"
     COMPLETED = "completed"

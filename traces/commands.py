@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..emotion import Emotion, EmotionTarget, RunStatus, UserError
+from ..emotion import Emotion, EmotionTarget, UserError
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -38,7 +38,9 @@ Range = tuple[float, float]
 
 def _conditions(
     *,
-    status: Annotated[RunStatus | None, typer.Option(help="How the run stands.")] = None,
+    status: Annotated[
+        Literal["running", "completed", "failed"] | None, typer.Option(help="How the run stands.")
+    ] = None,
     category: Annotated[
         Emotion | None, typer.Option("--emotion", "--category", help="Wanted category.")
     ] = None,

@@ -106,6 +106,10 @@ def test_list_filters(home, words, found):
     assert [run["run_id"] for run in document("list", *words)["runs"]] == found
 
 
+def test_a_status_that_no_log_holds_is_refused(home):
+    assert invoke("list", "--status", "interrupted").exit_code == 2
+
+
 def test_show(home):
     text = invoke("show", "dog").stdout
     for words in (
