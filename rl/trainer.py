@@ -201,7 +201,7 @@ class Trainer:
                     self._log(done, figures)
                 if self._looks_at(done):
                     stop = self._stopped = self._look()
-                if asked and done < knobs.steps:
+                if self._anywhere(bool(asked)) and done < knobs.steps:
                     stop = "interrupted"
                 if done % knobs.checkpoint_every == 0 or done == knobs.steps or stop:
                     self._save()
@@ -211,6 +211,13 @@ class Trainer:
         outcome.steps = self._steps_done
         outcome.seconds += time.perf_counter() - self._began
         return outcome
+
+    def _anywhere(self, asked: bool) -> bool:
+        """Whether any process was asked to stop: one that stops alone leaves the others waiting for it."""
+        if self._accelerator.num_processes == 1:
+            return asked
+        mine = torch.tensor([asked], device=self._accelerator.device, dtype=torch.float32)
+        return bool(self._accelerator.reduce(mine, "sum") > 0)
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimizer step; a function of the step's number and the tensors that a checkpoint holds."""

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distill_helpers
@@ -333,6 +334,21 @@ def test_interrupted_training_goes_on(world: tuple[Settings, Path], tmp_path: Pa
     run(world, tmp_path / "out", "sft", resume=True)
     run(world, tmp_path / "whole", "sft")
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_one_process_that_is_asked_to_stop_stops_all(
+    world: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def anywhere(others: float, asked: bool, processes: int = 2) -> bool:
+        accelerator = SimpleNamespace(
+            num_processes=processes, device="cpu", reduce=lambda mine, how: mine + others
+        )
+        return trainer.Trainer._anywhere(SimpleNamespace(_accelerator=accelerator), asked)  # type: ignore[arg-type]
+
+    assert anywhere(1.0, False) and anywhere(0.0, True) and not anywhere(0.0, False)
+    assert not anywhere(1.0, False, processes=1)
+    monkeypatch.setattr(trainer.Trainer, "_anywhere", lambda self, asked: True)
+    assert run(world, tmp_path / "out", "sft").outcome.reason == "interrupted"
 
 
 def test_targets_with_one_axis_train_too(world: tuple[Settings, Path], tmp_path: Path) -> None:
