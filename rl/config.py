@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..emotion import UserError
+from ..settings import merged
 from .dataset import DataConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -176,7 +177,7 @@ def load_config(
     values: dict[str, Any] = {}
     for source in (_preset_path(preset) if preset else None, file):
         if source is not None:
-            values = _merge(values, _read(source, objective))
+            values = merged(values, _read(source, objective))
     for item in sets:
         key, sign, text = item.partition("=")
         if not sign or not key.strip():
@@ -188,8 +189,8 @@ def load_config(
         nested: Any = value
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
-        values = _merge(values, nested)
-    values = _merge(values, {"objective": {"name": objective}})
+        values = merged(values, nested)
+    values = merged(values, {"objective": {"name": objective}})
     try:
         return DistillConfig.model_validate(values)
     except ValidationError as error:
@@ -268,15 +269,7 @@ def _read(path: Path, objective: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: want sections such as train: and data:")
     special = content.pop("objectives", None) or {}
-    return _merge(content, special.get(objective) or {})
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+    return merged(content, special.get(objective) or {})
 
 
 def _explain(error: ValidationError) -> str:

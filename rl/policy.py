@@ -286,13 +286,6 @@ class Policy:
         lora = {f"denoiser.{name}": p for name, p in named if f".{STUDENT}." in name}
         return lora | {f"tokens.{name}": p for name, p in self.tokens.named_parameters()}
 
-    def lora_state(self) -> dict[str, Tensor]:
-        """The student's LoRA in peft's names, on the CPU."""
-        from peft import get_peft_model_state_dict
-
-        state = get_peft_model_state_dict(self.network.module, adapter_name=STUDENT)
-        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-
     def start_slow(self) -> None:
         """Begin the moving average, equal to the student."""
         if not self._has(SLOW):

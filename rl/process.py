@@ -51,11 +51,6 @@ class Process(ABC):
     def step(self, x: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """One deterministic sampler step from t to t_next (both 0-dim)."""
 
-    @property
-    def initial_scale(self) -> float:
-        """Standard deviation of the first state of a rollout."""
-        return 1.0
-
 
 class Flow(Process):
     """Rectified flow: x_t = (1 - t) x_0 + t ε, velocity ε - x_0, t = sigma in [0, 1].

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 
@@ -151,8 +151,3 @@ def save_half(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None
     """Write tensors as float16 safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().half().contiguous().cpu() for k, v in tensors.items()}, folder / name)
-
-
-def load_single(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file as float32."""
-    return {k: v.float() for k, v in load_file(path).items()}
