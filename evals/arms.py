@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,7 @@ async def deliver(
     key = digest("delivery", name, version, request.model_dump(mode="json"), seed, budget, kit.identity)
 
     async def make() -> dict[str, Any]:
-        made = await answer(kit, request, seed, name)
+        made = await answer(replace(kit, version=version), request, seed, name)
         if not made.whole:
             raise _NotKept(made)
         return made.model_dump(mode="json")

@@ -138,6 +138,7 @@ class Kit:
         loop: Over the same parts.
         cache: Remembers.
         identity: What decides an outcome besides arm, request and seed; part of every key.
+        version: That of the arm at work.
     """
 
     settings: Settings
@@ -151,6 +152,7 @@ class Kit:
     loop: Loop
     cache: Cache
     identity: dict[str, Any] = field(default_factory=dict)
+    version: str = "1"
 
     def seeds(self, seed: int, round: int) -> list[int]:
         """The loop's own seeds of a round, so that round 0 is the same images in every arm."""
@@ -216,7 +218,8 @@ class Take:
 
     def __init__(self, kit: Kit, arm: str, request: Request, seed: int) -> None:
         self.kit, self.arm, self.request, self.seed = kit, arm, request, seed
-        self.run_id = f"eval-{arm}-{digest(kit.identity, arm, request.id, seed, kit.images, kit.rounds)[:12]}"
+        made_by = digest(kit.identity, arm, kit.version, request.id, seed, kit.images, kit.rounds)
+        self.run_id = f"eval-{arm}-{made_by[:12]}"
         self.shots: list[Shot] = []
         self.revisions: list[Revision] = []
         self.tokens = {"critic": 0, "rewriter": 0}
@@ -346,7 +349,7 @@ class Take:
                 warnings=self.problems,
             )
         )
-        await self.kit.recorder.record(*self.events)
+        await self._log()
         return Delivery(
             arm=self.arm,
             request=self.request.id,
@@ -359,3 +362,25 @@ class Take:
             failure=failure,
             complete=not self.problems,
         )
+
+    async def _log(self) -> None:
+        """Commit the events.
+
+        What an earlier attempt logged stands. What it lacked goes under another name, since the log skips what
+        it knows.
+        """
+        known = await self.kit.recorder.events(self.run_id)
+        attempts = sum(isinstance(event, RunFinished) for event in known)
+        there = {(event.type, event.round, event.index) for event in known if not _lacking(event)}
+        events = [event for event in self.events if (event.type, event.round, event.index) not in there]
+        if attempts:
+            events = [event.model_copy(update={"node": f"{event.node}.{attempts + 1}"}) for event in events]
+        await self.kit.recorder.record(*events)
+
+
+def _lacking(event: Event) -> bool:
+    return (
+        isinstance(event, RunFinished)
+        or (isinstance(event, Critiqued) and isinstance(event.critique, Missing))
+        or (isinstance(event, Rewarded) and event.value is None)
+    )

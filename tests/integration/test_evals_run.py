@@ -13,6 +13,7 @@ from emoloop.evals.document import Options
 from emoloop.evals.evaluate import evaluate
 from emoloop.evals.records import Reading
 from emoloop.evals.runner import EvaluationFailed
+from emoloop.recording import Rewarded, RunFinished
 from scripted import Scripted
 
 SUITE = {
@@ -216,6 +217,13 @@ async def test_what_an_arm_lacked_is_made_the_next_time(tmp_path):
         assert (first.failure, first.complete, len(first.shots)) == (None, False, 5)
         again = await deliver(ARMS["best_of_n"], "best_of_n", kit, request, 1)
         assert again.whole and len(again.shots) == 6 and len(painter.requests) == 7
+        events = await kit.recorder.events(again.run_id or "")
+        assert len([e for e in events if isinstance(e, Rewarded)]) == 6
+        assert [e.node for e in events if isinstance(e, RunFinished)] == ["finish", "finish.2"]
+        [row] = kit.recorder.store.runs()
+        assert (row.images, row.best_sha256) == (6, again.handed_over[0].sha256)
+        other = await deliver(ARMS["best_of_n"], "best_of_n", kit, request, 1, "2")
+        assert other.run_id != again.run_id
 
 
 def test_a_reward_that_fails_is_a_failure_of_the_arm(options, tmp_path):
