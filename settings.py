@@ -166,14 +166,6 @@ def load_settings(overrides: dict[str, Any] | None = None) -> Settings:
     Raises:
         UserError: An unknown key or a value out of range, in one line that names it.
     """
-
-    def pruned(node: dict[str, Any]) -> dict[str, Any]:
-        return {
-            key: pruned(value) if isinstance(value, dict) else value
-            for key, value in node.items()
-            if value is not None and value != {}
-        }
-
     _refuse_unknown_environment()
     try:
         return Settings(**pruned(overrides or {}))
@@ -187,13 +179,20 @@ def load_settings(overrides: dict[str, Any] | None = None) -> Settings:
         raise UserError(f"emoloop.toml: {error}") from error
 
 
+def pruned(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings without what was not given: the Nones."""
+    return {
+        key: pruned(value) if isinstance(value, dict) else value
+        for key, value in node.items()
+        if value is not None and value != {}
+    }
+
+
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested dicts of settings as one; `over` wins, but its None leaves what is there."""
+    """Two nested dicts of settings as one; `over` wins."""
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
-        if value is None and below is not None:
-            continue
         if isinstance(below, Mapping) and isinstance(value, Mapping):
             value = merged(below, value)
         result[key] = value

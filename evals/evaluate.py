@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..emotion import UserError
-from ..settings import load_settings, merged
+from ..settings import load_settings, merged, pruned
 from .arms import load_arm
 from .document import Options, Plan, describe
 from .judges import conflict, load_judge, reward_sources
@@ -38,7 +38,7 @@ def plan(options: Options) -> Plan:
         suite = suite.model_copy(update={"blocks": [block for block in blocks if block.prompts]})
         suite = Suite.model_validate(suite.model_dump())
     budget = {"loop": {"rounds": suite.rounds, "images": suite.images}}
-    settings = load_settings(merged(merged(suite.settings, options.settings), budget))
+    settings = load_settings(merged(merged(suite.settings, pruned(options.settings)), budget))
     adapters = dict(suite.adapters)
     if options.adapter or settings.generator.adapter:
         adapters["adapter"] = Path(options.adapter or settings.generator.adapter or "")

@@ -441,7 +441,7 @@ def _value(text: str) -> Any:
 def _settings_of(run: str, overrides: dict[str, Any]) -> tuple[Settings, str]:
     """The settings that a run began with, under what the command line says, and its full id."""
     from ..recording import RunStarted
-    from ..settings import Settings, load_settings, merged
+    from ..settings import Settings, load_settings, merged, pruned
     from ..traces.store import open_store
 
     settings = load_settings(overrides)
@@ -460,7 +460,7 @@ def _settings_of(run: str, overrides: dict[str, Any]) -> tuple[Settings, str]:
         # Defaults stay defaults: a model's own settings hold only where nobody has set anything.
         usual = getattr(plain, section).model_dump(mode="json")
         known[section] = {key: value for key, value in values.items() if usual.get(key, ...) != value}
-    return load_settings(merged(known, overrides)), name
+    return load_settings(merged(known, pruned(overrides))), name
 
 
 def _open(settings: Settings, console: Console) -> Loop:

@@ -211,6 +211,18 @@ def test_an_error_beyond_retries_is_one_line_and_resumable(shell, monkeypatch):
     assert shell("run", "--resume", "last")[0] == 0
 
 
+def test_a_resumed_run_keeps_the_model_that_it_began_with(shell):
+    (shell.folder / "emoloop.toml").write_text("[lvlm]\nconcurrency = 3\n")
+    words = ["--steps", "5", "--model", "drawing:make", "--reward", "emoloop.tools.reward:EmotionReward"]
+    shell("run", *ASKED, *words, "--out", "one", own_model=False)
+    from emoloop.graph.commands import _overrides, _settings_of
+
+    given = dict.fromkeys(("strict", "home", "lvlm", "set_"))
+    settings, _ = _settings_of("last", _overrides(given))
+    assert (settings.generator.model, settings.generator.steps) == ("drawing:make", 5)
+    assert settings.loop.reward == "emoloop.tools.reward:EmotionReward"
+
+
 def test_debugging_shows_where_it_broke(shell, monkeypatch):
     from emoloop.traces.recorder import StoreRecorder
 

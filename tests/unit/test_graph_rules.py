@@ -20,7 +20,7 @@ from emoloop.graph.nodes import read_review
 from emoloop.graph.policy import best_of, decide, reached
 from emoloop.graph.retry import retryable
 from emoloop.graph.state import Context, candidate_seed, read_prompt, read_run_id
-from emoloop.settings import LoopSettings, lvlm_settings, merged
+from emoloop.settings import LoopSettings, lvlm_settings, merged, pruned
 from emoloop.tools.reward import EmotionReward, emotion_error, load_reward
 from langgraph.errors import NodeTimeoutError
 
@@ -299,5 +299,5 @@ def test_one_word_about_the_lvlm():
 
 def test_settings_merge():
     assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}}) == {"a": {"b": 4, "c": 2}, "d": 3}
-    assert merged({"a": {"b": 1}, "d": 3}, {"a": {"b": None}, "d": None}) == {"a": {"b": 1}, "d": 3}
+    assert pruned({"a": {"b": None, "c": 0}, "d": None, "e": {}}) == {"a": {"c": 0}}
     assert json.dumps(merged({}, {"a": {"b": None}})) == '{"a": {"b": null}}'
