@@ -15,6 +15,7 @@ RECIPES = {
     "generator": ("generator", 5000, 32, 1.2e-3, 0.998),
     "lvlm": ("lvlm", 6000, 32, 1.0e-3, 0.998),
     "lvlm-vision": ("lvlm", 3000, 32, 1.5e-3, 0.998),
+    "lvlm-rewriter": ("lvlm", 1600, 36, 7.0e-4, 0.998),
     "judge": ("recogniser", 2500, 48, 2.0e-3, 0.995),
     "guard": ("recogniser", 2500, 48, 2.0e-3, 0.995),
 }
@@ -51,8 +52,8 @@ def main() -> None:
         init=args.init,
     )  # fmt: skip
     train = import_module(f"{__package__}.{module}").train
-    extra = {"judge": ["judge"], "guard": ["guard"], "lvlm-vision": [True]}.get(args.model, [])
-    losses = train(recipe, *extra)
+    extra = {"judge": ["judge"], "guard": ["guard"], "lvlm-vision": ["vision"], "lvlm-rewriter": ["rewriter"]}
+    losses = train(recipe, *extra.get(args.model, []))
     if losses:
         print(f"loss {losses[0]:.4f} → {sum(losses[-20:]) / len(losses[-20:]):.4f} after {len(losses)} steps")
 

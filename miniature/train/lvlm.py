@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -248,13 +249,14 @@ class _Sight(nn.Module):
         }
 
 
-def train(recipe: Recipe, vision_only: bool = False) -> list[float]:
+def train(recipe: Recipe, part: Literal["all", "vision", "rewriter"] = "all") -> list[float]:
     """Train and write the model to `recipe.out / "model"`.
 
     Args:
         recipe: The run.
-        vision_only: Teach the vision tower alone. A step then costs a fifth, so that it sees many more pictures;
-            a second run takes its checkpoint as `init`.
+        part: "vision" teaches the vision tower alone: a step then costs a fifth, so that it sees many more
+            pictures; a second run takes its checkpoint as `init`. "rewriter" shows three rewrites for each
+            critique, "all" the other way round.
     """
     torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer(0)
@@ -290,7 +292,7 @@ def train(recipe: Recipe, vision_only: bool = False) -> list[float]:
     elif recipe.init is not None:
         state = torch.load(recipe.init, map_location=recipe.device, weights_only=True)["average"]
         trainee.load_state_dict(state, strict=False)
-    if vision_only:
+    if part == "vision":
         model.requires_grad_(False)
         model.model.vision_model.requires_grad_(True)
 
@@ -305,19 +307,21 @@ def train(recipe: Recipe, vision_only: bool = False) -> list[float]:
 
     def joint_loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([recipe.seed, step])
-        critiques = [critic_example(rng, world.FOLDS["critic"]) for _ in range(recipe.batch * 3 // 4)]
+        looks = recipe.batch // 4 if part == "rewriter" else recipe.batch * 3 // 4
+        critiques = [critic_example(rng, world.FOLDS["critic"]) for _ in range(looks)]
         shown = [e.pixels for e in critiques if e.pixels is not None]
         patches.clear()
         seen = answer_loss(*collate(tokenizer, critiques), spoil(rng, codec, np.stack(shown)))
         parts = sight.loss(patches.pop(), [e.scene for e in critiques if e.scene is not None], shown)
-        rewrites = [rewriter_example(rng) for _ in range(recipe.batch // 4)]
+        rewrites = [rewriter_example(rng) for _ in range(recipe.batch - looks)]
         written = answer_loss(*collate(tokenizer, rewrites), None)
         metrics = {"critic": seen.item(), "rewriter": written.item()} | {
             k: v.item() for k, v in parts.items()
         }
-        return seen + 0.5 * written + 0.5 * torch.stack(list(parts.values())).sum(), metrics
+        first, second = (0.5, 1.0) if part == "rewriter" else (1.0, 0.5)
+        return first * seen + second * written + 0.5 * torch.stack(list(parts.values())).sum(), metrics
 
-    loss = sight_loss if vision_only else joint_loss
+    loss = sight_loss if part == "vision" else joint_loss
     for _ in recipe.run(trainee, loss, "lvlm"):
         pass
     model.tie_weights()
