@@ -115,6 +115,9 @@ def _make_in_processes(options: Options, processes: int) -> None:
         environment = dict(os.environ)
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = str(which % devices)
+        else:
+            # Processes that each take all cores hinder one another.
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         arguments = json.dumps(asdict(options) | {"shard": [which, processes]}, default=str)
         command = [sys.executable, "-m", f"{__package__}.shard", arguments]
         children.append(subprocess.Popen(command, env=environment, stdout=sys.stderr))
