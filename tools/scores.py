@@ -10,6 +10,7 @@ same reader takes full critiques that came with log-probabilities.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,10 @@ KEYS = ("valence", "arousal")
 #: The answer is {"valence": "+1.2", "arousal": "-0.3"}: its given beginning, and what the model says of it.
 BEGINNING = '{"valence": "'
 REST = r'[+-][0-3]\.[0-9]", "arousal": "[+-][0-3]\.[0-9]'
+
+#: Alternatives for each place. Those beyond weigh next to nothing, and putting them into words costs a server as much
+#: as decoding does.
+TOP = 3
 
 #: Signs and digits that a number may be made of, place by place; the point is no choice.
 PLACES = ("+-", "0123", "", "0123456789")
@@ -46,18 +51,31 @@ class Score:
 def score_only(model: BaseChatModel) -> Runnable[list[BaseMessage], BaseMessage]:
     """The model, bound to answer with the two numbers only; `read_scores` reads what comes back.
 
+    A grammar costs a server a quarter of such a short answer, and a model that knows the format needs none: it is
+    asked freely first, and by the grammar only where the answer is not of the format.
+
     Args:
         model: One of ours (`tools.lvlm`): other servers don't continue an answer or take a regular
             expression.
     """
-    bound = model.bind(
-        structured_outputs={"regex": REST},
-        max_tokens=32,
-        temperature=0.0,
-        logprobs=True,
-        top_logprobs=10,  # as many as there are digits; more cost a server more than the decoding
-    )
-    return RunnableLambda(_begin) | bound
+    free = model.bind(max_tokens=32, temperature=0.0, logprobs=True, top_logprobs=TOP)
+    held = free.bind(structured_outputs={"regex": REST})
+
+    def ask(messages: list[BaseMessage]) -> BaseMessage:
+        begun = _begin(messages)
+        answer = free.invoke(begun)
+        return answer if _fits(answer) else held.invoke(begun)
+
+    async def aask(messages: list[BaseMessage]) -> BaseMessage:
+        begun = _begin(messages)
+        answer = await free.ainvoke(begun)
+        return answer if _fits(answer) else await held.ainvoke(begun)
+
+    return RunnableLambda(ask, aask)
+
+
+def _fits(answer: BaseMessage) -> bool:
+    return re.match(REST, answer.text.removeprefix(BEGINNING)) is not None
 
 
 def _begin(messages: list[BaseMessage]) -> list[BaseMessage]:
@@ -69,15 +87,14 @@ def read_scores(message: BaseMessage) -> dict[str, Score]:
 
     Args:
         message: The answer to a model bound by `score_only`, or any critique asked for with `logprobs=True`
-            and
-            `top_logprobs=10`.
+            and `top_logprobs=3`.
 
     Raises:
         ValueError: No log-probabilities, or a number that is missing from the answer.
     """
     logprobs = message.response_metadata.get("logprobs") if isinstance(message, AIMessage) else None
     if not logprobs or not logprobs.get("content"):
-        raise ValueError("the answer has no log-probabilities: ask with logprobs=True, top_logprobs=10")
+        raise ValueError("the answer has no log-probabilities: ask with logprobs=True, top_logprobs=3")
     tokens = logprobs["content"]
     if not message.text.startswith("{"):
         tokens = [{"token": BEGINNING, "logprob": 0.0, "top_logprobs": []}, *tokens]

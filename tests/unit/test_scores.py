@@ -5,8 +5,11 @@ import math
 import pytest
 from emoloop.agents.scorer import Scorer
 from emoloop.emotion import EmotionTarget
-from emoloop.tools.scores import read_scores
-from langchain_core.messages import AIMessage
+from emoloop.tools.scores import REST, read_scores, score_only
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
+from pydantic import Field
 
 
 def token(text, chances=None):
@@ -85,3 +88,31 @@ def test_reward():
     got = read_scores(answer('{"valence": "', SURE, '", "arousal": "', SURE, '"}'))
     assert Scorer.reward(got, EmotionTarget(valence=1.5)) == pytest.approx(1)
     assert Scorer.reward(got, EmotionTarget(valence=1.5, arousal=-1.5)) == pytest.approx(0.5)
+
+
+class Talkative(BaseChatModel):
+    """Answers in prose unless a grammar holds it."""
+
+    asked: list = Field(default_factory=list)
+    knows: bool = False
+
+    @property
+    def _llm_type(self):
+        return "talkative"
+
+    def _generate(self, messages, stop=None, run_manager=None, **kwargs):
+        held = kwargs.get("structured_outputs")
+        self.asked.append((messages[-1].text, held))
+        text = '+1.5", "arousal": "-0.5' if held or self.knows else "about one and a half"
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(text))])
+
+
+@pytest.mark.parametrize("knows", [True, False])
+async def test_the_grammar_is_for_models_that_need_it(knows):
+    model = Talkative(knows=knows, asked=[])
+    scorer = score_only(model)
+    said = scorer.invoke([HumanMessage("score:")]).text
+    assert said == (await scorer.ainvoke([HumanMessage("score:")])).text == '+1.5", "arousal": "-0.5'
+    assert {text for text, _ in model.asked} == {'{"valence": "'}
+    grammar = {"regex": REST}
+    assert [held for _, held in model.asked] == ([None] if knows else [None, grammar]) * 2
