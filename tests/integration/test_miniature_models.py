@@ -99,13 +99,20 @@ async def test_critic_reads_held_out_renders() -> None:
     assert all(isinstance(c, Critique) for c in found)
     truth = np.array([law.affect(s, p) for s, p in zip(scenes, pixels, strict=True)])
     read = np.array([(c.valence, c.arousal) for c in found if isinstance(c, Critique)])
-    assert (np.median(np.abs(read - truth), axis=0) < 0.7).all()
-    assert min(np.corrcoef(read[:, i], truth[:, i])[0, 1] for i in (0, 1)) > 0.7
+    assert (np.median(np.abs(read - truth), axis=0) < 0.3).all()
+    assert min(np.corrcoef(read[:, i], truth[:, i])[0, 1] for i in (0, 1)) > 0.95
 
 
 @pytest.mark.training
 @pytest.mark.parametrize(
-    ("model", "steps", "batch"), [("generator", 24, 8), ("lvlm", 24, 8), ("judge", 30, 16)]
+    ("model", "steps", "batch"),
+    [
+        ("generator", 24, 8),
+        ("lvlm-vision", 24, 8),
+        ("lvlm", 24, 8),
+        ("lvlm-rewriter", 24, 8),
+        ("judge", 30, 16),
+    ],
 )
 def test_recipes_start_from_nothing_and_learn(
     tmp_path, model: str, steps: int, batch: int, monkeypatch
