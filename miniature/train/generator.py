@@ -77,16 +77,19 @@ def build_transformer() -> SD3Transformer2DModel:
     return transformer
 
 
+#: What tells a whole picture, in the order of `whole`.
+FACTORS = (world.PLACES, world.WEATHER, world.BRIGHTNESS, world.SATURATION, world.TINT)
+#: Classes of `layout`: background and every icon.
+THINGS = 1 + len(world.SUBJECTS) + len(world.COMPANIONS)
+
+
 class _Heads(nn.Module):
     """Predicts what covers each token, and what the whole picture is like. Lives only in training."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.things = nn.Linear(WIDTH, 1 + len(world.SUBJECTS) + len(world.COMPANIONS))
-        sizes = [
-            len(t) for t in (world.PLACES, world.WEATHER, world.BRIGHTNESS, world.SATURATION, world.TINT)
-        ]
-        self.whole = nn.ModuleList(nn.Linear(WIDTH, size) for size in sizes)
+        self.things = nn.Linear(WIDTH, THINGS)
+        self.whole = nn.ModuleList(nn.Linear(WIDTH, len(table)) for table in FACTORS)
 
 
 _SUBJECT_INDEX = {name: 1 + i for i, name in enumerate(world.SUBJECTS)}
@@ -108,9 +111,8 @@ def layout(scene: world.Scene) -> np.ndarray:
 
 def whole(scene: world.Scene) -> list[int]:
     """Indices of place, weather, brightness, saturation and tint."""
-    tables = (world.PLACES, world.WEATHER, world.BRIGHTNESS, world.SATURATION, world.TINT)
     values = (scene.place, scene.weather, scene.brightness, scene.saturation, scene.tint)
-    return [list(table).index(value) for table, value in zip(tables, values, strict=True)]
+    return [list(table).index(value) for table, value in zip(FACTORS, values, strict=True)]
 
 
 def draw_batch(seed: int, step: int, size: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ from .. import law, world
 from ..codec import PatchAutoencoder
 from ..episodes import Example, critic_example, rewriter_example
 from .common import Recipe
-from .generator import layout, whole
+from .generator import FACTORS, THINGS, layout, whole
 
 IMAGE_TOKENS = 16
 # The order fixes the ids: pad, end of answer, roles, then what Idefics3's processor puts around an image.
@@ -224,9 +224,8 @@ class _Sight(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.things = nn.Linear(width, 1 + len(world.SUBJECTS) + len(world.COMPANIONS))
-        tables = (world.PLACES, world.WEATHER, world.BRIGHTNESS, world.SATURATION, world.TINT)
-        self.whole = nn.ModuleList(nn.Linear(width, len(table)) for table in tables)
+        self.things = nn.Linear(width, THINGS)
+        self.whole = nn.ModuleList(nn.Linear(width, len(table)) for table in FACTORS)
         self.affect = nn.Linear(width, 4)
 
     def loss(self, patches: Tensor, scenes: list[world.Scene], pixels: list[np.ndarray]) -> dict[str, Tensor]:
