@@ -1,6 +1,6 @@
 """Score-only mode: valence and arousal from the probabilities of a few tokens, without a written critique.
 
-The answer's beginning is put into the model's mouth, it says the two numbers, and there the decoding ends. What
+The answer's beginning is put into the model's mouth and it says the two numbers, nothing before them. What
 it says is the most likely number; what it *believes* is spread over signs and digits, and the expectation over
 that is finer than one decimal. It costs a fifth of a critique's tokens and is less accurate, because the
 reasoning that comes before the numbers is missing: a second, cheaper reward with an accuracy of its own. The
