@@ -239,18 +239,3 @@ def test_close_leaves_nothing(server, connect):
         time.sleep(0.01)
     assert not any(t.name == "emoloop-vllm" for t in threading.enumerate())
     assert model.invoke("x").content == "ok"
-
-
-def test_soak_bench(server, monkeypatch):
-    from emoloop.evals.bench import soak
-    from scripted import critic_answer
-
-    server.script = lambda number, body: chat(critic_answer())
-    monkeypatch.setenv("EMOLOOP_LVLM__BASE_URL", server.url)
-    monkeypatch.setenv("EMOLOOP_LVLM__MODEL", "tiny")
-    figures = soak.main(n=60, warm_up=20, concurrency=4)["figures"]
-    assert figures["answered"] == 1.0
-    assert figures["connections_growth"] == 0
-    assert figures["connections_after_close"] < figures["connections"]
-    assert figures["memory_growth_mb"] < 50
-    assert server.most_at_once <= 4
