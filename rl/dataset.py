@@ -56,6 +56,10 @@ class DataConfig(BaseModel):
     Attributes:
         refined: Which rewritten prompts teach: "all" that gained, "best" the one of each run that gained most,
             "winner" that of the winning round (none where a lucky image of round 0 won).
+        told: The target of a pair: "wanted" is the run's, "read" what the critic read in the rewritten round, in the
+            mean (hindsight, Andrychowicz et al. 2017, arXiv 1707.01495): a prompt that missed its target teaches
+            exactly what it hit, so that the student need not average over misses. The gain is then counted
+            towards that target.
         min_gain: Pairs need more gain than this.
         max_spread: Leave out candidates on which critics (or one critic's samples) differ by more points of
             valence or arousal; None keeps all.
@@ -73,6 +77,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     refined: Literal["all", "best", "winner"] = "all"
+    told: Literal["wanted", "read"] = "wanted"
     min_gain: float = 0.0
     max_spread: float | None = Field(default=None, gt=0)
     gate: Literal["unselected", "all"] = "unselected"
@@ -91,7 +96,8 @@ class Example:
     Attributes:
         run_id: The run it comes from.
         prompt: The neutral prompt.
-        target: The wanted emotion.
+        target: The emotion that the student is told.
+        wanted: What the run was after, where that is something else (`DataConfig.told`).
         number: Its place in the source, the same for as long as the data are.
         refined: The winning round's prompt.
         advantage: Its gain.
@@ -106,6 +112,7 @@ class Example:
     run_id: str
     prompt: str
     target: EmotionTarget
+    wanted: EmotionTarget | None = None
     number: int = 0
     refined: str | None = None
     advantage: float | None = None
@@ -185,7 +192,8 @@ class _Place(NamedTuple):
 class _Index:
     """Growing columns that end as compact arrays."""
 
-    pairs: list[tuple[int, int, float]] = field(default_factory=list)  # run, winning round, gain
+    #: Run, round, gain, and the valence and arousal that are told in place of the wanted ones.
+    pairs: list[tuple[int, int, float, float, float]] = field(default_factory=list)
     bests: list[tuple[int, int, int]] = field(default_factory=list)  # run, round, index
     preferences: list[tuple[int, int, int, int, int, int, int]] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)  # run
@@ -271,7 +279,7 @@ class Dataset:
             values = np.array([row.reward for row in usable], dtype=np.float64)
             counts["rewarded"] += len(values)
             rewards += np.histogram(np.clip(values, -2, 2), 40, (-2, 2))[0]
-            found, reason = self._index(index, number, run.run_id, usable)
+            found, reason = self._index(index, number, run.run_id, target, usable)
             gains += found
             if reason is not None:
                 dropped[reason] += 1
@@ -280,7 +288,10 @@ class Dataset:
         if "across" in self.config.kinds:
             self._across(index, {run_id: number for number, run_id in enumerate(ids)})
         self._tables: dict[str, np.ndarray] = {
-            "pairs": np.array(index.pairs, dtype=[("run", "u4"), ("round", "u2"), ("gain", "f4")]),
+            "pairs": np.array(
+                index.pairs,
+                dtype=[("run", "u4"), ("round", "u2"), ("gain", "f4"), ("valence", "f4"), ("arousal", "f4")],
+            ),
             "bests": np.array(index.bests, dtype=[("run", "u4"), ("round", "u2"), ("index", "u2")]),
             "preferences": np.array(
                 index.preferences,
@@ -345,15 +356,11 @@ class Dataset:
         for row in rows:
             valence, arousal, _ = said.get(row.sha256 or "", _Said())
             if valence is not None or arousal is not None:
-                valence = row.valence if valence is None else valence
-                arousal = row.arousal if arousal is None else arousal
-                if valence is not None and arousal is not None:
-                    read = Critique(
-                        valence=valence,
-                        arousal=arousal,
-                        category=self._category(run_id, row),
-                        alignment=1.0 if row.alignment is None else row.alignment,
-                    )
+                row = row._replace(
+                    valence=row.valence if valence is None else valence,
+                    arousal=row.arousal if arousal is None else arousal,
+                )
+                if read := _critique(row, self._category(run_id, row)):
                     self._again = self._again or self._find_reward(run_id)
                     row = row._replace(reward=self._again(read, target), spread=None)
             if self._usable(row):
@@ -385,7 +392,7 @@ class Dataset:
         )
 
     def _index(
-        self, index: _Index, run: int, run_id: str, rows: list[_Row]
+        self, index: _Index, run: int, run_id: str, target: EmotionTarget, rows: list[_Row]
     ) -> tuple[list[float], str | None]:
         """Add one run to the sources; the gains of its rewritten rounds, and why it gives no pair."""
         if not rows:
@@ -403,14 +410,19 @@ class Dataset:
             return [], "no reward in round 0"
         if self.config.refined == "winner" and best.round == 0:
             return [], "round 0 won"
-        unaided = np.mean([row.reward for row in first])  # type: ignore[arg-type]
         gains: dict[int, float] = {}
+        told: dict[int, EmotionTarget] = {}
         for number in sorted({row.round for row in rows} - {0}):
-            images = [row for row in rows if row.round == number]
-            if self.config.gate == "unselected":
-                images = [row for row in images if row is not best]
-            if images and (self.config.refined != "winner" or number == best.round):
-                gains[number] = float(np.mean([row.reward for row in images]) - unaided)  # type: ignore[arg-type]
+            every = [row for row in rows if row.round == number]
+            images = [row for row in every if self.config.gate == "all" or row is not best]
+            if not images or (self.config.refined == "winner" and number != best.round):
+                continue
+            if self.config.told == "wanted":
+                gained, unaided = ([row.reward for row in some] for some in (images, first))
+            else:
+                told[number] = _read(every, target)
+                gained, unaided = (self._towards(told[number], run_id, some) for some in (images, first))
+            gains[number] = float(np.mean(gained) - np.mean(unaided))  # type: ignore[arg-type]
         if not gains:
             alone = any(row.round for row in rows)
             return [], "one image a round: none is left to measure the gain with" if alone else "no rewrite"
@@ -418,8 +430,16 @@ class Dataset:
         if self.config.refined == "best" and kept:
             number = max(kept, key=kept.__getitem__)
             kept = {number: kept[number]}
-        index.pairs += [(run, number, gain) for number, gain in kept.items()]
+        for number, gain in kept.items():
+            point = told[number].point if number in told else (None, None)
+            valence, arousal = (math.nan if axis is None else axis for axis in point)
+            index.pairs.append((run, number, gain, valence, arousal))
         return list(gains.values()), None if kept else "gain too small"
+
+    def _towards(self, target: EmotionTarget, run_id: str, rows: Sequence[_Row]) -> list[float]:
+        """Rewards of images for another target than their run's."""
+        self._again = self._again or self._find_reward(run_id)
+        return [self._again(read, target) for row in rows if (read := _critique(row, None))]
 
     def _prefer(
         self, index: _Index, run: int, run_id: str, best: _Row, first: list[_Row], rows: list[_Row]
@@ -522,6 +542,13 @@ class Dataset:
                     shown = inside[int(chance * len(inside))].sha256
                     refined = prompts[run_id, int(row["round"])]
                     example = replace(example, refined=refined, advantage=float(row["gain"]), image=shown)
+                    axes = {
+                        axis: float(row[axis]) for axis in ("valence", "arousal") if not math.isnan(row[axis])
+                    }
+                    if axes:
+                        example = replace(
+                            example, target=EmotionTarget.model_validate(axes), wanted=example.target
+                        )
                 case "bests":
                     example = replace(
                         example, winner=mine[_Place(int(row["round"]), int(row["index"]))].sha256
@@ -665,6 +692,24 @@ def _distance(one: Any, other: Any) -> float:
     """How far two targets are apart, on the axes that both want."""
     pairs = ((one.point_valence, other.point_valence), (one.point_arousal, other.point_arousal))
     return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=0.0)
+
+
+def _critique(row: _Row, category: Emotion | None) -> Critique | None:
+    """A candidate's reading as rewards take it."""
+    if row.valence is None or row.arousal is None:
+        return None
+    alignment = 1.0 if row.alignment is None else row.alignment
+    return Critique(valence=row.valence, arousal=row.arousal, category=category, alignment=alignment)
+
+
+def _read(rows: Sequence[_Row], wanted: EmotionTarget) -> EmotionTarget:
+    """The mean reading of a round, on the axes that were wanted."""
+    means = {
+        axis: float(np.mean([value for row in rows if (value := getattr(row, axis)) is not None]))
+        for axis, aim in zip(("valence", "arousal"), wanted.point, strict=True)
+        if aim is not None
+    }
+    return EmotionTarget.model_validate(means)
 
 
 def _human_feedback(store: TraceStore, chosen: Select[Any]) -> dict[str, dict[str, _Said]]:

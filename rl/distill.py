@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,10 @@ def _guards(config: DistillConfig, policy: Policy, cache: Cache, dataset: Datase
     for source in ("pairs", "bests"):
         held_out = dataset.examples(source, "held_out")
         if len(held_out):
-            return Guards(config.guard, policy, cache, held_out.fetch(range(min(len(held_out), 256))))
+            shown = held_out.fetch(range(min(len(held_out), 256)))
+            # What will be asked of the adapter is a person's target, not what a prompt happened to hit.
+            asked = [replace(it, target=it.wanted or it.target) for it in shown]
+            return Guards(config.guard, policy, cache, asked)
     return None
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -186,6 +186,7 @@ class Policy:
         guidance: float | None = None,
         generator: torch.Generator,
         keep: int,
+        early: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """States of the student's own guided sampling.
 
@@ -195,18 +196,20 @@ class Policy:
             steps: Sampler steps, None for the default.
             guidance: None for the default.
             generator: CPU generator of the noise and of the choice of states.
-            keep: States a row, at most `steps`, drawn without repetition and for each row by itself.
+            keep: States a row, drawn without repetition and for each row by itself; at most as many as there are.
+            early: Share of the steps, from the noisy end, whose states are drawn from; the rest is not walked.
 
         Returns:
             States (keep · B, C, H, W) and times (keep · B,), state-major.
         """
         steps = steps or self.steps
-        n, keep = len(condition), min(keep, steps)
+        n, walked = len(condition), max(1, round(early * steps))
         noise = torch.randn(n, *self.latent_shape, generator=generator)
-        chosen = torch.rand(n, steps, generator=generator).argsort(1)[:, :keep]
+        chosen = torch.rand(n, walked, generator=generator).argsort(1)[:, :keep]
         with self._voice(STUDENT):
             # The last step leads to the clean image, which is no state to learn from.
-            path = list(self._walk(noise.to(self.device), condition, target, steps, guidance, last=False))
+            walk = self._walk(noise.to(self.device), condition, target, steps, guidance, last=False)
+            path = list(islice(walk, walked))
         states, times = zip(*path, strict=True)
         kept = torch.stack(states)[chosen.T, torch.arange(n)].reshape(-1, *self.latent_shape)
         return kept, torch.stack(times)[chosen.T].reshape(-1).to(self.device)

@@ -62,6 +62,7 @@ def run_events(
     target: EmotionTarget | None = None,
     category: Emotion | None = None,
     reward_path: str | None = None,
+    reading: Callable[[int, int], tuple[float, float]] = lambda round_, index: (0.1 * index, 0.0),
 ) -> list[Event]:
     run_id = f"run-{run:04d}"
     neutral = prompt or PROMPTS[run % len(PROMPTS)]
@@ -96,8 +97,8 @@ def run_events(
                 critique: Critique | Missing = Missing(reason="the critic timed out")
             else:
                 critique = Critique(
-                    valence=0.1 * index,
-                    arousal=0.0,
+                    valence=reading(round_, index)[0],
+                    arousal=reading(round_, index)[1],
                     category=category,
                     alignment=1.0,
                     valence_spread=spread,

@@ -76,8 +76,12 @@ class PolicyView(Protocol):
         guidance: float | None,
         generator: torch.Generator,
         keep: int,
+        early: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """`keep` states for each row of the student's own guided sampling: (keep * B, …), (keep * B,)."""
+        """`keep` states for each row of the student's own guided sampling: (keep * B, …), (keep * B,).
+
+        They come from the share `early` of the steps, from the noisy end.
+        """
         ...
 
 

@@ -50,6 +50,10 @@ class OPD(Objective):
         guidance: Guidance of a rollout; None takes the model's default.
         on_policy: Share of batches that use the student's own states; the rest use noised images of the
             winning round, which cost no rollout and lie where the teacher's own images lie.
+        early: Share of a rollout's steps, from the noisy end, whose states are used. One neutral prompt and target
+            stand for many refined prompts, and on a state that shows what kind of image it is becoming only those
+            are right that would make it so: the others pull it towards an average. Early states show nothing
+            yet; later ones are better taken from logged images of the very prompt (`on_policy` below 1).
         space: "velocity" weighs all times alike; "clean" compares the implied clean images (w = t²).
         teacher: "reference" is what made the traces; "slow" is the student's own moving average, which hears
             the refined prompt beside the target and so may pass the reference.
@@ -61,6 +65,7 @@ class OPD(Objective):
     rollout_steps: int | None = Field(default=None, ge=1)
     guidance: float | None = Field(default=None, ge=0)
     on_policy: float = Field(default=1.0, ge=0, le=1)
+    early: float = Field(default=1.0, gt=0, le=1)
     space: Literal["velocity", "clean"] = "velocity"
     teacher: Literal["reference", "slow"] = "reference"
     teacher_decay: float = Field(default=0.999, ge=0, lt=1)
@@ -87,6 +92,7 @@ class OPD(Objective):
                 guidance=self.guidance,
                 generator=generator,
                 keep=self.states,
+                early=self.early,
             )
         else:
             parts = [self.draw_states(batch, "latents", policy, generator)[:2] for _ in range(self.states)]

@@ -104,9 +104,11 @@ def test_rollout_keeps_states_of_its_own_path() -> None:
     stir(policy)
     told, target = policy.network.encode("a boat").expand(4), torch.ones(4, 2)
 
-    def roll(seed: int, keep: int = 2, steps: int = 5) -> Any:
+    def roll(seed: int, keep: int = 2, steps: int = 5, early: float = 1.0) -> Any:
         generator = torch.Generator().manual_seed(seed)
-        return policy.rollout(told, target, steps=steps, guidance=None, generator=generator, keep=keep)
+        return policy.rollout(
+            told, target, steps=steps, guidance=None, generator=generator, keep=keep, early=early
+        )
 
     x, t = roll(0)
     assert x.shape == (8, *policy.latent_shape) and t.shape == (8,)
@@ -122,6 +124,10 @@ def test_rollout_keeps_states_of_its_own_path() -> None:
     for row in range(4):
         first = next(i for i in range(5) if t.reshape(5, 4)[i, row] == 1)
         assert torch.equal(x.reshape(5, 4, *policy.latent_shape)[first, row], noise[row])
+    # Early states are the noisy ones, and no more than there are.
+    x, t = roll(0, keep=4, early=0.4)
+    assert x.shape == (8, *policy.latent_shape)
+    assert set(t.tolist()) == set(sorted(times)[-2:])
 
 
 def test_dpo_on_a_unet_equals_the_formula_of_diffusers() -> None:

@@ -9,6 +9,7 @@ import pytest
 from emoloop.emotion import Critique, Emotion, EmotionTarget, UserError
 from emoloop.recording import Critiqued, HumanFeedback
 from emoloop.rl.dataset import DataConfig, Dataset, held_out, source_for
+from emoloop.tools.reward import load_reward
 from emoloop.traces.rows import RunFilter
 from emoloop.traces.store import open_store
 from rl_log import default_reward, run_events, settings_for, write_log
@@ -43,6 +44,33 @@ def test_which_rewritten_prompts_teach(tmp_path: Path) -> None:
         assert gains(min_gain=0.5) == pytest.approx([0.8])
         with pytest.raises(UserError, match="round 0 won"):
             gains(refined="winner")
+
+
+def test_in_hindsight_a_prompt_teaches_what_it_hit(tmp_path: Path) -> None:
+    def reading(round_: int, index: int) -> tuple[float, float]:
+        return (0.0, 0.0) if round_ == 0 else (1.0 + 0.3 * index, -0.6)
+
+    asked = EmotionTarget(valence=-2.0, arousal=2.0)
+    with open_store(write_log(tmp_path, 1, reading=reading, target=asked)) as store:
+        every = DataConfig(held_out=0, told="read", gate="all")
+        (pair,) = Dataset(store, every).examples("pairs").fetch([0])
+        assert pair.wanted == asked
+        assert pair.target.point == pytest.approx((1.3, -0.6))
+        reward = load_reward("emotion")
+
+        def mean(round_: int) -> float:
+            seen = [reading(round_, index) for index in range(3)]
+            reads = [Critique(valence=v, arousal=a, category=None, alignment=1.0) for v, a in seen]
+            return float(np.mean([reward(read, pair.target) for read in reads]))
+
+        assert pair.advantage == pytest.approx(mean(1) - mean(0))
+        assert pair.advantage > 0.2
+        # An axis that nobody asked for is not told either.
+    with open_store(
+        write_log(tmp_path / "one", 1, reading=reading, target=EmotionTarget(valence=-2.0))
+    ) as store:
+        (pair,) = Dataset(store, every).examples("pairs").fetch([0])
+        assert pair.target.point == pytest.approx((1.3, None))
 
 
 def test_each_source_holds_what_it_says(tmp_path: Path) -> None:
