@@ -12,7 +12,7 @@ from emoloop.emotion import Critique, EmotionTarget
 from emoloop.miniature import law, world
 from emoloop.miniature.codec import PatchAutoencoder
 from emoloop.miniature.judge import WEIGHTS, Guard, LawJudge
-from emoloop.settings import LVLMSettings
+from emoloop.settings import GeneratorSettings, LVLMSettings
 from emoloop.tools.generator import ImageRequest, load_generator
 from emoloop.tools.lvlm import load_lvlm
 from PIL import Image
@@ -126,3 +126,26 @@ def test_recipes_start_from_nothing_and_learn(
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
     assert (tmp_path / "model").is_dir()
+
+
+async def test_the_shipped_adapter_hears_the_target() -> None:
+    """One pass of a subject that the collected runs never had; read by the guard, which gave no reward."""
+    corners = [(1.8, -1.0), (1.8, 1.5), (-1.5, 1.5), (-1.5, -1.0)]
+    targets = [EmotionTarget(valence=valence, arousal=arousal) for valence, arousal in corners]
+
+    async def error(adapter: str | None) -> float:
+        settings = GeneratorSettings(model="miniature", adapter=adapter)
+        generator = load_generator(settings.model, settings)
+        asked = [ImageRequest("a fox by the sea", seed, target=t) for t in targets for seed in range(2)]
+        made = await generator.generate(asked)
+        await generator.aclose()
+        seen = Guard().read([image.image for image in made])
+        off = [
+            abs(read.valence - (request.target.valence or 0))
+            + abs(read.arousal - (request.target.arousal or 0))
+            for read, request in zip(seen, asked, strict=True)
+            if request.target
+        ]
+        return float(np.mean(off))
+
+    assert await error(str(WEIGHTS.parent / "adapters" / "opd")) < await error(None) - 0.8
