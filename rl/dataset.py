@@ -361,8 +361,7 @@ class Dataset:
                     arousal=row.arousal if arousal is None else arousal,
                 )
                 if read := _critique(row, self._category(run_id, row)):
-                    self._again = self._again or self._find_reward(run_id)
-                    row = row._replace(reward=self._again(read, target), spread=None)
+                    row = row._replace(reward=self._reward_again(run_id)(read, target), spread=None)
             if self._usable(row):
                 out.append(row)
         return out
@@ -373,6 +372,12 @@ class Dataset:
         here = select(c.category).where(c.run_id == run_id, c.round == row.round, c.index == row.index)
         with self._store.read() as connection:
             return connection.scalar(here)
+
+    def _reward_again(self, run_id: str) -> Reward:
+        """What computes a reward anew; looked for once, and only where it is needed."""
+        if self._again is None:
+            self._again = self._find_reward(run_id)
+        return self._again
 
     def _find_reward(self, run_id: str) -> Reward:
         """The reward that the log names; a newcomer's own by the path in its run's settings."""
@@ -386,7 +391,8 @@ class Dataset:
                 if (found.name, found.version) == self.reward:
                     return found
         raise UserError(
-            f"people read images of run {run_id}, so its rewards have to be computed again, but reward "
+            f"rewards of run {run_id} have to be computed again, since people read its images or data.told is "
+            f"read, but reward "
             f"{self.reward[0]} v{self.reward[1]} is not found by its name or by the run's loop.reward "
             f"({path or 'not logged'}): make it importable from there, or leave the run out by --from"
         )
@@ -438,8 +444,8 @@ class Dataset:
 
     def _towards(self, target: EmotionTarget, run_id: str, rows: Sequence[_Row]) -> list[float]:
         """Rewards of images for another target than their run's."""
-        self._again = self._again or self._find_reward(run_id)
-        return [self._again(read, target) for row in rows if (read := _critique(row, None))]
+        reward = self._reward_again(run_id)
+        return [reward(read, target) for row in rows if (read := _critique(row, None))]
 
     def _prefer(
         self, index: _Index, run: int, run_id: str, best: _Row, first: list[_Row], rows: list[_Row]

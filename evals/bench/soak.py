@@ -41,7 +41,7 @@ def main(
     Args:
         n: Critiques that count, at least.
         warm_up: Critiques before the first look at the memory, at least.
-        concurrency: Runs at a time.
+        concurrency: Runs at a time, and requests in flight.
         rounds: Rounds of each run; none stops early.
         images: Pictures, so critiques, in a round.
         steps: Denoising steps.
@@ -60,7 +60,7 @@ def main(
         raise UserError("bench soak needs psutil: pip install 'emoloop[test]'") from None
     settings = load_settings(
         {
-            "lvlm": {"engine": "vllm"},
+            "lvlm": {"engine": "vllm", "concurrency": concurrency},
             "generator": {"steps": steps},
             # A tolerance that no picture meets and patience to the end: every run makes all its critiques.
             "loop": {"rounds": rounds, "images": images, "tolerance": 0.0, "patience": rounds},
