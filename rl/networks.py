@@ -109,13 +109,16 @@ class Network:
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         return (latents - _shift(vae)) * vae.config.scaling_factor
 
+    def pixels(self, latents: Tensor) -> Tensor:
+        """What latents look like: (B, 3, H, W), about [-1, 1], float32; carries gradient."""
+        vae = self.pipe.vae
+        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + _shift(vae)
+        return vae.decode(latents, return_dict=False)[0].float()
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image]:
         """Images of latents."""
-        vae = self.pipe.vae
-        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + _shift(vae)
-        pixels = vae.decode(latents, return_dict=False)[0].float()
-        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
+        return self.pipe.image_processor.postprocess(self.pixels(latents), output_type="pil")
 
 
 def _shift(vae: Any) -> float:

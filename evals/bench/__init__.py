@@ -9,6 +9,7 @@ from __future__ import annotations
 
 #: Name → dotted path of the function.
 BENCHES: dict[str, str] = {
+    "cheat": ".evals.bench.cheat:main",
     "dataset": ".evals.bench.dataset:main",
     "distill-study": ".evals.bench.distill_study:main",
     "dpo-step": ".evals.bench.dpo_step:main",
