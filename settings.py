@@ -41,7 +41,8 @@ class GeneratorSettings(_Section):
     device: str = "auto"
     #: "auto" is bfloat16 on cuda, float32 elsewhere.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    #: None leaves each of these to the model's preset (`emoloop.json` in its folder) or its pipeline.
+    #: None leaves each of these to the adapter (guidance), the model's preset (`emoloop.json` in its folder) or
+    #: its pipeline.
     steps: int | None = Field(default=None, ge=1)
     guidance: float | None = Field(default=None, ge=0)
     height: int | None = Field(default=None, ge=8)

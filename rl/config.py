@@ -38,6 +38,8 @@ class PolicyConfig(_Section):
         dropout: Dropout in front of the LoRA.
         emotion_rank: Rank of the emotion residual on the prompt's embeddings.
         emotion_hidden: Width of the network that reads valence and arousal.
+        guidance: Guidance that the adapter is made for: of the student's own sampling in training, and what
+            `emoloop run --adapter` takes where nothing else is said. None takes the model's.
         extra_tokens: Tokens appended to the prompt besides; above 0 training starts near the base, not at it.
         previous: Artifact of the round before, where the traces were made with one.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
@@ -49,6 +51,7 @@ class PolicyConfig(_Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     emotion_rank: int = Field(default=32, ge=1)
     emotion_hidden: int = Field(default=128, ge=1)
+    guidance: float | None = Field(default=None, ge=0)
     extra_tokens: int = Field(default=0, ge=0)
     previous: str | None = None
     gradient_checkpointing: bool = False
@@ -126,6 +129,18 @@ class GuardConfig(_Section):
     sheet_every: int = Field(default=200, ge=0)
 
 
+class CalibrationConfig(_Section):
+    """Whether the dial of the finished adapter is put right, as the guard reads it (`rl/calibration.py`).
+
+    Attributes:
+        prompts: Training prompts that are looked at, each over the whole grid; 0 leaves the dial alone.
+        knots: Targets on either axis, from -3 to 3.
+    """
+
+    prompts: int = Field(default=0, ge=0)
+    knots: int = Field(default=5, ge=3)
+
+
 class DistillConfig(_Section):
     """Everything about one distillation.
 
@@ -136,6 +151,7 @@ class DistillConfig(_Section):
         policy: What is trained.
         train: How it is trained.
         guard: What is watched.
+        calibration: What is put right at the end.
     """
 
     objective: dict[str, Any] = {"name": "opd"}
@@ -144,6 +160,7 @@ class DistillConfig(_Section):
     policy: PolicyConfig = PolicyConfig()
     train: TrainConfig = TrainConfig()
     guard: GuardConfig = GuardConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
 
 
 #: Keys that may differ when a run goes on: they change nothing about the weights up to that point.

@@ -61,7 +61,7 @@ class Guards:
         self._config, self._policy, self._cache = config, policy, cache
         different = {(it.prompt, it.target): it for it in requests}
         self.requests = list(different.values())[: config.prompts]
-        self._model: GuardModel | None = _load(config.model) if config.model else None
+        self._model: GuardModel | None = load_reader(config.model) if config.model else None
         self.yardstick: dict[str, dict[str, float]] = {}
 
     def measure_yardstick(self) -> None:
@@ -138,7 +138,12 @@ def _thumbnail(image: Image) -> np.ndarray:
     return small - small.mean()
 
 
-def _load(path: str) -> GuardModel:
+def load_reader(path: str) -> GuardModel:
+    """The recogniser at a dotted path.
+
+    Raises:
+        UserError: Nothing there, or nothing that reads images.
+    """
     found = resolve(path, {}, "guard")
     guard = found() if isinstance(found, type) else found
     for method in ("read", "alignment"):

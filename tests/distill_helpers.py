@@ -68,3 +68,17 @@ class Collapsing:
 
     def alignment(self, image: Image.Image, prompt: str) -> float:
         return 1.0 if self.looks <= 3 else 0.1
+
+
+class Brightness:
+    """A recogniser that feels light: brighter is of higher valence, redder of higher arousal."""
+
+    def read(self, images: list[Image.Image]) -> list[Any]:
+        means = [np.asarray(image, dtype=float).mean((0, 1)) / 255 for image in images]
+        return [
+            SimpleNamespace(valence=6 * m.mean() - 3, arousal=6 * (m[0] - m[2]), features=m, index=i)
+            for i, m in enumerate(means)
+        ]
+
+    def alignment(self, image: Image.Image, prompt: str) -> float:
+        return 1.0

@@ -63,6 +63,12 @@ class Adapter:
             return None
         return self.sha256 if self.scale == 1 else f"{self.sha256}@{self.scale:g}"
 
+    @property
+    def guidance(self) -> float | None:
+        """The guidance that it was made for; None leaves the model's, as where nothing is bound."""
+        wanted = self.training.get("guidance")
+        return None if wanted is None or self.scale == 0 else float(wanted)
+
 
 def load_artifact(
     pipe: Any,

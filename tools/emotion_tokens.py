@@ -15,6 +15,10 @@ Extra tokens can still be asked for (`tokens` > 0), and then as many null tokens
 which must keep the same length. They start as copies of the prompt's last token, most often padding: near the
 base, but not exactly at it.
 
+A trained module says how it understands a wish; what its images then make people feel is mostly less. Such a dial
+can be put right afterwards (`calibrate`): it keeps, for either axis, what to hear for a wish, at evenly spaced
+wishes (knots) with straight lines between them.
+
 A target without numbers, or a scale of 0, leaves everything out: no residual and no extra tokens.
 """
 
@@ -30,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..emotion import HIGH, EmotionTarget, UserError
+from ..emotion import HIGH, LOW, EmotionTarget, UserError
 from .families import Embeds
 
 _FORMAT = "emoloop.emotion_tokens"
@@ -58,8 +62,16 @@ class EmotionTokens(nn.Module):
         tokens: Extra tokens appended to the prompt, 0 by default.
     """
 
+    heard: Tensor
+
     def __init__(
-        self, dim: int, pooled_dim: int = 0, tokens: int = 0, rank: int = 32, hidden: int = 128
+        self,
+        dim: int,
+        pooled_dim: int = 0,
+        tokens: int = 0,
+        rank: int = 32,
+        hidden: int = 128,
+        knots: int = 0,
     ) -> None:
         """Make an untrained module.
 
@@ -69,9 +81,12 @@ class EmotionTokens(nn.Module):
             tokens: Extra tokens K.
             rank: Rank r of the residual.
             hidden: Width of the trunk.
+            knots: Wishes at which the dial is calibrated, from -3 to 3; 0 hears a wish as it is.
         """
         super().__init__()
-        self.config = dict(dim=dim, pooled_dim=pooled_dim, tokens=tokens, rank=rank, hidden=hidden)
+        self.config = dict(
+            dim=dim, pooled_dim=pooled_dim, tokens=tokens, rank=rank, hidden=hidden, knots=knots
+        )
         self.tokens = tokens
         self.trunk = nn.Sequential(nn.Linear(4, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
@@ -89,6 +104,18 @@ class EmotionTokens(nn.Module):
             self.null_extra = nn.Parameter(torch.zeros(tokens, rank))
             self.up_extra = nn.Linear(rank, dim, bias=False)
             nn.init.zeros_(self.up_extra.weight)
+        if knots:
+            self.register_buffer("heard", torch.linspace(LOW, HIGH, knots).repeat(2, 1))
+
+    def calibrate(self, heard: Tensor) -> None:
+        """Put the dial right.
+
+        Args:
+            heard: (2, K) for valence and arousal: what is heard when -3, …, 3 (evenly spaced) is wished for.
+        """
+        knots = heard.shape[1]
+        self.config["knots"] = knots
+        self.register_buffer("heard", heard.to(self.up.weight))
 
     @classmethod
     def for_embeds(cls, embeds: Embeds, **kwargs: Any) -> EmotionTokens:
@@ -117,7 +144,7 @@ class EmotionTokens(nn.Module):
             return embeds
         missing = wanted.isnan()
         present = (~missing.all(-1)).to(self.up.weight.dtype)[:, None] * scale
-        numbers = torch.where(missing, 0.0, wanted) / HIGH
+        numbers = torch.where(missing, 0.0, self._hear(wanted)) / HIGH
         h = self.trunk(torch.cat([numbers, missing], -1).to(self.up.weight.dtype))
         low = self.gate(h)[:, None] * self.down(self.norm(embeds.prompt.to(self.up.weight.dtype)))
         residual = self.up(low + self.shift(h)[:, None]) * present[..., None]
@@ -130,6 +157,17 @@ class EmotionTokens(nn.Module):
             silent = self.null_extra * (1 - (present != 0).to(h.dtype))[..., None]
             prompt = self._append(prompt, embeds.prompt, spoken + silent)
         return Embeds(prompt, pooled)
+
+    def _hear(self, wanted: Tensor) -> Tensor:
+        """Wishes (B, 2) through the dial; what is missing stays missing."""
+        knots = self.config["knots"]
+        if not knots:
+            return wanted
+        place = (wanted.nan_to_num(0.0).clamp(LOW, HIGH) - LOW) / (HIGH - LOW) * (knots - 1)
+        below = place.floor().long().clamp(max=knots - 2)
+        heard = self.heard.expand(len(wanted), 2, knots)
+        low, high = (torch.gather(heard, 2, at[..., None])[..., 0] for at in (below, below + 1))
+        return torch.where(wanted.isnan(), wanted, torch.lerp(low, high, place - below))
 
     def null(self, embeds: Embeds) -> Embeds:
         """The negative branch beside `forward`: null tokens where there are extra ones, nothing else.

@@ -227,6 +227,8 @@ class DiffusersGenerator:
             self.adapter = load_artifact(
                 pipe, settings.adapter, scale=settings.adapter_scale, call=self._call
             )
+            if settings.guidance is None and self.adapter.guidance is not None:
+                self.guidance = self.adapter.guidance
         self._embeds: OrderedDict[str | None, Embeds] = OrderedDict()
         self._fair_shapes: set[tuple[int, int]] = set()
         self._worker: BatchWorker[ImageRequest, GeneratedImage] = BatchWorker(

@@ -26,7 +26,7 @@ from emoloop.rl.trainer import DistillError, Order
 from emoloop.settings import Settings
 from emoloop.tools.adapter import load_artifact
 from emoloop.tools.families import family_of
-from emoloop.tools.generator import load_pipeline
+from emoloop.tools.generator import load_generator, load_pipeline
 from emoloop.traces.rows import RunFilter
 from emoloop.traces.store import open_store
 from safetensors.torch import load_file
@@ -218,6 +218,46 @@ def test_pixel_guards_need_no_recogniser(world: tuple[Settings, Path], tmp_path:
         json.loads(x) for x in (tmp_path / "o/training/metrics.jsonl").read_text().splitlines() if "look" in x
     ]
     assert [look["step"] for look in looks] == [0, 3, 6] and "held_out_loss" in looks[0]
+
+
+def test_the_dial_is_put_right_at_the_end(world: tuple[Settings, Path], tmp_path: Path) -> None:
+    knobs = (
+        "guard.model=distill_helpers:Brightness", "calibration.prompts=2", "calibration.knots=3",
+        "policy.guidance=2.5",
+    )  # fmt: skip
+    run(world, tmp_path / "out", "opd", *knobs)
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    dial = record["calibration"]
+    assert dial["asked"] == [-3, 0, 3]
+    state = load_file(tmp_path / "out" / "emotion_tokens.safetensors")
+    for row, axis in enumerate(("valence", "arousal")):
+        assert len(dial[f"{axis}_read"]) == 3
+        heard = dial[f"{axis}_heard"]
+        assert heard == sorted(heard) and heard[0] >= -3 and heard[-1] <= 3
+        assert state["heard"][row].tolist() == pytest.approx(heard, abs=1e-3)
+    # Apart from the dial the weights are those of the same training without it.
+    run(world, tmp_path / "plain", "opd", "policy.guidance=2.5")
+    plain = weights(tmp_path / "plain")
+    assert plain == {key: value for key, value in weights(tmp_path / "out").items() if key in plain}
+    with pytest.raises(UserError, match=r"guard\.model"):
+        run(world, tmp_path / "blind", "opd", "calibration.prompts=2")
+    assert not (tmp_path / "blind").exists()
+
+
+def test_an_adapter_is_sampled_with_the_guidance_that_it_was_made_for(
+    world: tuple[Settings, Path], tmp_path: Path
+) -> None:
+    run(world, tmp_path / "out", "sft", "policy.guidance=2.5")
+
+    def guidance(**settings: Any) -> float:
+        wanted = world[0].generator.model_copy(update={"adapter": str(tmp_path / "out"), **settings})
+        return load_generator(str(world[1]), wanted).describe()["guidance"]
+
+    base = guidance(adapter=None)
+    assert base != 2.5
+    assert guidance() == 2.5
+    assert guidance(guidance=1.5) == 1.5
+    assert guidance(adapter_scale=0.0) == base
 
 
 def test_early_stop_on_the_held_out_loss(
