@@ -15,6 +15,7 @@ from typing import Any
 from ..emotion import UserError
 from ..settings import load_settings, merged, pruned
 from .arms import load_arm
+from .children import children
 from .document import Options, Plan, describe
 from .judges import conflict, load_judge, reward_sources
 from .records import Outcome
@@ -110,18 +111,18 @@ def _make_in_processes(options: Options, processes: int) -> None:
     import torch
 
     devices = torch.cuda.device_count()
-    children = []
-    for which in range(processes):
-        environment = dict(os.environ)
-        if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = str(which % devices)
-        else:
-            # Processes that each take all cores hinder one another.
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-        arguments = json.dumps(asdict(options) | {"shard": [which, processes]}, default=str)
-        command = [sys.executable, "-m", f"{__package__}.shard", arguments]
-        children.append(subprocess.Popen(command, env=environment, stdout=sys.stderr))
-    codes = [child.wait() for child in children]
+    with children() as started:
+        for which in range(processes):
+            environment = dict(os.environ)
+            if devices:
+                environment["CUDA_VISIBLE_DEVICES"] = str(which % devices)
+            else:
+                # Processes that each take all cores hinder one another.
+                environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+            arguments = json.dumps(asdict(options) | {"shard": [which, processes]}, default=str)
+            command = [sys.executable, "-m", f"{__package__}.shard", arguments]
+            started.append(subprocess.Popen(command, env=environment, stdout=sys.stderr))
+        codes = [child.wait() for child in started]
     if any(codes):
         raise EvaluationFailed(
             f"{sum(map(bool, codes))} of {processes} processes failed; what is made is kept, run again"

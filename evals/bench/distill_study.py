@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...emotion import UserError
+from ..children import children
 
 if TYPE_CHECKING:
     from ..analysis import Table
@@ -113,7 +114,7 @@ def _train_all(
     """Each training is a child process: memory is given back, and several may run at once."""
     waiting = [cell for cell in cells if not (_place(folder, *cell) / "training.json").exists()]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
-    try:
+    with children() as started:
         while waiting or running:
             while waiting and len(running) < max(1, parallel):
                 cell = waiting.pop(0)
@@ -137,6 +138,7 @@ def _train_all(
                 print(f"training {name}, seed {seed} ({len(waiting)} waiting)", file=sys.stderr, flush=True)
                 with (folder / f"{name}-{seed}.log").open("ab") as log:
                     running[cell] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+                    started.append(running[cell])
             for cell, child in list(running.items()):
                 if (code := child.poll()) is not None:
                     del running[cell]
@@ -145,10 +147,6 @@ def _train_all(
                         last = lines[-1] if lines else f"exit code {code}"
                         raise UserError(f"training {cell[0]}, seed {cell[1]} failed: {last}")
             time.sleep(0.5)
-    finally:
-        for child in running.values():
-            child.terminate()
-            child.wait()
 
 
 def _judge(names: Sequence[str], seeds: int, folder: Path, home: str, suite: str) -> dict[str, Any]:
