@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+from scipy.spatial import KDTree
 from sqlalchemy import Select, func, select
 
 from ..emotion import Critique, Emotion, EmotionTarget, RunStatus, UserError
@@ -40,6 +42,12 @@ if TYPE_CHECKING:
 Split = Literal["train", "held_out"]
 Kind = Literal["rounds", "within", "across", "human"]
 _KINDS: tuple[Kind, ...] = ("rounds", "within", "across", "human")
+
+#: Consensus looks at so many nearest targets; at this distance (in points) one weighs 1/e.
+_NEIGHBOURS, _NEAR = 32, 0.5
+
+#: Pairs whose prompts are read at once.
+_CHUNK = 500
 
 #: What each source can give, narrowest first: an objective takes the first that has its keys.
 SOURCES: dict[str, frozenset[str]] = {
@@ -60,6 +68,9 @@ class DataConfig(BaseModel):
             mean (hindsight, Andrychowicz et al. 2017, arXiv 1707.01495): a prompt that missed its target teaches
             exactly what it hit, so that the student need not average over misses. The gain is then counted
             towards that target.
+        consensus: Share of the pairs that stays: in each neighbourhood of targets those whose refined prompts added
+            what others nearby added, too. A target has many good answers; a student who hears the target alone learns
+            their average, which is none of them. 1 keeps all.
         min_gain: Pairs need more gain than this.
         max_spread: Leave out candidates on which critics (or one critic's samples) differ by more points of
             valence or arousal; None keeps all.
@@ -78,6 +89,7 @@ class DataConfig(BaseModel):
 
     refined: Literal["all", "best", "winner"] = "all"
     told: Literal["wanted", "read"] = "wanted"
+    consensus: float = Field(default=1.0, gt=0, le=1)
     min_gain: float = 0.0
     max_spread: float | None = Field(default=None, gt=0)
     gate: Literal["unselected", "all"] = "unselected"
@@ -301,6 +313,10 @@ class Dataset:
             "groups": np.array([(run,) for run in index.groups], dtype=[("run", "u4")]),
         }  # fmt: skip
         points = np.array(wanted, dtype=np.float64).reshape(-1, 2)
+        if self.config.consensus < 1 and len(self._tables["pairs"]):
+            stays = self._agreeing(points)
+            dropped["no consensus"] += int((~stays).sum())
+            self._tables["pairs"] = self._tables["pairs"][stays]
         self.statistics = Statistics(
             runs=len(ids),
             prompts=len(prompts),
@@ -441,6 +457,20 @@ class Dataset:
             valence, arousal = (math.nan if axis is None else axis for axis in point)
             index.pairs.append((run, number, gain, valence, arousal))
         return list(gains.values()), None if kept else "gain too small"
+
+    def _agreeing(self, wanted: np.ndarray) -> np.ndarray:
+        """Which pairs the consensus keeps."""
+        pairs = self._tables["pairs"]
+        told = np.stack([pairs["valence"], pairs["arousal"]], 1).astype(np.float64)
+        told = np.where(np.isnan(told), wanted[pairs["run"]], told)
+        added: list[frozenset[str]] = []
+        for start in range(0, len(pairs), _CHUNK):
+            rows = pairs[start : start + _CHUNK]
+            ids = [str(self._ids[run]) for run in rows["run"]]
+            heads, (_, prompts) = self._heads(ids), self._images(ids)
+            for row, run_id in zip(rows, ids, strict=True):
+                added.append(_words(prompts[run_id, int(row["round"])]) - _words(heads[run_id].prompt))
+        return consensus(told, added, self.config.consensus)
 
     def _towards(self, target: EmotionTarget, run_id: str, rows: Sequence[_Row]) -> list[float]:
         """Rewards of images for another target than their run's."""
@@ -660,6 +690,37 @@ def origin(store: TraceStore, where: RunFilter | None = None) -> tuple[Base, tup
                 f"the runs carry different rewards ({listed}): they cannot be compared; narrow --from"
             )
     return made.pop(), (str(rewards[0][0]), str(rewards[0][1]))
+
+
+def consensus(points: np.ndarray, added: Sequence[frozenset[str]], share: float) -> np.ndarray:
+    """Which of many answers agree with those around them.
+
+    Args:
+        points: (N, 2) targets; NaN counts as 0.
+        added: The words of each answer.
+        share: How many stay, in each neighbourhood.
+
+    Returns:
+        (N,) booleans. An answer's agreement is the mean Jaccard similarity to its nearest targets' answers, the near
+        ones weighing more; it stays when its agreement is among the upper `share` of theirs.
+    """
+    points = np.nan_to_num(points)
+    count = min(_NEIGHBOURS + 1, len(points))
+    # One neighbour alone would come without its axis.
+    distance, nearest = (np.reshape(it, (len(points), count)) for it in KDTree(points).query(points, k=count))
+    weight = np.exp(-((distance / _NEAR) ** 2)) * (nearest != np.arange(len(points))[:, None])
+    alike = np.array(
+        [
+            [len(mine & added[other]) / max(1, len(mine | added[other])) for other in others]
+            for mine, others in zip(added, nearest, strict=True)
+        ]
+    )
+    agreement = (weight * alike).sum(1) / np.maximum(weight.sum(1), 1e-12)
+    return agreement >= np.quantile(agreement[nearest], 1 - share, axis=1)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text.casefold()))
 
 
 def _chosen(where: RunFilter | None) -> Select[Any]:

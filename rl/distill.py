@@ -121,7 +121,7 @@ def distill(
         )  # fmt: skip
         outcome = trainer.run(resume=resume, watch=watch)
         with trainer.averaged():
-            dial: dict[str, list[float]] = {}
+            dial: dict[str, Any] = {}
             if reader is not None and outcome.reason != "interrupted":
                 shown = train.fetch(range(min(len(train), 256)))
                 dial = calibrate(policy, cache, reader, [it.prompt for it in shown], config.calibration)
@@ -267,7 +267,7 @@ def _record(
     source: str,
     generator: DiffusersGenerator,
     outcome: Outcome,
-    dial: dict[str, list[float]],
+    dial: dict[str, Any],
 ) -> dict[str, Any]:
     """What `training.json` says."""
     figures = {"steps": float(outcome.steps), "train_minutes": outcome.seconds / 60, "loss": outcome.loss}

@@ -16,8 +16,8 @@ which must keep the same length. They start as copies of the prompt's last token
 base, but not exactly at it.
 
 A trained module says how it understands a wish; what its images then make people feel is mostly less. Such a dial
-can be put right afterwards (`calibrate`): it keeps, for either axis, what to hear for a wish, at evenly spaced
-wishes (knots) with straight lines between them.
+can be put right afterwards (`calibrate`): it keeps what to hear for a wish on a grid of wishes (knots), bilinear
+between them; an axis that is not wished for is looked up at 0.
 
 A target without numbers, or a scale of 0, leaves everything out: no residual and no extra tokens.
 """
@@ -105,16 +105,18 @@ class EmotionTokens(nn.Module):
             self.up_extra = nn.Linear(rank, dim, bias=False)
             nn.init.zeros_(self.up_extra.weight)
         if knots:
-            self.register_buffer("heard", torch.linspace(LOW, HIGH, knots).repeat(2, 1))
+            # Valence and arousal heard, by wished valence, then arousal.
+            wishes = torch.linspace(LOW, HIGH, knots)
+            self.register_buffer("heard", torch.stack(torch.meshgrid(wishes, wishes, indexing="ij")))
 
     def calibrate(self, heard: Tensor) -> None:
         """Put the dial right.
 
         Args:
-            heard: (2, K) for valence and arousal: what is heard when -3, …, 3 (evenly spaced) is wished for.
+            heard: (2, K, K): valence and arousal that are heard, by wished valence, then wished arousal, each at K
+                evenly spaced values from -3 to 3.
         """
-        knots = heard.shape[1]
-        self.config["knots"] = knots
+        self.config["knots"] = heard.shape[1]
         self.register_buffer("heard", heard.to(self.up.weight))
 
     @classmethod
@@ -163,11 +165,11 @@ class EmotionTokens(nn.Module):
         knots = self.config["knots"]
         if not knots:
             return wanted
-        place = (wanted.nan_to_num(0.0).clamp(LOW, HIGH) - LOW) / (HIGH - LOW) * (knots - 1)
-        below = place.floor().long().clamp(max=knots - 2)
-        heard = self.heard.expand(len(wanted), 2, knots)
-        low, high = (torch.gather(heard, 2, at[..., None])[..., 0] for at in (below, below + 1))
-        return torch.where(wanted.isnan(), wanted, torch.lerp(low, high, place - below))
+        place = wanted.nan_to_num(0.0).clamp(LOW, HIGH) / HIGH
+        # grid_sample's x runs along the last dimension, which is arousal.
+        at = place.flip(1).to(self.heard.dtype)[None, :, None]
+        heard = nn.functional.grid_sample(self.heard[None], at, align_corners=True)[0, :, :, 0].T
+        return torch.where(wanted.isnan(), wanted, heard.to(wanted.dtype))
 
     def null(self, embeds: Embeds) -> Embeds:
         """The negative branch beside `forward`: null tokens where there are extra ones, nothing else.
