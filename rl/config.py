@@ -171,6 +171,8 @@ RESUMABLE = {
     "train.tensorboard",
     "train.cache",
     "guard.sheet_every",
+    "calibration.prompts",
+    "calibration.knots",
 }
 
 

@@ -244,6 +244,8 @@ def _check_folder(out: Path, training: Path, config: DistillConfig, resume: bool
         if not resume:
             raise UserError(f"--out {out} holds a training: go on with --resume, or choose another folder")
         before = flat(yaml.safe_load((training / _CONFIG).read_text(encoding="utf-8")))
+        # A knob that was not there yet did what its default does.
+        before = flat(DistillConfig()) | before
         now = flat(config)
         changed = [
             k

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -235,9 +236,15 @@ def test_the_dial_is_put_right_at_the_end(world: tuple[Settings, Path], tmp_path
         assert np.shape(dial[f"{axis}_read"]) == (3, 3)
         assert square.numpy() == pytest.approx(np.array(dial[f"{axis}_heard"]), abs=1e-3)
     # Apart from the dial the weights are those of the same training without it.
-    run(world, tmp_path / "plain", "opd", "policy.guidance=2.5")
+    run(world, tmp_path / "plain", "opd", *knobs, "calibration.prompts=0")
     plain = weights(tmp_path / "plain")
     assert plain == {key: value for key, value in weights(tmp_path / "out").items() if key in plain}
+    # It can be put right later, also when the training is older than the knob.
+    file = tmp_path / "plain" / "training" / "config.yaml"
+    file.write_text(re.sub(r"calibration:\n(  .*\n)+", "", file.read_text()))
+    assert "calibration" not in file.read_text()
+    run(world, tmp_path / "plain", "opd", *knobs, resume=True)
+    assert weights(tmp_path / "plain") == weights(tmp_path / "out")
     with pytest.raises(UserError, match=r"guard\.model"):
         run(world, tmp_path / "blind", "opd", "calibration.prompts=2")
     assert not (tmp_path / "blind").exists()
