@@ -180,7 +180,7 @@ def test_some_critiques_missing_is_exit_0_with_a_warning(shell):
 def test_ctrl_c_saves_and_says_how_to_go_on(shell):
     calm = json.loads(shell("run", *ASKED, "--json")[1])
     interrupt = lambda number: os.kill(os.getpid(), signal.SIGINT) if number == 3 else None  # noqa: E731
-    shell.painter = Painter(fail=interrupt, delay=0.01)
+    shell.painter = Painter(fail=interrupt, delay=0.2)
     code, _, err = shell("run", *ASKED, "--home", "other")
     assert code == 130
     [hint] = [line for line in err.splitlines() if "go on with" in line]
