@@ -10,6 +10,7 @@ under `training/` in it. This module never imports the graph: a training job kno
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -156,8 +157,7 @@ def make_policy(
     elif knobs.previous is not None:
         raise UserError("policy.previous is set, but these traces were made without an adapter")
     if previous is not None and previous.emotion_tokens is not None:
-        tokens = EmotionTokens(**previous.emotion_tokens.config)
-        tokens.load_state_dict(previous.emotion_tokens.state_dict())
+        tokens = copy.deepcopy(previous.emotion_tokens)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)

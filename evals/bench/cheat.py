@@ -8,6 +8,7 @@ which the training cannot see, no longer finds the subjects. The same evaluation
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import tempfile
@@ -80,7 +81,11 @@ def main(
             folder / "cheat",
             Path(honest),
             first.blocks[0].points,
-            **{"steps": steps, "batch": batch, "lr": lr, "until": until, "seed": seed},
+            steps=steps,
+            batch=batch,
+            lr=lr,
+            until=until,
+            seed=seed,
         )
     judged = folder / "suite.yaml"
     judged.write_text(yaml.safe_dump(first.model_dump(mode="json")), encoding="utf-8")
@@ -101,7 +106,12 @@ def main(
         "flags": [flag["sentence"] for flag in flags],
         "n": document["figures"]["n"],
         "settings": {
-            **{"suite": suite, "limit": limit, "steps": steps, "batch": batch, "lr": lr, "until": until},
+            "suite": suite,
+            "limit": limit,
+            "steps": steps,
+            "batch": batch,
+            "lr": lr,
+            "until": until,
             "seed": seed,
         },
     }
@@ -135,7 +145,7 @@ def plant(
     from ...rl.objectives.base import no_target
     from ...rl.policy import PREVIOUS, STUDENT, Policy
     from ...tools.adapter import load_artifact, save_artifact
-    from ...tools.emotion_tokens import EmotionTokens, points
+    from ...tools.emotion_tokens import points
     from ...tools.generator import load_generator
 
     settings = load_settings()
@@ -144,11 +154,9 @@ def plant(
     network = network_of(generator.pipe, about["call"])
     previous = load_artifact(generator.pipe, start, name=PREVIOUS, call=about["call"])
     assert previous.emotion_tokens is not None
-    tokens = EmotionTokens(**previous.emotion_tokens.config)
-    tokens.load_state_dict(previous.emotion_tokens.state_dict())
     policy = Policy(
         network,
-        tokens,
+        copy.deepcopy(previous.emotion_tokens),
         rank=0,
         alpha=0,
         steps=generator.steps,
