@@ -479,7 +479,9 @@ def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Rewriter
             wanted = presets.defaults(lvlm.model, "lvlm")
     # Our own clients know their time limits; anybody else's model is held to the setting.
     timeout, name = (None, lvlm.model) if own else (lvlm.timeout, None)
-    asker = Asker(model, lvlm.concurrency, timeout, name)
+    # A model in this process fills its next batch while one runs.
+    slots = max(lvlm.concurrency, 2 * getattr(model, "batch_size", 0))
+    asker = Asker(model, slots, timeout, name)
     critic = Critic(asker, lvlm.critic_prompt or wanted.get("critic_prompt", "critic"), lvlm.samples)
     return critic, Rewriter(asker, lvlm.rewriter_prompt or wanted.get("rewriter_prompt", "rewriter"))
 

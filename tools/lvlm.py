@@ -32,9 +32,10 @@ def load_lvlm(settings: LVLMSettings | None = None, *, check: bool = True) -> Ba
         UserError: No such model or no such server, with what to do about it.
     """
     settings = settings or LVLMSettings()
+    own = _defaults(settings)
     limit = settings.max_tokens
     if "max_tokens" not in settings.model_fields_set:
-        limit = _defaults(settings).get("max_tokens", limit)
+        limit = own.get("max_tokens", limit)
     if settings.engine == "vllm":
         from .vllm_client import VLLMChat
 
@@ -70,6 +71,7 @@ def load_lvlm(settings: LVLMSettings | None = None, *, check: bool = True) -> Ba
         model=str(folder),
         temperature=settings.temperature,
         max_tokens=limit,
+        batch_size=own.get("batch_size", 8),
         device=settings.device,
         dtype=settings.dtype,
     )
