@@ -16,6 +16,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..agents.ask import one_line
 from ..emotion import UserError
 from ..settings import Settings
@@ -164,7 +166,8 @@ async def run(
             here = [arm for arm in arms if arm.adapter == adapter]
             group = await _answers(kit, suite, here, requests, progress)
             rows |= {(row.arm, row.request.id): row for row in group}
-            if adapter is None or not pace:
+            # One of several would measure how it waits for the others.
+            if many == 1 and (adapter is None or not pace):
                 pace = await measure_pace(kit, group)
             await read(group, judge, guard, kit.cache, kit.generator.blobs.path, progress)
             if suite.measures and adapter is None and many == 1:
@@ -285,7 +288,7 @@ async def measure_pace(kit: Kit, rows: Sequence[Row]) -> dict[str, float]:
     other.
     """
     device = kit.generator.describe().get("device")
-    key = digest("pace", kit.identity, device)
+    key = digest("pace", kit.identity, device, torch.get_num_threads())
 
     async def make() -> dict[str, float]:
         shots = [(row.request, shot) for row in rows for shot in row.delivery.shots][:8]
