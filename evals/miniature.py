@@ -308,14 +308,25 @@ async def _rewriter(kit: Kit) -> dict[str, Estimate]:
 
 
 def _feedback(rows: Sequence[Row]) -> dict[str, Estimate]:
-    """How much of round 1's caption error is gone in the winning round, over the suite's own runs."""
+    """How much of round 1's caption error is gone in the winning round, over the suite's own runs.
+
+    Where a lucky picture of round 0 won, the winning round has no rewritten caption, so that such a run says nothing of
+    the rewriter; `rewriter_feedback_gain_all` counts it, with the error of its neutral prompt.
+    """
     first: list[float | None] = []
-    last: list[float | None] = []
+    rewritten: list[float | None] = []
+    every: list[float | None] = []
     clusters: list[str] = []
     for row in rows:
-        revisions = {revision.round: revision.prompt for revision in row.delivery.revisions}
-        if 1 in revisions and row.delivery.delivered:
+        made = row.delivery
+        revisions = {revision.round: revision.prompt for revision in made.revisions}
+        if 1 in revisions and made.delivered:
+            error = caption_error(made.prompt, row.request.target)
             first.append(caption_error(revisions[1], row.request.target))
-            last.append(caption_error(row.delivery.prompt, row.request.target))
+            rewritten.append(error if made.shots[made.delivered[0]].round else None)
+            every.append(error)
             clusters.append(row.request.prompt)
-    return {"rewriter_feedback_gain": estimate([first, last], clusters, lambda one, win: 1 - win / one)}
+    return {
+        name: estimate([first, last], clusters, lambda one, win: 1 - win / one)
+        for name, last in (("rewriter_feedback_gain", rewritten), ("rewriter_feedback_gain_all", every))
+    }
