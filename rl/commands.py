@@ -210,7 +210,7 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
     from .distill import objective_of
 
     objective = objective_of(config)
-    source = source_for(objective.required_keys)
+    source = source_for(objective.required_keys, config.data)
     with open_store(settings, read_only=True) as store:
         dataset = Dataset(store, config.data, where)
         statistics = dataset.statistics
@@ -238,6 +238,10 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
             console.print(
                 "no pair from: " + ", ".join(f"{n} × {why}" for why, n in statistics.dropped.items())
             )
+        if statistics.phrasebook:
+            console.print(f"phrases (readings expected within {max(statistics.reader_error or (0, 0)):.2f}):")
+            for phrase, count in statistics.phrasebook.items():
+                console.print(f"  {count:6} × {phrase}", markup=False, highlight=False)
         for title, histogram in (("gain", statistics.gains), ("reward", statistics.rewards),
                                  ("valence", statistics.valence), ("arousal", statistics.arousal)):  # fmt: skip
             _bars(console, title, histogram.edges, histogram.counts)

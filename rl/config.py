@@ -36,7 +36,7 @@ class PolicyConfig(_Section):
         alpha: Its alpha: the update is scaled by alpha / rank.
         targets: Name endings of the layers to adapt; None takes the family's attention projections.
         dropout: Dropout in front of the LoRA.
-        emotion_rank: Rank of the emotion residual on the prompt's embeddings.
+        emotion_rank: Width of the emotion residual on the prompt's embeddings.
         emotion_hidden: Width of the network that reads valence and arousal.
         guidance: Guidance that the adapter is made for: of the student's own sampling in training, and what
             `emoloop run --adapter` takes where nothing else is said. None takes the model's.
@@ -66,6 +66,9 @@ class TrainConfig(_Section):
         accumulation: Forward passes in one optimizer step.
         lr: Learning rate of the LoRA (AdamW).
         emotion_lr: Learning rate of the emotion tokens; None takes `lr`.
+        text_steps: Steps before the first one in which the emotion tokens alone learn to make the refined prompt's
+            embeddings of the neutral prompt's (`rl/warm_start.py`): no pass of the network, some hundredths of a second
+            each. For objectives with refined prompts.
         warmup: Steps over which the rate rises.
         schedule: What it does then: "constant", "cosine" or "linear" down to 0.
         betas: Of AdamW.
@@ -87,6 +90,7 @@ class TrainConfig(_Section):
     accumulation: int = Field(default=1, ge=1)
     lr: float = Field(default=3e-4, gt=0)
     emotion_lr: float | None = Field(default=None, gt=0)
+    text_steps: int = Field(default=0, ge=0)
     warmup: int = Field(default=10, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     betas: tuple[float, float] = (0.9, 0.999)

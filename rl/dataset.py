@@ -2,9 +2,10 @@
 
 The pass keeps a few numbers per run (arrays, some 100 bytes a run) and a hash of all that it read. Prompts
 and image addresses stay in the database until a batch asks for them, so memory does not grow with the images.
-Four sources come out of it:
+These sources come out of it:
 
     pairs        neutral prompt, refined prompt, gain of the refinement
+    phrases      the same, with an addition that was found for other prompts (`rl/phrasebook.py`), where asked for
     bests        the best image of a run, under the neutral prompt
     preferences  two images under one neutral prompt and target, the better one first
     groups       one image with the rewards of its whole group
@@ -20,7 +21,6 @@ import hashlib
 import itertools
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.spatial import KDTree
 from sqlalchemy import Select, func, select
 
 from ..emotion import Critique, Emotion, EmotionTarget, RunStatus, UserError
 from ..tools.reward import Reward, load_reward
 from ..traces.rows import RunFilter
 from ..traces.schema import candidates, events, runs
+from .phrasebook import Phrasebook, Tried, build
 
 if TYPE_CHECKING:
     from ..traces.store import TraceStore
@@ -43,14 +43,14 @@ Split = Literal["train", "held_out"]
 Kind = Literal["rounds", "within", "across", "human"]
 _KINDS: tuple[Kind, ...] = ("rounds", "within", "across", "human")
 
-#: Consensus looks at so many nearest targets; at this distance (in points) one weighs 1/e.
-_NEIGHBOURS, _NEAR = 32, 0.5
-
-#: Pairs whose prompts are read at once.
+#: Runs whose prompts are read at once.
 _CHUNK = 500
+
+_PHRASE = np.dtype([("run", "u4"), ("valence", "f4"), ("arousal", "f4"), ("phrase", "u4"), ("gain", "f4")])
 
 #: What each source can give, narrowest first: an objective takes the first that has its keys.
 SOURCES: dict[str, frozenset[str]] = {
+    "phrases": frozenset({"number", "prompt", "target", "refined", "advantage"}),
     "pairs": frozenset({"number", "prompt", "target", "refined", "advantage", "latents"}),
     "bests": frozenset({"number", "prompt", "target", "winner"}),
     "preferences": frozenset({"number", "prompt", "target", "winner", "loser"}),
@@ -68,9 +68,10 @@ class DataConfig(BaseModel):
             mean (hindsight, Andrychowicz et al. 2017, arXiv 1707.01495): a prompt that missed its target teaches
             exactly what it hit, so that the student need not average over misses. The gain is then counted
             towards that target.
-        consensus: Share of the pairs that stays: in each neighbourhood of targets those whose refined prompts added
-            what others nearby added, too. A target has many good answers; a student who hears the target alone learns
-            their average, which is none of them. 1 keeps all.
+        phrases: Above 0, `pairs` make way for `phrases`: so many additions, chosen to reach every target between
+            them, that are told behind every neutral prompt (`rl/phrasebook.py`). One neutral prompt and target then
+            has one answer; a student that is shown many learns their average.
+        phrase_targets: Targets that each neutral prompt is told with them: its own, and others of the log.
         min_gain: Pairs need more gain than this.
         max_spread: Leave out candidates on which critics (or one critic's samples) differ by more points of
             valence or arousal; None keeps all.
@@ -89,7 +90,8 @@ class DataConfig(BaseModel):
 
     refined: Literal["all", "best", "winner"] = "all"
     told: Literal["wanted", "read"] = "wanted"
-    consensus: float = Field(default=1.0, gt=0, le=1)
+    phrases: int = Field(default=0, ge=0)
+    phrase_targets: int = Field(default=32, ge=1)
     min_gain: float = 0.0
     max_spread: float | None = Field(default=None, gt=0)
     gate: Literal["unselected", "all"] = "unselected"
@@ -175,6 +177,8 @@ class Statistics(BaseModel):
         valence: Wanted valences.
         arousal: Wanted arousals.
         data_hash: SHA-256 over everything above the pixels that training can see.
+        phrasebook: The phrases that teach, if any, with how many examples use each.
+        reader_error: Mean absolute error of what the phrasebook expects (valence, arousal), leave-one-out.
     """
 
     runs: int
@@ -191,6 +195,8 @@ class Statistics(BaseModel):
     valence: Histogram
     arousal: Histogram
     data_hash: str
+    phrasebook: dict[str, int] = {}
+    reader_error: tuple[float, float] | None = None
 
 
 class _Place(NamedTuple):
@@ -209,6 +215,8 @@ class _Index:
     bests: list[tuple[int, int, int]] = field(default_factory=list)  # run, round, index
     preferences: list[tuple[int, int, int, int, int, int, int]] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)  # run
+    #: Run, round, and the means of what was read there; gathered for a phrasebook alone.
+    rounds: list[tuple[int, int, float, float, float]] = field(default_factory=list)
 
 
 class _Row(NamedTuple):
@@ -257,6 +265,7 @@ class Dataset:
         self.base, self.reward = origin(store, where)
         self._human = _human_feedback(store, self._chosen)
         self._again: Reward | None = None
+        self.phrasebook: Phrasebook | None = None
         self._collect()
 
     # One pass.
@@ -291,6 +300,8 @@ class Dataset:
             values = np.array([row.reward for row in usable], dtype=np.float64)
             counts["rewarded"] += len(values)
             rewards += np.histogram(np.clip(values, -2, 2), 40, (-2, 2))[0]
+            if self.config.phrases:
+                index.rounds += [(number, *means) for means in _means(usable)]
             found, reason = self._index(index, number, run.run_id, target, usable)
             gains += found
             if reason is not None:
@@ -311,12 +322,11 @@ class Dataset:
                        ("other", "u4"), ("other_round", "u2"), ("other_index", "u2"), ("kind", "u1")],
             ),
             "groups": np.array([(run,) for run in index.groups], dtype=[("run", "u4")]),
+            "phrases": np.array([], dtype=_PHRASE),
         }  # fmt: skip
         points = np.array(wanted, dtype=np.float64).reshape(-1, 2)
-        if self.config.consensus < 1 and len(self._tables["pairs"]):
-            stays = self._agreeing(points)
-            dropped["no consensus"] += int((~stays).sum())
-            self._tables["pairs"] = self._tables["pairs"][stays]
+        if self.config.phrases:
+            self._tables["phrases"] = self._translate(index, points)
         self.statistics = Statistics(
             runs=len(ids),
             prompts=len(prompts),
@@ -338,6 +348,7 @@ class Dataset:
             valence=Histogram.of(points[:, 0][~np.isnan(points[:, 0])], -3, 3, 12),
             arousal=Histogram.of(points[:, 1][~np.isnan(points[:, 1])], -3, 3, 12),
             data_hash=hasher.hexdigest(),
+            **self._phrases_used(),
         )
 
     def _stream(self) -> Iterator[tuple[Any, list[_Row]]]:
@@ -458,19 +469,41 @@ class Dataset:
             index.pairs.append((run, number, gain, valence, arousal))
         return list(gains.values()), None if kept else "gain too small"
 
-    def _agreeing(self, wanted: np.ndarray) -> np.ndarray:
-        """Which pairs the consensus keeps."""
-        pairs = self._tables["pairs"]
-        told = np.stack([pairs["valence"], pairs["arousal"]], 1).astype(np.float64)
-        told = np.where(np.isnan(told), wanted[pairs["run"]], told)
-        added: list[frozenset[str]] = []
-        for start in range(0, len(pairs), _CHUNK):
-            rows = pairs[start : start + _CHUNK]
-            ids = [str(self._ids[run]) for run in rows["run"]]
-            heads, (_, prompts) = self._heads(ids), self._images(ids)
-            for row, run_id in zip(rows, ids, strict=True):
-                added.append(_words(prompts[run_id, int(row["round"])]) - _words(heads[run_id].prompt))
-        return consensus(told, added, self.config.consensus)
+    def _translate(self, index: _Index, wanted: np.ndarray) -> np.ndarray:
+        """The phrasebook's examples: first each run's own target, then others' in an order of chance."""
+        told: dict[tuple[int, int], tuple[str, str]] = {}
+        for start in range(0, len(self._ids), _CHUNK):
+            numbers = {str(it): start + n for n, it in enumerate(self._ids[start : start + _CHUNK])}
+            heads, (_, prompts) = self._heads(list(numbers)), self._images(list(numbers))
+            for (run_id, number), prompt in prompts.items():
+                told[numbers[run_id], number] = heads[run_id].prompt, prompt
+        tried = [Tried(*told[run, n], *means) for run, n, *means in index.rounds if not self._held[run]]
+        self.phrasebook = book = build(tried, wanted[~self._held], self.config.phrases)
+        base = {run: (v, a, alignment) for run, number, v, a, alignment in index.rounds if number == 0}
+        asked = np.array(sorted(base), dtype=np.int64)
+        expected = book.expect([told[run, 0][0] for run in asked])
+        reward = self._reward_again(str(self._ids[asked[0]]))
+        rng, out = np.random.default_rng(0), []
+        for slot in range(self.config.phrase_targets):
+            targets = wanted[asked if slot == 0 else rng.integers(len(wanted), size=len(asked))]
+            best = book.misses(expected, targets[None])[0].argmin(1)
+            for place, (run, point, phrase) in enumerate(zip(asked, targets, best, strict=True)):
+                valence, arousal = (None if math.isnan(axis) else float(axis) for axis in point)
+                if valence is None and arousal is None:
+                    continue
+                target = EmotionTarget(valence=valence, arousal=arousal)
+                hit = _read_as([*expected[place, phrase].tolist(), float(book.alignment[phrase])])
+                gain = reward(hit, target) - reward(_read_as(base[run]), target)
+                if gain > self.config.min_gain:
+                    out.append((run, *point, phrase, gain))
+        return np.array(out, dtype=_PHRASE)
+
+    def _phrases_used(self) -> dict[str, Any]:
+        if self.phrasebook is None:
+            return {}
+        numbers = Counter(self._tables["phrases"]["phrase"].tolist())
+        used = {self.phrasebook.phrases[number]: count for number, count in numbers.most_common()}
+        return {"phrasebook": used, "reader_error": tuple(self.phrasebook.reader.errors.mean(0).tolist())}
 
     def _towards(self, target: EmotionTarget, run_id: str, rows: Sequence[_Row]) -> list[float]:
         """Rewards of images for another target than their run's."""
@@ -578,13 +611,19 @@ class Dataset:
                     shown = inside[int(chance * len(inside))].sha256
                     refined = prompts[run_id, int(row["round"])]
                     example = replace(example, refined=refined, advantage=float(row["gain"]), image=shown)
-                    axes = {
-                        axis: float(row[axis]) for axis in ("valence", "arousal") if not math.isnan(row[axis])
-                    }
-                    if axes:
+                    if axes := _axes(row):
                         example = replace(
                             example, target=EmotionTarget.model_validate(axes), wanted=example.target
                         )
+                case "phrases":
+                    assert self.phrasebook is not None
+                    axes = _axes(row)
+                    example = replace(
+                        example,
+                        refined=f"{example.prompt}{self.phrasebook.phrases[row['phrase']]}",
+                        advantage=float(row["gain"]),
+                        target=EmotionTarget.model_validate(axes),
+                    )
                 case "bests":
                     example = replace(
                         example, winner=mine[_Place(int(row["round"]), int(row["index"]))].sha256
@@ -692,37 +731,6 @@ def origin(store: TraceStore, where: RunFilter | None = None) -> tuple[Base, tup
     return made.pop(), (str(rewards[0][0]), str(rewards[0][1]))
 
 
-def consensus(points: np.ndarray, added: Sequence[frozenset[str]], share: float) -> np.ndarray:
-    """Which of many answers agree with those around them.
-
-    Args:
-        points: (N, 2) targets; NaN counts as 0.
-        added: The words of each answer.
-        share: How many stay, in each neighbourhood.
-
-    Returns:
-        (N,) booleans. An answer's agreement is the mean Jaccard similarity to its nearest targets' answers, the near
-        ones weighing more; it stays when its agreement is among the upper `share` of theirs.
-    """
-    points = np.nan_to_num(points)
-    count = min(_NEIGHBOURS + 1, len(points))
-    # One neighbour alone would come without its axis.
-    distance, nearest = (np.reshape(it, (len(points), count)) for it in KDTree(points).query(points, k=count))
-    weight = np.exp(-((distance / _NEAR) ** 2)) * (nearest != np.arange(len(points))[:, None])
-    alike = np.array(
-        [
-            [len(mine & added[other]) / max(1, len(mine | added[other])) for other in others]
-            for mine, others in zip(added, nearest, strict=True)
-        ]
-    )
-    agreement = (weight * alike).sum(1) / np.maximum(weight.sum(1), 1e-12)
-    return agreement >= np.quantile(agreement[nearest], 1 - share, axis=1)
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", text.casefold()))
-
-
 def _chosen(where: RunFilter | None) -> Select[Any]:
     """Ids of the runs that the filter picks, as a subquery. One that still runs would change the data."""
     where = where or RunFilter()
@@ -736,18 +744,24 @@ def held_out(prompt: str, share: float, salt: str) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
-def source_for(keys: frozenset[str]) -> str:
-    """The narrowest source that gives all these batch keys.
+def source_for(keys: frozenset[str], config: DataConfig | None = None) -> str:
+    """The narrowest source that gives all these batch keys; `phrases` where the configuration asks for them.
 
     Raises:
         UserError: None does; names what is missing from the nearest one.
     """
-    for name, given in SOURCES.items():
-        if keys <= given:
+    wanted = (
+        ["phrases"] if config is not None and config.phrases else [it for it in SOURCES if it != "phrases"]
+    )
+    for name in wanted:
+        if keys <= SOURCES[name]:
             return name
-    nearest = min(SOURCES, key=lambda name: len(keys - SOURCES[name]))
+    nearest = min(wanted, key=lambda name: len(keys - SOURCES[name]))
     missing = ", ".join(sorted(keys - SOURCES[nearest]))
-    raise UserError(f"no source of the log gives all of {', '.join(sorted(keys))}: {nearest} lack {missing}")
+    hint = " (set data.phrases=0, or objective.on_policy=1 for opd)" if nearest == "phrases" else ""
+    raise UserError(
+        f"no source of the log gives all of {', '.join(sorted(keys))}: {nearest} lack {missing}{hint}"
+    )
 
 
 def _describe(base: Base) -> str:
@@ -767,6 +781,27 @@ def _critique(row: _Row, category: Emotion | None) -> Critique | None:
         return None
     alignment = 1.0 if row.alignment is None else row.alignment
     return Critique(valence=row.valence, arousal=row.arousal, category=category, alignment=alignment)
+
+
+def _read_as(means: Sequence[float]) -> Critique:
+    """Mean valence, arousal and alignment as rewards take them."""
+    valence, arousal, alignment = means
+    return Critique(valence=valence, arousal=arousal, category=None, alignment=alignment)
+
+
+def _means(rows: Sequence[_Row]) -> Iterator[tuple[int, float, float, float]]:
+    """(round, valence, arousal, alignment) in the mean over each round's images."""
+    for number in sorted({row.round for row in rows}):
+        read = [it for row in rows if row.round == number and (it := _critique(row, None))]
+        if read:
+            table = np.array([(it.valence, it.arousal, it.alignment) for it in read])
+            valence, arousal, alignment = table.mean(0).tolist()
+            yield number, valence, arousal, alignment
+
+
+def _axes(row: np.void) -> dict[str, float]:
+    """What a table's row tells in place of the run's own target; empty where nothing."""
+    return {axis: float(row[axis]) for axis in ("valence", "arousal") if not math.isnan(row[axis])}
 
 
 def _read(rows: Sequence[_Row], wanted: EmotionTarget) -> EmotionTarget:

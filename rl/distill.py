@@ -71,7 +71,7 @@ def objective_of(config: DistillConfig) -> Objective:
     objective = load_objective(knobs.pop("name"), knobs)
     if objective.coupled or not any(objective.required_keys <= keys for keys in SOURCES.values()):
         check_keys(objective, frozenset().union(*SOURCES.values()))
-        source_for(objective.required_keys)
+    source_for(objective.required_keys, config.data)
     return objective
 
 
@@ -104,7 +104,7 @@ def distill(
     _check_folder(out, training, config, resume)
     with open_store(settings, read_only=True) as store:
         dataset = Dataset(store, config.data, where)
-        source = source_for(objective.required_keys)
+        source = source_for(objective.required_keys, config.data)
         train = dataset.examples(source)
         accelerator = make_accelerator(config)
         generator = _base_model(settings, config, dataset.base, accelerator.device)
@@ -215,7 +215,7 @@ def _base_model(
 def _guards(config: DistillConfig, policy: Policy, cache: Cache, dataset: Dataset) -> Guards | None:
     if config.guard.every == 0:
         return None
-    for source in ("pairs", "bests"):
+    for source in ("phrases", "pairs", "bests"):
         held_out = dataset.examples(source, "held_out")
         if len(held_out):
             shown = held_out.fetch(range(min(len(held_out), 256)))

@@ -8,6 +8,7 @@ walks the same path as one that was never disturbed.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import signal
@@ -39,6 +40,7 @@ from .dataset import Example, Examples
 from .guards import Guards
 from .objectives.base import Batch, Objective
 from .policy import Policy
+from .warm_start import BATCH, warm_start
 
 _STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
@@ -158,6 +160,14 @@ class Trainer:
         self._accelerator = accelerator
         self._order = Order(len(train), config.train.seed)
         self._load = Loader(objective.required_keys, cache, policy.device)
+        if config.train.text_steps and "refined" not in objective.required_keys:
+            raise UserError(
+                f"train.text_steps teaches what a refined prompt says, and {config.objective['name']} has none: "
+                "set train.text_steps=0"
+            )
+        #: Before they are wrapped, since the wrapper may split them among processes.
+        self._plain_tokens = copy.deepcopy(policy.tokens) if config.train.text_steps else None
+        self._load_text = Loader(frozenset({"prompt", "refined", "target"}), cache, policy.device)
         self._optimizer = self._make_optimizer()
         policy.null = policy.null.to(policy.device)
         policy.trained, self._optimizer = accelerator.prepare(policy.trained, self._optimizer)
@@ -192,6 +202,7 @@ class Trainer:
         with _listening() as asked, self._metrics():
             if self._steps_done == 0:
                 self._look()
+                self._warm_start()
             while self._steps_done < knobs.steps and stop is None:
                 figures = self._step(self._steps_done)
                 self._steps_done += 1
@@ -211,6 +222,26 @@ class Trainer:
         outcome.steps = self._steps_done
         outcome.seconds += time.perf_counter() - self._began
         return outcome
+
+    def _warm_start(self) -> None:
+        """Teach the emotion tokens on text alone, the same in all processes."""
+        knobs = self.config.train
+        if self._plain_tokens is None:
+            return
+
+        def batch(step: int) -> Batch:
+            chosen = self._order.take(step * BATCH, BATCH)
+            return self._load_text(self._train.fetch(chosen, np.random.default_rng([6, knobs.seed, step])))
+
+        taught, loss = warm_start(self._plain_tokens, batch, knobs.text_steps)
+        self._check("text loss", loss, 0)
+        self._set_weights(
+            {f"tokens.{name}": value for name, value in taught.state_dict().items()}, whole=False
+        )
+        if self._ema:
+            for name, parameter in self.policy.parameters().items():
+                self._ema[name].copy_(parameter.detach())
+        self._log(0, {"text_loss": loss})
 
     def _anywhere(self, asked: bool) -> bool:
         """Whether any process was asked to stop: one that stops alone leaves the others waiting for it."""
@@ -449,11 +480,12 @@ class Trainer:
         outcome.seconds, outcome.loss = state["seconds"], state["loss"]
         self._stopped = state["stopped"]
 
-    def _set_weights(self, weights: dict[str, Any]) -> None:
+    def _set_weights(self, weights: dict[str, Any], whole: bool = True) -> None:
         options = StateDictOptions(full_state_dict=True, strict=False)
         outcome = set_model_state_dict(self.policy.trained, weights, options=options)
         trained = {name for name, p in self.policy.trained.named_parameters() if p.requires_grad}
-        lost = sorted(trained & set(outcome.missing_keys)) + sorted(outcome.unexpected_keys)
+        missing = trained & set(outcome.missing_keys) if whole else set()
+        lost = sorted(missing) + sorted(outcome.unexpected_keys)
         if lost:
             raise UserError(f"the checkpoint is of another policy: {lost[0]} has no place in it")
 

@@ -2,14 +2,18 @@
 
 How emotion enters. Each row of prompt embeddings E (L, D) becomes
 
-    E' = E + U (g(h) * N(norm(E)) + s(h)),     pooled' = pooled + P h,     h = trunk(valence, arousal)
+    E' = E + U silu(M silu((1 + g(h)) * N(norm(E)) + s(h))),     pooled' = pooled + P silu(h + Q(norm(pooled))),
+    h = trunk(valence, arousal)
 
-with N: D → r and U: r → D of low rank; U and P start at zero. So an untrained module returns its input
-unchanged and training starts at the base model *exactly*. Tokens that are merely appended cannot give that:
-in softmax attention a further token takes attention away from the others whatever it holds, and stock
-pipelines have no attention bias to silence it. Nothing is lost: text encoders pad prompts to a fixed length,
-the padding takes part in attention and its embeddings differ by position, so that the residual can turn it
-into tokens for the emotion.
+with N: D → r, M: r → r and U: r → D; U and P start at zero. So an untrained module returns its input unchanged and
+training starts at the base model *exactly*. Tokens that are merely appended cannot give that: in softmax attention a
+further token takes attention away from the others whatever it holds, and stock pipelines have no attention bias to
+silence it. Nothing is lost: text encoders pad prompts to a fixed length, the padding takes part in attention and its
+embeddings differ by position, so that the residual can turn it into words for the emotion. That takes two layers: a
+residual linear in E leaves more of the way from a prompt's embeddings to those of the same prompt with words added.
+
+The trunk reads valence and arousal as plain numbers and as three octaves of sines and cosines (Tancik et al. 2020,
+arXiv 2006.10739), since neighbouring wishes may want different words.
 
 Extra tokens can still be asked for (`tokens` > 0), and then as many null tokens go to the negative branch,
 which must keep the same length. They start as copies of the prompt's last token, most often padding: near the
@@ -33,12 +37,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import grid_sample, silu
 
 from ..emotion import HIGH, LOW, EmotionTarget, UserError
 from .families import Embeds
 
 _FORMAT = "emoloop.emotion_tokens"
-_VERSION = 1
+_VERSION = 2
+
+#: Octaves of the trunk's waves; the first has a period of 12 points.
+_BANDS = 3
 
 
 def points(targets: Sequence[EmotionTarget | None], device: torch.device | str | None = None) -> Tensor:
@@ -79,7 +87,7 @@ class EmotionTokens(nn.Module):
             dim: Width D of the prompt embeddings.
             pooled_dim: Width P of the pooled embeddings; 0 for models that have none.
             tokens: Extra tokens K.
-            rank: Rank r of the residual.
+            rank: Width r of the residual's layers.
             hidden: Width of the trunk.
             knots: Wishes at which the dial is calibrated, from -3 to 3; 0 hears a wish as it is.
         """
@@ -88,14 +96,19 @@ class EmotionTokens(nn.Module):
             dim=dim, pooled_dim=pooled_dim, tokens=tokens, rank=rank, hidden=hidden, knots=knots
         )
         self.tokens = tokens
-        self.trunk = nn.Sequential(nn.Linear(4, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        self.trunk = nn.Sequential(
+            nn.Linear(4 + 4 * _BANDS, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
+        )
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.down = nn.Linear(dim, rank, bias=False)
         self.gate = nn.Linear(hidden, rank)
         self.shift = nn.Linear(hidden, rank)
+        self.mix = nn.Linear(rank, rank)
         self.up = nn.Linear(rank, dim, bias=False)
         nn.init.zeros_(self.up.weight)
         if pooled_dim:
+            self.pooled_norm = nn.LayerNorm(pooled_dim, elementwise_affine=False)
+            self.pooled_down = nn.Linear(pooled_dim, hidden)
             self.pooled = nn.Linear(hidden, pooled_dim)
             nn.init.zeros_(self.pooled.weight)
             nn.init.zeros_(self.pooled.bias)
@@ -147,13 +160,17 @@ class EmotionTokens(nn.Module):
         missing = wanted.isnan()
         present = (~missing.all(-1)).to(self.up.weight.dtype)[:, None] * scale
         numbers = torch.where(missing, 0.0, self._hear(wanted)) / HIGH
-        h = self.trunk(torch.cat([numbers, missing], -1).to(self.up.weight.dtype))
-        low = self.gate(h)[:, None] * self.down(self.norm(embeds.prompt.to(self.up.weight.dtype)))
-        residual = self.up(low + self.shift(h)[:, None]) * present[..., None]
+        angles = [numbers * (torch.pi * 2**band / 2) for band in range(_BANDS)]
+        waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
+        h = self.trunk(torch.cat([numbers, missing, *waves], -1).to(self.up.weight.dtype))
+        low = self.down(self.norm(embeds.prompt.to(self.up.weight.dtype)))
+        low = silu((1 + self.gate(h))[:, None] * low + self.shift(h)[:, None])
+        residual = self.up(silu(self.mix(low))) * present[..., None]
         prompt = embeds.prompt + residual.to(embeds.prompt.dtype)
         pooled = embeds.pooled
         if pooled is not None:
-            pooled = pooled + (self.pooled(h) * present).to(pooled.dtype)
+            both = silu(h + self.pooled_down(self.pooled_norm(pooled.to(h.dtype))))
+            pooled = pooled + (self.pooled(both) * present).to(pooled.dtype)
         if self.tokens:
             spoken = self.extra(h).unflatten(-1, (self.tokens, -1)) * present[..., None]
             silent = self.null_extra * (1 - (present != 0).to(h.dtype))[..., None]
@@ -168,7 +185,7 @@ class EmotionTokens(nn.Module):
         place = wanted.nan_to_num(0.0).clamp(LOW, HIGH) / HIGH
         # grid_sample's x runs along the last dimension, which is arousal.
         at = place.flip(1).to(self.heard.dtype)[None, :, None]
-        heard = nn.functional.grid_sample(self.heard[None], at, align_corners=True)[0, :, :, 0].T
+        heard = grid_sample(self.heard[None], at, align_corners=True)[0, :, :, 0].T
         return torch.where(wanted.isnan(), wanted, heard.to(wanted.dtype))
 
     def null(self, embeds: Embeds) -> Embeds:
@@ -197,7 +214,7 @@ class EmotionTokens(nn.Module):
         """Read a file that `save` wrote; on the CPU, in eval mode.
 
         Raises:
-            UserError: Not such a file, or written by a newer version.
+            UserError: Not such a file, or written by another version.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -206,7 +223,7 @@ class EmotionTokens(nn.Module):
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is not a readable safetensors file: {error}") from error
         if header.pop("version", None) != _VERSION:
-            raise UserError(f"{path} holds no emotion tokens of version {_VERSION}")
+            raise UserError(f"{path} holds no emotion tokens of version {_VERSION}: distil again")
         try:
             module = cls(**header)
             module.load_state_dict(state)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..analysis import Table
 
 #: What the objectives are compared with.
-CONTROLS = ("base", "rewrite", "best_of_n", "rewrite_best_of_n", "teacher", "loop")
+CONTROLS = "base,rewrite,best_of_n,rewrite_best_of_n,teacher,loop"
 
 
 def main(
@@ -36,6 +36,7 @@ def main(
     home: str = "",
     suite: str = "distill",
     objectives: str = "opd,dpo,nft,rwr,sft",
+    controls: str = CONTROLS,
     seeds: int = 3,
     preset: str = "miniature",
     where: str = "",
@@ -50,6 +51,7 @@ def main(
         home: Folder of the log; empty takes the settings' one.
         suite: Suite of held-out requests; its neutral prompts should not be in the log.
         objectives: Names, separated by commas.
+        controls: Arms to compare them with.
         seeds: Training seeds 0 … seeds - 1.
         preset: Distillation preset.
         where: Which runs, as `emoloop distill --from`.
@@ -61,7 +63,7 @@ def main(
         The document with `figures`: those of the evaluation with each objective's mean over seeds, and
         `<objective>_train_minutes`.
     """
-    names = [name.strip() for name in objectives.split(",") if name.strip()]
+    names, beside = ([it.strip() for it in some.split(",") if it.strip()] for some in (objectives, controls))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     cells = [(name, seed) for seed in range(seeds) for name in names]
@@ -78,7 +80,7 @@ def main(
     }
     document: dict[str, Any] = {"figures": {}}
     if evaluate:
-        document = _judge(names, seeds, folder, home, suite)
+        document = _judge(names, beside, seeds, folder, home, suite)
     document["figures"] |= minutes
     if "opd" in names:
         document["figures"]["train_minutes"] = minutes["opd_train_minutes"]
@@ -149,12 +151,14 @@ def _train_all(
             time.sleep(0.5)
 
 
-def _judge(names: Sequence[str], seeds: int, folder: Path, home: str, suite: str) -> dict[str, Any]:
+def _judge(
+    names: Sequence[str], beside: Sequence[str], seeds: int, folder: Path, home: str, suite: str
+) -> dict[str, Any]:
     from .. import analysis
     from ..evaluate import Options, evaluate
 
     arms = [
-        *CONTROLS,
+        *beside,
         *(f"{name}_{seed}={_place(folder, name, seed)}" for name in names for seed in range(seeds)),
     ]
     options = Options(suite=suite, arms=arms, settings={"home": home or None})

@@ -101,12 +101,20 @@ def test_each_objective_leaves_an_artifact_that_works(
     )
 
 
-@pytest.mark.parametrize("objective", ["opd", "nft", "dpo"])
+@pytest.mark.parametrize(
+    ("objective", "own"),
+    [
+        ("opd", []),
+        ("opd", ["data.phrases=2", "train.text_steps=3"]),
+        ("nft", []),
+        ("dpo", ["objective.draws=2"]),
+    ],
+)
 def test_killed_and_resumed_equals_undisturbed_to_the_bit(
-    objective: str, world: tuple[Settings, Path], tmp_path: Path
+    objective: str, own: list[str], world: tuple[Settings, Path], tmp_path: Path
 ) -> None:
     more = ["train.ema=0.9", "policy.dropout=0.1", "train.accumulation=2", "objective.time_sampling=uniform"]
-    more += ["objective.draws=2"] if objective == "dpo" else []
+    more += own
     run(world, tmp_path / "undisturbed", objective, *more)
     out = tmp_path / "killed"
     # Not forked: a fork inherits locks of torch's threads, which the parent has long used.
@@ -126,9 +134,26 @@ def test_killed_and_resumed_equals_undisturbed_to_the_bit(
     )
 
     def figures(text: str) -> list[tuple[int, float]]:
-        return [(line["step"], line["loss"]) for line in map(json.loads, text.splitlines())]
+        return [
+            (it["step"], it.get("loss", it.get("text_loss"))) for it in map(json.loads, text.splitlines())
+        ]
 
     assert figures(before) == figures(after)
+
+
+def test_a_phrasebook_with_a_start_on_text_leaves_an_artifact(
+    world: tuple[Settings, Path], tmp_path: Path
+) -> None:
+    found = run(world, tmp_path / "out", "opd", "data.phrases=2", "train.text_steps=40")
+    assert found.statistics["phrasebook"] == {" bright 1": found.statistics["sources"]["phrases"]["train"]
+                                              + found.statistics["sources"]["phrases"]["held_out"]}  # fmt: skip
+    first = json.loads((tmp_path / "out/training/metrics.jsonl").read_text().splitlines()[0])
+    # 2 is where it begins: nothing of the way from the neutral prompt to the refined one, words and pooled.
+    assert first["step"] == 0 and first["text_loss"] < 1.5
+    record = json.loads((tmp_path / "out/training.json").read_text())
+    assert record["source"] == "phrases" and record["data"]["reader_error"]
+    with pytest.raises(UserError, match=r"train\.text_steps=0"):
+        run(world, tmp_path / "sft", "sft", "train.text_steps=3")
 
 
 def test_a_loss_that_is_no_number_ends_training_and_keeps_the_checkpoint(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from emoloop.emotion import Critique, Emotion, EmotionTarget, UserError
 from emoloop.recording import Critiqued, HumanFeedback
-from emoloop.rl.dataset import DataConfig, Dataset, consensus, held_out, source_for
+from emoloop.rl.dataset import DataConfig, Dataset, held_out, source_for
 from emoloop.tools.reward import load_reward
 from emoloop.traces.rows import RunFilter
 from emoloop.traces.store import open_store
@@ -296,28 +296,3 @@ def test_sources_by_keys() -> None:
     assert source_for(frozenset({"prompt", "refined", "advantage"})) == "pairs"
     with pytest.raises(UserError, match="lack log_probs"):
         source_for(frozenset({"prompt", "latents", "rewards", "log_probs"}))
-
-
-def test_consensus_keeps_what_neighbours_agree_on() -> None:
-    generator = np.random.default_rng(0)
-    # Two neighbourhoods; in each, seven say the same and three say something of their own.
-    points = np.concatenate([generator.normal(centre, 0.05, (10, 2)) for centre in (-2.0, 2.0)])
-    added = [frozenset({"dark", "rain"})] * 7 + [frozenset({str(i)}) for i in range(3)]
-    added += [frozenset({"bright", "sun"})] * 7 + [frozenset({"x", str(i)}) for i in range(3)]
-    stays = consensus(points, added, 0.7)
-    assert stays.tolist() == ([True] * 7 + [False] * 3) * 2
-    assert consensus(points, added, 1.0).all()
-
-
-def test_a_consensus_of_pairs_leaves_the_other_sources_alone(tmp_path: Path) -> None:
-    with open_store(write_log(tmp_path, 12, reward=lambda run, round_, index: round_ + 0.1 * index)) as store:
-        every, some = Dataset(store, ALL), Dataset(store, DataConfig(held_out=0, consensus=0.5))
-        before, after = (it.statistics.sources for it in (every, some))
-        assert 0 < after["pairs"]["train"] <= before["pairs"]["train"]
-        assert (
-            some.statistics.dropped.get("no consensus", 0)
-            == before["pairs"]["train"] - after["pairs"]["train"]
-        )
-        assert {k: v for k, v in after.items() if k != "pairs"} == {
-            k: v for k, v in before.items() if k != "pairs"
-        }
