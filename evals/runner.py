@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Times that a machine's pace is taken.
+_PACES = 3
+
 #: Requests at work at once: enough to fill batches, few enough to keep memory small.
 CONCURRENCY = 16
 
@@ -294,21 +297,28 @@ async def measure_pace(kit: Kit, rows: Sequence[Row]) -> dict[str, float]:
         shots = [(row.request, shot) for row in rows for shot in row.delivery.shots][:8]
         if not shots:
             return {}
-        made = await kit.generator.inner.generate(_again(shots))
-        images = [one.image for one in made]
-        pace = {"image": sum(one.provenance.get("seconds") or 0.0 for one in made) / len(made)}
-        clock = time.perf_counter()
-        await asyncio.gather(
-            *(
-                kit.critic.read(image, request.prompt, request.target)
-                for image, (request, _) in zip(images, shots, strict=True)
-            )
-        )
-        pace["critique"] = (time.perf_counter() - clock) / len(shots)
-        clock = time.perf_counter()
-        await asyncio.gather(*(kit.rewriter.rewrite(request.prompt, request.target) for request, _ in shots))
-        pace["rewrite"] = (time.perf_counter() - clock) / len(shots)
-        return pace
+        # The first call of each model loads it or tries its batches out, and other work on a machine only slows: the
+        # fastest of several is nearest to what the models take.
+        made: list[Any] = []
+        image: list[float] = []
+        for _ in range(_PACES):
+            made = await kit.generator.inner.generate(_again(shots))
+            image.append(sum(one.provenance.get("seconds") or 0.0 for one in made) / len(made))
+
+        async def fastest(call: Callable[[Request, Any], Any]) -> float:
+            found = []
+            for _ in range(_PACES):
+                clock = time.perf_counter()
+                calls = [call(request, one.image) for (request, _), one in zip(shots, made, strict=True)]
+                await asyncio.gather(*calls)
+                found.append((time.perf_counter() - clock) / len(shots))
+            return min(found)
+
+        return {
+            "image": min(image),
+            "critique": await fastest(lambda it, picture: kit.critic.read(picture, it.prompt, it.target)),
+            "rewrite": await fastest(lambda it, _: kit.rewriter.rewrite(it.prompt, it.target)),
+        }
 
     try:
         return await kit.cache.once(key, make)

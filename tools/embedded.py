@@ -65,7 +65,8 @@ class EmbeddedLVLM(BaseChatModel):
         temperature: 0 is greedy.
         max_tokens: Length limit of an answer.
         batch_size: Rows of a forward pass at most.
-        window_ms: How long a request waits for company, in milliseconds.
+        window_ms: How long a request waits for company, in milliseconds. A round's critiques come one after another
+            from their threads, and a batch that leaves without some of them costs as much again.
         device: "auto" is cuda, then mps, then cpu.
         dtype: "auto" is bfloat16 on cuda, float32 elsewhere.
     """
@@ -76,7 +77,7 @@ class EmbeddedLVLM(BaseChatModel):
     temperature: float = Field(default=0.0, ge=0)
     max_tokens: int = Field(default=512, ge=1)
     batch_size: int = Field(default=8, ge=1)
-    window_ms: float = Field(default=5.0, ge=0)
+    window_ms: float = Field(default=20.0, ge=0)
     device: str = "auto"
     dtype: str = "auto"
 

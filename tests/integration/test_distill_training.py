@@ -43,7 +43,11 @@ QUICK = (
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Path]:
     root = tmp_path_factory.mktemp("world")
     folder = tiny.save("sd3", root / "model")
-    return rl_log.write_log(root / "home", 10, model=str(folder), revision=None), folder
+
+    def reading(round_: int, index: int) -> tuple[float, float]:
+        return 0.4 * round_ + 0.1 * index, -0.3 * round_
+
+    return rl_log.write_log(root / "home", 10, model=str(folder), revision=None, reading=reading), folder
 
 
 def run(world: tuple[Settings, Path], out: Path, objective: str = "opd", *more: str, **how: Any) -> Distilled:
