@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..emotion import PROTOTYPES, Critique, Emotion, EmotionTarget, UserError
 from ..settings import Settings
 from ..tools.registry import resolve
+from ..tools.threads import apart
 from .metrics import mean
 from .records import Reading
 
@@ -102,7 +103,7 @@ class PixelJudge:
         """See `Judge`."""
         found: list[Reading | None] = []
         for start in range(0, len(items), self.batch):
-            found += await asyncio.to_thread(self._read, items[start : start + self.batch])
+            found += await asyncio.to_thread(apart, self._read, items[start : start + self.batch])
         return found
 
     def _read(self, items: Sequence[Item]) -> list[Reading | None]:
@@ -330,7 +331,7 @@ class ClipHeadJudge:
         """
         found: list[Reading | None] = []
         for start in range(0, len(items), self.batch):
-            found += await asyncio.to_thread(self._read, items[start : start + self.batch])
+            found += await asyncio.to_thread(apart, self._read, items[start : start + self.batch])
         return found
 
     def _read(self, items: Sequence[Item]) -> list[Reading | None]:
@@ -450,9 +451,9 @@ def load_judge(spec: str, settings: Settings) -> Judge:
     name, _, argument = spec.partition(":")
     known = JUDGES.get(name)
     if callable(known):
-        return known(argument, settings)
+        return apart(known, argument, settings)
     found = resolve(spec, JUDGES, "judge")
-    made: Any = found() if callable(found) else found
+    made: Any = apart(found) if callable(found) else found
     if not hasattr(made, "read"):
         raise UserError(f"judge {spec!r} has no read(images)")
     return made if hasattr(made, "sees_target") else PixelJudge(made, spec)

@@ -38,6 +38,7 @@ from transformers.utils import logging as hf_logging
 from ..emotion import UserError
 from .batching import BatchWorker
 from .chat import continues, image_from_url, to_openai, to_result, with_layout
+from .threads import set_threads_here
 
 
 @dataclass
@@ -69,6 +70,8 @@ class EmbeddedLVLM(BaseChatModel):
             from their threads, and a batch that leaves without some of them costs as much again.
         device: "auto" is cuda, then mps, then cpu.
         dtype: "auto" is bfloat16 on cuda, float32 elsewhere.
+        threads: CPU threads of a forward pass; None is torch's number. A model of a few million weights does best
+            with 1: waking a second thread takes longer than what it is woken for.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -80,6 +83,7 @@ class EmbeddedLVLM(BaseChatModel):
     window_ms: float = Field(default=20.0, ge=0)
     device: str = "auto"
     dtype: str = "auto"
+    threads: int | None = Field(default=None, ge=1)
 
     _engine: _Engine | None = PrivateAttr(default=None)
     _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
@@ -127,7 +131,7 @@ class EmbeddedLVLM(BaseChatModel):
         with self._lock:
             if self._engine is None:
                 load = partial(_Decoder, self.model, self.device, self.dtype)
-                self._engine = _Engine(load, self.batch_size, self.window_ms / 1000)
+                self._engine = _Engine(load, self.batch_size, self.window_ms / 1000, self.threads)
             return self._engine.worker.submit([request])[0]
 
     def _generate(
@@ -169,8 +173,8 @@ def _split_images(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
 class _Engine:
     """The model behind one worker thread; it loads with the first batch."""
 
-    def __init__(self, load: Callable[[], _Decoder], batch_size: int, window: float):
-        self._load, self._decoder = load, None
+    def __init__(self, load: Callable[[], _Decoder], batch_size: int, window: float, threads: int | None):
+        self._load, self._decoder, self._threads = load, None, threads
         self.worker: BatchWorker[_Request, ChatResult] = BatchWorker(
             self._run,
             size=batch_size,
@@ -180,9 +184,12 @@ class _Engine:
         )
 
     def _run(self, requests: list[_Request]) -> Sequence[ChatResult | Exception]:
-        self._decoder = decoder = self._decoder or self._load()
+        if self._decoder is None:
+            if self._threads:
+                set_threads_here(self._threads)
+            self._decoder = self._load()
         try:
-            return decoder(requests)
+            return self._decoder(requests)
         except Exception as error:
             if len(requests) == 1:
                 return [error]

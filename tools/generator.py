@@ -38,6 +38,7 @@ from .families import Embeds, family_of
 from .fingerprint import revision, versions
 from .quiet import quiet
 from .registry import resolve
+from .threads import apart
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -493,7 +494,7 @@ def load_generator(
             return ImagesApiGenerator(settings)
         if ":" in str(spec) and not Path(spec).exists():
             return resolve(str(spec), {}, "generator")(settings)
-        return _open(settings)
+        return apart(_open, settings)
     if isinstance(spec, Generator):
         return spec
     if settings.device != "auto":

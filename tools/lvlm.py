@@ -22,7 +22,7 @@ def load_lvlm(settings: LVLMSettings | None = None, *, check: bool = True) -> Ba
 
     Args:
         settings: Engine, model and limits. Where `max_tokens` is not set, the model's own default holds
-            (`max_tokens` in its `emoloop.json`).
+            (`max_tokens` in its `emoloop.json`, where `batch_size` and `threads` of the embedded engine may stand too).
         check: Ask a server at once whether it is there, serves the model and takes images.
 
     Returns:
@@ -72,6 +72,7 @@ def load_lvlm(settings: LVLMSettings | None = None, *, check: bool = True) -> Ba
         temperature=settings.temperature,
         max_tokens=limit,
         batch_size=own.get("batch_size", 8),
+        threads=own.get("threads"),
         device=settings.device,
         dtype=settings.dtype,
     )

@@ -168,7 +168,13 @@ def save(folder: Path, model: Idefics3ForConditionalGeneration, tokenizer: PreTr
     (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n")
     processor = {"processor_class": "Idefics3Processor", "image_seq_len": IMAGE_TOKENS}
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-    preset = {"critic_prompt": "critic-compact", "rewriter_prompt": "rewriter-compact", "max_tokens": 224}
+    preset = {
+        "critic_prompt": "critic-compact",
+        "rewriter_prompt": "rewriter-compact",
+        "max_tokens": 224,
+        "batch_size": 32,
+        "threads": 1,
+    }
     (folder / "emoloop.json").write_text(json.dumps(preset, indent=2) + "\n")
 
 

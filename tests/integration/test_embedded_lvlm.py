@@ -3,10 +3,12 @@
 import asyncio
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import tiny_lvlm
+import torch
 from emoloop.agents.schemas import CRITIC_SCHEMA, REWRITER_SCHEMA, response_format
 from emoloop.emotion import UserError
 from emoloop.settings import LVLMSettings
@@ -16,6 +18,7 @@ from emoloop.tools.lvlm import load_lvlm
 from emoloop.tools.scores import read_scores, score_only
 from langchain_core.messages import HumanMessage, SystemMessage
 from PIL import Image
+from transformers import Idefics3ForConditionalGeneration
 
 CRITIC = response_format("critique", CRITIC_SCHEMA)
 
@@ -196,11 +199,29 @@ def test_closing_and_using_again(folder):
     chat.close()
 
 
+def test_threads_are_the_models_alone(folder, monkeypatch):
+    found = []
+    forward = Idefics3ForConditionalGeneration.forward
+
+    def spy(*args, **kwargs):
+        found.append(torch.get_num_threads())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(Idefics3ForConditionalGeneration, "forward", spy)
+    before = torch.get_num_threads()
+    chat = EmbeddedLVLM(model=str(folder), max_tokens=2, threads=before + 1)
+    chat.invoke(text_question())
+    chat.close()
+    with ThreadPoolExecutor(1) as later:
+        assert {torch.get_num_threads(), later.submit(torch.get_num_threads).result()} == {before}
+    assert set(found) == {before + 1}
+
+
 def test_load_lvlm(folder, tmp_path):
-    (folder / "emoloop.json").write_text('{"max_tokens": 33}')
+    (folder / "emoloop.json").write_text('{"max_tokens": 33, "batch_size": 5, "threads": 1}')
     chat = load_lvlm(LVLMSettings(model=str(folder)))
     assert isinstance(chat, EmbeddedLVLM)
-    assert chat.max_tokens == 33
+    assert (chat.max_tokens, chat.batch_size, chat.threads) == (33, 5, 1)
     chosen = load_lvlm(LVLMSettings(model=str(folder), max_tokens=44))
     assert isinstance(chosen, EmbeddedLVLM)
     assert chosen.max_tokens == 44
