@@ -133,18 +133,6 @@ class GuardConfig(_Section):
     sheet_every: int = Field(default=200, ge=0)
 
 
-class CalibrationConfig(_Section):
-    """Whether the dial of the finished adapter is put right, as the guard reads it (`rl/calibration.py`).
-
-    Attributes:
-        prompts: Training prompts that are looked at, each over the whole grid; 0 leaves the dial alone.
-        knots: Targets on either axis, from -3 to 3.
-    """
-
-    prompts: int = Field(default=0, ge=0)
-    knots: int = Field(default=5, ge=3)
-
-
 class DistillConfig(_Section):
     """Everything about one distillation.
 
@@ -155,7 +143,6 @@ class DistillConfig(_Section):
         policy: What is trained.
         train: How it is trained.
         guard: What is watched.
-        calibration: What is put right at the end.
     """
 
     objective: dict[str, Any] = {"name": "opd"}
@@ -164,7 +151,6 @@ class DistillConfig(_Section):
     policy: PolicyConfig = PolicyConfig()
     train: TrainConfig = TrainConfig()
     guard: GuardConfig = GuardConfig()
-    calibration: CalibrationConfig = CalibrationConfig()
 
 
 #: Keys that may differ when a run goes on: they change nothing about the weights up to that point.
@@ -175,8 +161,6 @@ RESUMABLE = {
     "train.tensorboard",
     "train.cache",
     "guard.sheet_every",
-    "calibration.prompts",
-    "calibration.knots",
 }
 
 

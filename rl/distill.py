@@ -31,10 +31,9 @@ from ..tools.generator import DiffusersGenerator, load_generator
 from ..traces.rows import RunFilter
 from ..traces.store import TraceStore, open_store
 from .cache import Cache
-from .calibration import calibrate
 from .config import RESUMABLE, DistillConfig, flat
 from .dataset import SOURCES, Base, Dataset, source_for
-from .guards import GuardModel, Guards, load_reader
+from .guards import Guards
 from .networks import network_of
 from .objectives import load_objective
 from .objectives.base import Objective, check_keys
@@ -99,7 +98,6 @@ def distill(
         DistillError: Training broke off; the last good checkpoint is intact.
     """
     objective = objective_of(config)
-    reader = _reader(config)
     training = out / "training"
     _check_folder(out, training, config, resume)
     with open_store(settings, read_only=True) as store:
@@ -122,13 +120,7 @@ def distill(
         )  # fmt: skip
         outcome = trainer.run(resume=resume, watch=watch)
         with trainer.averaged():
-            dial: dict[str, Any] = {}
-            if reader is not None and outcome.reason != "interrupted":
-                shown = train.fetch(range(min(len(train), 256)))
-                dial = calibrate(policy, cache, reader, [it.prompt for it in shown], config.calibration)
-                if guards is not None and guards.requests:
-                    outcome.last_look, _ = guards.look()
-            record = _record(config, dataset, objective, source, generator, outcome, dial)
+            record = _record(config, dataset, objective, source, generator, outcome)
             if accelerator.is_main_process and outcome.reason != "interrupted":
                 _save(out, policy, record, generator)
     return Distilled(out, outcome, statistics, record["figures"])
@@ -225,18 +217,6 @@ def _guards(config: DistillConfig, policy: Policy, cache: Cache, dataset: Datase
     return None
 
 
-def _reader(config: DistillConfig) -> GuardModel | None:
-    """What reads the images by which the dial is calibrated, if it shall be."""
-    if not config.calibration.prompts:
-        return None
-    if config.guard.model is None:
-        raise UserError(
-            "calibration.prompts asks for a calibrated dial, but nothing reads images: name a recogniser by "
-            "guard.model, or set calibration.prompts=0"
-        )
-    return load_reader(config.guard.model)
-
-
 def _check_folder(out: Path, training: Path, config: DistillConfig, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file")
@@ -269,7 +249,6 @@ def _record(
     source: str,
     generator: DiffusersGenerator,
     outcome: Outcome,
-    dial: dict[str, Any],
 ) -> dict[str, Any]:
     """What `training.json` says."""
     figures = {"steps": float(outcome.steps), "train_minutes": outcome.seconds / 60, "loss": outcome.loss}
@@ -287,7 +266,6 @@ def _record(
         "source": source,
         "data": dataset.statistics.model_dump(mode="json"),
         "outcome": asdict(outcome),
-        "calibration": dial,
         # None leaves it to the model; see `tools.adapter.Adapter.guidance`.
         "guidance": config.policy.guidance,
         "notes": notes,

@@ -19,10 +19,6 @@ Extra tokens can still be asked for (`tokens` > 0), and then as many null tokens
 which must keep the same length. They start as copies of the prompt's last token, most often padding: near the
 base, but not exactly at it.
 
-A trained module says how it understands a wish; what its images then make people feel is mostly less. Such a dial
-can be put right afterwards (`calibrate`): it keeps what to hear for a wish on a grid of wishes (knots), bilinear
-between them; an axis that is not wished for is looked up at 0.
-
 A target without numbers, or a scale of 0, leaves everything out: no residual and no extra tokens.
 """
 
@@ -37,9 +33,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import grid_sample, silu
+from torch.nn.functional import silu
 
-from ..emotion import HIGH, LOW, EmotionTarget, UserError
+from ..emotion import HIGH, EmotionTarget, UserError
 from .families import Embeds
 
 _FORMAT = "emoloop.emotion_tokens"
@@ -70,8 +66,6 @@ class EmotionTokens(nn.Module):
         tokens: Extra tokens appended to the prompt, 0 by default.
     """
 
-    heard: Tensor
-
     def __init__(
         self,
         dim: int,
@@ -79,7 +73,6 @@ class EmotionTokens(nn.Module):
         tokens: int = 0,
         rank: int = 32,
         hidden: int = 128,
-        knots: int = 0,
     ) -> None:
         """Make an untrained module.
 
@@ -89,12 +82,9 @@ class EmotionTokens(nn.Module):
             tokens: Extra tokens K.
             rank: Width r of the residual's layers.
             hidden: Width of the trunk.
-            knots: Wishes at which the dial is calibrated, from -3 to 3; 0 hears a wish as it is.
         """
         super().__init__()
-        self.config = dict(
-            dim=dim, pooled_dim=pooled_dim, tokens=tokens, rank=rank, hidden=hidden, knots=knots
-        )
+        self.config = dict(dim=dim, pooled_dim=pooled_dim, tokens=tokens, rank=rank, hidden=hidden)
         self.tokens = tokens
         self.trunk = nn.Sequential(
             nn.Linear(4 + 4 * _BANDS, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
@@ -117,20 +107,6 @@ class EmotionTokens(nn.Module):
             self.null_extra = nn.Parameter(torch.zeros(tokens, rank))
             self.up_extra = nn.Linear(rank, dim, bias=False)
             nn.init.zeros_(self.up_extra.weight)
-        if knots:
-            # Valence and arousal heard, by wished valence, then arousal.
-            wishes = torch.linspace(LOW, HIGH, knots)
-            self.register_buffer("heard", torch.stack(torch.meshgrid(wishes, wishes, indexing="ij")))
-
-    def calibrate(self, heard: Tensor) -> None:
-        """Put the dial right.
-
-        Args:
-            heard: (2, K, K): valence and arousal that are heard, by wished valence, then wished arousal, each at K
-                evenly spaced values from -3 to 3.
-        """
-        self.config["knots"] = heard.shape[1]
-        self.register_buffer("heard", heard.to(self.up.weight))
 
     @classmethod
     def for_embeds(cls, embeds: Embeds, **kwargs: Any) -> EmotionTokens:
@@ -159,7 +135,7 @@ class EmotionTokens(nn.Module):
             return embeds
         missing = wanted.isnan()
         present = (~missing.all(-1)).to(self.up.weight.dtype)[:, None] * scale
-        numbers = torch.where(missing, 0.0, self._hear(wanted)) / HIGH
+        numbers = torch.where(missing, 0.0, wanted) / HIGH
         angles = [numbers * (torch.pi * 2**band / 2) for band in range(_BANDS)]
         waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
         h = self.trunk(torch.cat([numbers, missing, *waves], -1).to(self.up.weight.dtype))
@@ -176,17 +152,6 @@ class EmotionTokens(nn.Module):
             silent = self.null_extra * (1 - (present != 0).to(h.dtype))[..., None]
             prompt = self._append(prompt, embeds.prompt, spoken + silent)
         return Embeds(prompt, pooled)
-
-    def _hear(self, wanted: Tensor) -> Tensor:
-        """Wishes (B, 2) through the dial; what is missing stays missing."""
-        knots = self.config["knots"]
-        if not knots:
-            return wanted
-        place = wanted.nan_to_num(0.0).clamp(LOW, HIGH) / HIGH
-        # grid_sample's x runs along the last dimension, which is arousal.
-        at = place.flip(1).to(self.heard.dtype)[None, :, None]
-        heard = grid_sample(self.heard[None], at, align_corners=True)[0, :, :, 0].T
-        return torch.where(wanted.isnan(), wanted, heard.to(wanted.dtype))
 
     def null(self, embeds: Embeds) -> Embeds:
         """The negative branch beside `forward`: null tokens where there are extra ones, nothing else.

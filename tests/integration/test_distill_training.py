@@ -250,33 +250,16 @@ def test_pixel_guards_need_no_recogniser(world: tuple[Settings, Path], tmp_path:
     assert [look["step"] for look in looks] == [0, 3, 6] and "held_out_loss" in looks[0]
 
 
-def test_the_dial_is_put_right_at_the_end(world: tuple[Settings, Path], tmp_path: Path) -> None:
-    knobs = (
-        "guard.model=distill_helpers:Brightness", "calibration.prompts=2", "calibration.knots=3",
-        "policy.guidance=2.5",
-    )  # fmt: skip
-    run(world, tmp_path / "out", "opd", *knobs)
-    record = json.loads((tmp_path / "out" / "training.json").read_text())
-    dial = record["calibration"]
-    assert dial["asked"] == [-3, 0, 3]
-    heard = load_file(tmp_path / "out" / "emotion_tokens.safetensors")["heard"]
-    assert heard.shape == (2, 3, 3) and heard.abs().max() <= 3
-    for square, axis in zip(heard, ("valence", "arousal"), strict=True):
-        assert np.shape(dial[f"{axis}_read"]) == (3, 3)
-        assert square.numpy() == pytest.approx(np.array(dial[f"{axis}_heard"]), abs=1e-3)
-    # Apart from the dial the weights are those of the same training without it.
-    run(world, tmp_path / "plain", "opd", *knobs, "calibration.prompts=0")
-    plain = weights(tmp_path / "plain")
-    assert plain == {key: value for key, value in weights(tmp_path / "out").items() if key in plain}
-    # It can be put right later, also when the training is older than the knob.
-    file = tmp_path / "plain" / "training" / "config.yaml"
-    file.write_text(re.sub(r"calibration:\n(  .*\n)+", "", file.read_text()))
-    assert "calibration" not in file.read_text()
-    run(world, tmp_path / "plain", "opd", *knobs, resume=True)
-    assert weights(tmp_path / "plain") == weights(tmp_path / "out")
-    with pytest.raises(UserError, match=r"guard\.model"):
-        run(world, tmp_path / "blind", "opd", "calibration.prompts=2")
-    assert not (tmp_path / "blind").exists()
+def test_a_training_older_than_a_knob_goes_on(world: tuple[Settings, Path], tmp_path: Path) -> None:
+    run(world, tmp_path / "out", "sft")
+    before, file = weights(tmp_path / "out"), tmp_path / "out" / "training" / "config.yaml"
+    text = file.read_text()
+    file.write_text(re.sub(r"  text_steps: .*\n", "", text))
+    assert file.read_text() != text
+    run(world, tmp_path / "out", "sft", resume=True)
+    assert weights(tmp_path / "out") == before
+    with pytest.raises(UserError, match=r"another train\.text_steps"):
+        run(world, tmp_path / "out", "sft", "train.text_steps=3", resume=True)
 
 
 def test_an_adapter_is_sampled_with_the_guidance_that_it_was_made_for(
