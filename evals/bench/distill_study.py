@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +28,13 @@ from ..children import children
 if TYPE_CHECKING:
     from ..analysis import Table
 
-#: What the objectives are compared with.
-CONTROLS = "base,rewrite,best_of_n,rewrite_best_of_n,teacher,loop"
-
 
 def main(
     out: str = "runs/distill-study",
     home: str = "",
     suite: str = "distill",
     objectives: str = "opd,dpo,nft,rwr,sft",
-    controls: str = CONTROLS,
+    controls: str = "base,rewrite,best_of_n,rewrite_best_of_n,teacher,loop",
     seeds: int = 3,
     preset: str = "miniature",
     where: str = "",
@@ -50,7 +48,7 @@ def main(
         out: Folder of the study.
         home: Folder of the log; empty takes the settings' one.
         suite: Suite of held-out requests; its neutral prompts should not be in the log.
-        objectives: Names, separated by commas.
+        objectives: Names, separated by commas; `dpo:1` takes another number of seeds than `seeds`.
         controls: Arms to compare them with.
         seeds: Training seeds 0 … seeds - 1.
         preset: Distillation preset.
@@ -63,10 +61,10 @@ def main(
         The document with `figures`: those of the evaluation with each objective's mean over seeds, and
         `<objective>_train_minutes`.
     """
-    names, beside = ([it.strip() for it in some.split(",") if it.strip()] for some in (objectives, controls))
+    counts, beside = _counts(objectives, seeds), [it.strip() for it in controls.split(",") if it.strip()]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    cells = [(name, seed) for seed in range(seeds) for name in names]
+    cells = [(name, seed) for seed in range(max(counts.values())) for name in counts if seed < counts[name]]
     _train_all(cells, folder, home, preset, where, sets.split(), parallel)
     records = {cell: json.loads((_place(folder, *cell) / "training.json").read_text()) for cell in cells}
     hashes = {record["data"]["data_hash"] for record in records.values()}
@@ -74,30 +72,49 @@ def main(
         raise UserError(f"{folder} holds adapters trained on {len(hashes)} different logs: use another out=")
     minutes = {
         f"{name}_train_minutes": float(
-            np.mean([records[name, seed]["outcome"]["seconds"] / 60 for seed in range(seeds)])
+            np.mean([records[name, seed]["outcome"]["seconds"] / 60 for seed in range(count)])
         )
-        for name in names
+        for name, count in counts.items()
     }
     document: dict[str, Any] = {"figures": {}}
     if evaluate:
-        document = _judge(names, beside, seeds, folder, home, suite)
+        document = _judge(counts, beside, folder, home, suite)
     document["figures"] |= minutes
-    if "opd" in names:
+    if "opd" in counts:
         document["figures"]["train_minutes"] = minutes["opd_train_minutes"]
     document["trainings"] = {
         f"{name}-{seed}": {key: record[key] for key in ("objective", "outcome", "figures", "notes")}
         for (name, seed), record in records.items()
     }
     first = next(iter(records.values()))
+    taken = ",".join(f"{name}:{count}" for name, count in counts.items())
     document |= {
+        "command": f"emoloop bench distill-study objectives={taken} controls={controls}",
         "data": first["data"],
         "base": first["base"],
         "reward": first["reward"],
-        "seeds": list(range(seeds)),
+        "seeds": {name: list(range(count)) for name, count in counts.items()},
     }
     text = json.dumps(document, indent=1, default=str)
     (folder / "study.json").write_text(text + "\n", encoding="utf-8")
     return json.loads(text)
+
+
+def _counts(objectives: str, seeds: int) -> dict[str, int]:
+    """Seeds of each objective.
+
+    Raises:
+        UserError: None is named, or a number is none.
+    """
+    counts: dict[str, int] = {}
+    for part in filter(None, (it.strip() for it in objectives.split(","))):
+        name, _, count = part.partition(":")
+        if not (count or str(seeds)).isdecimal() or int(count or seeds) < 1:
+            raise UserError(f"objectives={objectives}: {part!r} is not NAME or NAME:SEEDS, such as opd:3")
+        counts[name] = int(count or seeds)
+    if not counts:
+        raise UserError("objectives= names none: opd, dpo, nft, rwr or sft")
+    return counts
 
 
 def _place(folder: Path, name: str, seed: int) -> Path:
@@ -152,23 +169,27 @@ def _train_all(
 
 
 def _judge(
-    names: Sequence[str], beside: Sequence[str], seeds: int, folder: Path, home: str, suite: str
+    counts: dict[str, int], beside: Sequence[str], folder: Path, home: str, suite: str
 ) -> dict[str, Any]:
     from .. import analysis
     from ..evaluate import Options, evaluate
 
     arms = [
         *beside,
-        *(f"{name}_{seed}={_place(folder, name, seed)}" for name in names for seed in range(seeds)),
+        *(f"{name}_{seed}={_place(folder, name, seed)}" for name in counts for seed in range(counts[name])),
     ]
     options = Options(suite=suite, arms=arms, settings={"home": home or None})
     document, outcome = evaluate(options, folder / "report")
     table = analysis.Table(outcome.rows, outcome.pace)
-    groups = {name: [f"{name}_{seed}" for seed in range(seeds)] for name in names}
+    groups = {name: [f"{name}_{seed}" for seed in range(count)] for name, count in counts.items()}
     spreads = average(table, groups)
     document["figures"] = {**document["figures"], **analysis.figures(table), **spreads}
+    # The single seeds' rows, sweeps and failures stand in the report.
+    found = table.estimates()
+    means = {name: {"metrics": {key: asdict(it) for key, it in found[name].items()}} for name in counts}
+    document["arms"] = {arm: document["arms"][arm] for arm in beside} | means
     document["comparisons"] = table.comparisons()
-    document["verdicts"] = verdicts(table, names)
+    document["verdicts"] = verdicts(table, list(counts))
     return document
 
 
