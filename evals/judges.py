@@ -82,6 +82,15 @@ class PixelReader(Protocol):
         ...
 
 
+async def _in_batches(
+    read: Callable[[Sequence[Item]], list[Reading | None]], items: Sequence[Item], batch: int
+) -> list[Reading | None]:
+    found: list[Reading | None] = []
+    for start in range(0, len(items), batch):
+        found += await asyncio.to_thread(apart, read, items[start : start + batch])
+    return found
+
+
 class PixelJudge:
     """A `PixelReader` as a judge: in a thread, in batches.
 
@@ -101,10 +110,7 @@ class PixelJudge:
 
     async def read(self, items: Sequence[Item]) -> list[Reading | None]:
         """See `Judge`."""
-        found: list[Reading | None] = []
-        for start in range(0, len(items), self.batch):
-            found += await asyncio.to_thread(apart, self._read, items[start : start + self.batch])
-        return found
+        return await _in_batches(self._read, items, self.batch)
 
     def _read(self, items: Sequence[Item]) -> list[Reading | None]:
         images = [item.open() for item in items]
@@ -329,10 +335,7 @@ class ClipHeadJudge:
         Alignment is CLIPScore / 100 (Hessel et al., 2021): max(cos, 0). Quality is CLIP-IQA (Wang et al., 2023):
         the softmax share of "Good photo." against "Bad photo.".
         """
-        found: list[Reading | None] = []
-        for start in range(0, len(items), self.batch):
-            found += await asyncio.to_thread(apart, self._read, items[start : start + self.batch])
-        return found
+        return await _in_batches(self._read, items, self.batch)
 
     def _read(self, items: Sequence[Item]) -> list[Reading | None]:
         import torch

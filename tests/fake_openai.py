@@ -56,9 +56,8 @@ class FakeOpenAI(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = (
-        True  # headers and body leave apart; the client's kernel would wait 40 ms between them
-    )
+    # Headers and body leave apart, and the client's kernel would wait 40 ms between them.
+    disable_nagle_algorithm = True
     server: FakeOpenAI
 
     def log_message(self, *args):

@@ -108,10 +108,11 @@ def _counts(objectives: str, seeds: int) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     for part in filter(None, (it.strip() for it in objectives.split(","))):
-        name, _, count = part.partition(":")
-        if not (count or str(seeds)).isdecimal() or int(count or seeds) < 1:
+        name, _, own = part.partition(":")
+        count = own or str(seeds)
+        if not count.isdecimal() or int(count) < 1:
             raise UserError(f"objectives={objectives}: {part!r} is not NAME or NAME:SEEDS, such as opd:3")
-        counts[name] = int(count or seeds)
+        counts[name] = int(count)
     if not counts:
         raise UserError("objectives= names none: opd, dpo, nft, rwr or sft")
     return counts
@@ -174,14 +175,15 @@ def _judge(
     from .. import analysis
     from ..evaluate import Options, evaluate
 
-    arms = [
-        *beside,
-        *(f"{name}_{seed}={_place(folder, name, seed)}" for name in counts for seed in range(counts[name])),
+    groups = {name: [f"{name}_{seed}" for seed in range(count)] for name, count in counts.items()}
+    trained = [
+        f"{arm}={_place(folder, name, seed)}"
+        for name, members in groups.items()
+        for seed, arm in enumerate(members)
     ]
-    options = Options(suite=suite, arms=arms, settings={"home": home or None})
+    options = Options(suite=suite, arms=[*beside, *trained], settings={"home": home or None})
     document, outcome = evaluate(options, folder / "report")
     table = analysis.Table(outcome.rows, outcome.pace)
-    groups = {name: [f"{name}_{seed}" for seed in range(count)] for name, count in counts.items()}
     spreads = average(table, groups)
     document["figures"] = {**document["figures"], **analysis.figures(table), **spreads}
     # The single seeds' rows, sweeps and failures stand in the report.
