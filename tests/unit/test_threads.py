@@ -1,9 +1,8 @@
 """Teams of CPU threads: what ends with a thread, and what one thread's number leaves alone."""
 
+import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,34 +15,50 @@ def work(size: int = 1 << 20) -> float:
     return float(torch.ones(size).add(1).sum())
 
 
-def threads() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
-
-
 def test_apart_returns_and_raises():
     assert apart(int, "12", base=8) == 10
     with pytest.raises(ZeroDivisionError):
         apart(divmod, 1, 0)
 
 
+COUNTED = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from emoloop.tools.threads import apart, set_threads_here
+
+
+def threads():
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def alone():
+    set_threads_here(3)
+    torch.ones(1 << 20).add(1)
+
+
+with ThreadPoolExecutor(1) as pool:
+    pool.submit(set_threads_here, 3).result()
+    start = threads()
+    pool.submit(torch.ones(1 << 20).add, 1).result()
+    assert threads() == start + 2, (threads(), start)
+
+start = threads()
+apart(alone)
+deadline = time.monotonic() + 10  # the kernel takes its time to bury a thread
+while threads() > start and time.monotonic() < deadline:
+    time.sleep(0.02)
+assert threads() <= start, (threads(), start)
+"""
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_a_team_ends_with_its_thread():
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(set_threads_here, 3).result()
-        start = threads()
-        pool.submit(work).result()
-        assert threads() == start + 2
-
-    def alone() -> None:
-        set_threads_here(3)
-        work()
-
-    start = threads()
-    apart(alone)
-    deadline = time.monotonic() + 10  # the kernel takes its time to bury a thread
-    while threads() > start and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert threads() <= start
+    # In a process of its own: threads that other tests left may end while they are counted.
+    done = subprocess.run([sys.executable, "-c", COUNTED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_number_is_one_threads_alone():
