@@ -50,7 +50,7 @@ _PHRASE = np.dtype([("run", "u4"), ("valence", "f4"), ("arousal", "f4"), ("phras
 
 #: What each source can give, narrowest first: an objective takes the first that has its keys.
 SOURCES: dict[str, frozenset[str]] = {
-    "phrases": frozenset({"number", "prompt", "target", "refined", "advantage"}),
+    "phrases": frozenset({"number", "prompt", "target", "refined", "advantage", "phrase"}),
     "pairs": frozenset({"number", "prompt", "target", "refined", "advantage", "latents"}),
     "bests": frozenset({"number", "prompt", "target", "winner"}),
     "preferences": frozenset({"number", "prompt", "target", "winner", "loser"}),
@@ -115,6 +115,7 @@ class Example:
         number: Its place in the source, the same for as long as the data are.
         refined: The winning round's prompt.
         advantage: Its gain.
+        phrase: Place in the phrasebook of what the refined prompt adds.
         winner: Address of the preferred image.
         loser: Address of the other.
         image: Address of the group's image, or of one of the winning round's.
@@ -130,6 +131,7 @@ class Example:
     number: int = 0
     refined: str | None = None
     advantage: float | None = None
+    phrase: int | None = None
     winner: str | None = None
     loser: str | None = None
     image: str | None = None
@@ -622,6 +624,7 @@ class Dataset:
                         example,
                         refined=f"{example.prompt}{self.phrasebook.phrases[row['phrase']]}",
                         advantage=float(row["gain"]),
+                        phrase=int(row["phrase"]),
                         target=EmotionTarget.model_validate(axes),
                     )
                 case "bests":

@@ -158,6 +158,7 @@ def make_policy(
                 tokens=knobs.extra_tokens,
                 rank=knobs.emotion_rank,
                 hidden=knobs.emotion_hidden,
+                choices=config.data.phrases,
             )
     size = (generator.height, generator.width)
     policy = Policy(

@@ -81,6 +81,39 @@ class Network:
         """Embeddings of one prompt, batch 1; None is "no negative prompt"."""
         return Conditioning.cat([self.family.encode(self.pipe, prompt, self.call)])
 
+    @property
+    def texts(self) -> list[tuple[int | None, Any]]:
+        """What the rows of the embeddings come from, in order: how many (None: the rest) and by which tokenizer."""
+        return [(self.pipe.tokenizer.model_max_length, self.pipe.tokenizer)]
+
+    def added_last(self, prompt: str, refined: str, rows: int) -> list[int]:
+        """An order of a refined prompt's rows in which what it adds to another stands at the end of the padding.
+
+        None of these networks knows the order of its text: attention hears the rows as a set. So the rows may lie
+        as suits whoever learns to make them, and words that stand in the same rows behind every prompt are easier
+        to learn than words that begin where each prompt happens to end.
+
+        Args:
+            prompt: The shorter prompt.
+            refined: The longer; one that is no longer stays as it is.
+            rows: L of the embeddings (B, L, D).
+
+        Returns:
+            L places: the row that comes first, second and so on.
+        """
+        order, start = [], 0
+        for count, tokenizer in self.texts:
+            end = rows if count is None else min(rows, start + count)
+            short, long = (
+                len(tokenizer(text, truncation=True, max_length=end - start).input_ids)
+                for text in (prompt, refined)
+            )
+            # The last token is the end mark.
+            last, added = start + long - 1, max(0, long - short)
+            order += [*range(start, last - added), *range(last, end), *range(last - added, last)]
+            start = end
+        return order + list(range(start, rows))
+
     def denoise(self, module: nn.Module, x: Tensor, t: Tensor, told: Conditioning, guidance: float) -> Tensor:
         """The network's prediction, (B, C, H, W); `guidance` matters only where it is an input."""
         return module(x, t, encoder_hidden_states=told.prompt, return_dict=False)[0]
@@ -152,6 +185,12 @@ class SD3(Network):
         """The last block answers for the image alone: what its text tokens ask is never used."""
         return [f"transformer_blocks.{len(self.module.transformer_blocks) - 1}.attn.add_q_proj"]
 
+    @property
+    def texts(self) -> list[tuple[int | None, Any]]:
+        """The CLIP encoders' rows, which have one vocabulary, then T5's."""
+        rows: list[tuple[int | None, Any]] = [(self.pipe.tokenizer_max_length, self.pipe.tokenizer)]
+        return rows if self.pipe.text_encoder_3 is None else [*rows, (None, self.pipe.tokenizer_3)]
+
     def denoise(self, module: nn.Module, x: Tensor, t: Tensor, told: Conditioning, guidance: float) -> Tensor:
         """As the base; the network counts time in thousandths."""
         return module(
@@ -167,6 +206,11 @@ class Flux(Network):
     """FLUX: packed latents, rotary positions, guidance as an input of the network."""
 
     lora_targets = _JOINT_ATTENTION
+
+    @property
+    def texts(self) -> list[tuple[int | None, Any]]:
+        """T5 alone: CLIP gives the pooled embeddings."""
+        return [(None, self.pipe.tokenizer_2)]
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """As the base, before packing 2 × 2."""

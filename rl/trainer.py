@@ -107,9 +107,10 @@ class Loader:
         """One batch on the device; see `objectives.base` for the keys."""
         makers: dict[str, Callable[[], Any]] = {
             "prompt": lambda: self._cache.embeds([it.prompt for it in examples]),
-            "refined": lambda: self._cache.embeds([it.refined for it in examples]),
+            "refined": lambda: self._cache.refined([(it.prompt, str(it.refined)) for it in examples]),
             "target": lambda: points([it.target for it in examples]),
             "advantage": lambda: torch.tensor([it.advantage for it in examples]),
+            "phrase": lambda: torch.tensor([it.phrase for it in examples]),
             "winner": lambda: self._cache.latents([str(it.winner) for it in examples]),
             "loser": lambda: self._cache.latents([str(it.loser) for it in examples]),
             "latents": lambda: self._cache.latents([str(it.image) for it in examples]),
@@ -167,7 +168,10 @@ class Trainer:
             )
         #: Before they are wrapped, since the wrapper may split them among processes.
         self._plain_tokens = copy.deepcopy(policy.tokens) if config.train.text_steps else None
-        self._load_text = Loader(frozenset({"prompt", "refined", "target"}), cache, policy.device)
+        told = {"prompt", "refined", "target"}
+        if 0 < config.data.phrases <= policy.tokens.config["choices"]:
+            told.add("phrase")
+        self._load_text = Loader(frozenset(told), cache, policy.device)
         self._optimizer = self._make_optimizer()
         policy.null = policy.null.to(policy.device)
         policy.trained, self._optimizer = accelerator.prepare(policy.trained, self._optimizer)

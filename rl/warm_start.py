@@ -5,8 +5,10 @@ same network on embeddings. So the tokens are first taught on embeddings alone,
 
     L = ||E'(neutral, target) - E(refined)||² / ||E(neutral) - E(refined)||²,   and the same of the pooled ones,
 
-which takes a minute where the objective takes many. What is left, the order of words and what the network makes of it,
-is the objective's. The tokens start as what they are, so that a second round goes on from its first.
+which takes minutes where the objective takes many. The rows of E(refined) lie as `Network.added_last` has them: what
+was added stands in the same rows behind every prompt. Tokens that choose among phrases are also told which phrase it
+is (cross-entropy). What is left, what the network makes of it, is the objective's. The tokens start as what they are,
+so that a second round goes on from its first.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ..tools.emotion_tokens import EmotionTokens
 from ..tools.families import Embeds
@@ -25,23 +28,30 @@ from .objectives.base import Batch
 #: Examples in one step, many since they are cheap, and AdamW's rate at the start: the loss has no unit.
 BATCH, RATE = 64, 2e-3
 
+#: Weight of the choice: enough to make it sharp, and little beside the way that is left.
+CHOICE = 0.3
+
 
 def text_loss(tokens: EmotionTokens, batch: Batch) -> Tensor:
     """The loss above.
 
     Args:
         tokens: In training.
-        batch: `prompt`, `refined` and `target`.
+        batch: `prompt`, `refined` and `target`, and `phrase` for tokens that choose among as many.
 
     Returns:
-        Scalar: 2 for tokens that do nothing (1 for models without pooled embeddings), 0 for perfect ones.
+        Scalar, without the choice's part 2 for tokens that do nothing (1 for models without pooled embeddings); 0
+        for perfect ones.
     """
     told: Embeds = tokens(batch["prompt"], batch["target"])
     pairs = [(told.prompt, batch["refined"].prompt, batch["prompt"].prompt)]
     if told.pooled is not None:
         pairs.append((told.pooled, batch["refined"].pooled, batch["prompt"].pooled))
     losses = [(ours - goal).square().mean() / (start - goal).square().mean() for ours, goal, start in pairs]
-    return torch.stack(losses).sum()
+    loss = torch.stack(losses).sum()
+    if "phrase" in batch:
+        loss = loss + CHOICE * cross_entropy(tokens.choice(batch["prompt"], batch["target"]), batch["phrase"])
+    return loss
 
 
 def warm_start(

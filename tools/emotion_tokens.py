@@ -3,7 +3,7 @@
 How emotion enters. Each row of prompt embeddings E (L, D) becomes
 
     E' = E + U silu(M silu((1 + g(h)) * N(norm(E)) + s(h))),     pooled' = pooled + P silu(h + Q(norm(pooled))),
-    h = trunk(valence, arousal)
+    h = trunk(valence, arousal, F mean(norm(E)))
 
 with N: D → r, M: r → r and U: r → D; U and P start at zero. So an untrained module returns its input unchanged and
 training starts at the base model *exactly*. Tokens that are merely appended cannot give that: in softmax attention a
@@ -13,7 +13,13 @@ embeddings differ by position, so that the residual can turn it into words for t
 residual linear in E leaves more of the way from a prompt's embeddings to those of the same prompt with words added.
 
 The trunk reads valence and arousal as plain numbers and as three octaves of sines and cosines (Tancik et al. 2020,
-arXiv 2006.10739), since neighbouring wishes may want different words.
+arXiv 2006.10739), since neighbouring wishes may want different words. Beside them it reads a few numbers of the whole
+prompt (F, linear): a graveyard needs more than a garden to feel as glad, so that the way to a wish depends on where
+the prompt stands. They are few, so that some hundred prompts teach what holds for others.
+
+Where what may be said is a list (`choices` > 0), h is a mean of so many learned vectors, weighted by what the trunk
+finds likely. Between two wishes that want different words stands then a choice, sharp once it is learned, and not a
+blend of both, which would show neither.
 
 Extra tokens can still be asked for (`tokens` > 0), and then as many null tokens go to the negative branch,
 which must keep the same length. They start as copies of the prompt's last token, most often padding: near the
@@ -39,10 +45,13 @@ from ..emotion import HIGH, EmotionTarget, UserError
 from .families import Embeds
 
 _FORMAT = "emoloop.emotion_tokens"
-_VERSION = 2
+_VERSION = 3
 
 #: Octaves of the trunk's waves; the first has a period of 12 points.
 _BANDS = 3
+
+#: Numbers that the trunk hears of the prompt.
+_HEARD = 8
 
 
 def points(targets: Sequence[EmotionTarget | None], device: torch.device | str | None = None) -> Tensor:
@@ -73,6 +82,7 @@ class EmotionTokens(nn.Module):
         tokens: int = 0,
         rank: int = 32,
         hidden: int = 128,
+        choices: int = 0,
     ) -> None:
         """Make an untrained module.
 
@@ -82,14 +92,18 @@ class EmotionTokens(nn.Module):
             tokens: Extra tokens K.
             rank: Width r of the residual's layers.
             hidden: Width of the trunk.
+            choices: Vectors to choose among; 0 leaves h free.
         """
         super().__init__()
-        self.config = dict(dim=dim, pooled_dim=pooled_dim, tokens=tokens, rank=rank, hidden=hidden)
-        self.tokens = tokens
-        self.trunk = nn.Sequential(
-            nn.Linear(4 + 4 * _BANDS, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
+        self.config = dict(
+            dim=dim, pooled_dim=pooled_dim, tokens=tokens, rank=rank, hidden=hidden, choices=choices
         )
+        self.tokens = tokens
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.hear = nn.Linear(dim, _HEARD)
+        self.trunk = nn.Sequential(
+            nn.Linear(4 + 4 * _BANDS + _HEARD, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
+        )
         self.down = nn.Linear(dim, rank, bias=False)
         self.gate = nn.Linear(hidden, rank)
         self.shift = nn.Linear(hidden, rank)
@@ -102,6 +116,9 @@ class EmotionTokens(nn.Module):
             self.pooled = nn.Linear(hidden, pooled_dim)
             nn.init.zeros_(self.pooled.weight)
             nn.init.zeros_(self.pooled.bias)
+        if choices:
+            self.choose = nn.Linear(hidden, choices)
+            self.chosen = nn.Parameter(torch.randn(choices, hidden) / 2)
         if tokens:
             self.extra = nn.Linear(hidden, tokens * rank)
             self.null_extra = nn.Parameter(torch.zeros(tokens, rank))
@@ -133,13 +150,11 @@ class EmotionTokens(nn.Module):
         """
         if scale == 0:
             return embeds
-        missing = wanted.isnan()
-        present = (~missing.all(-1)).to(self.up.weight.dtype)[:, None] * scale
-        numbers = torch.where(missing, 0.0, wanted) / HIGH
-        angles = [numbers * (torch.pi * 2**band / 2) for band in range(_BANDS)]
-        waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
-        h = self.trunk(torch.cat([numbers, missing, *waves], -1).to(self.up.weight.dtype))
-        low = self.down(self.norm(embeds.prompt.to(self.up.weight.dtype)))
+        present = (~wanted.isnan().all(-1)).to(self.up.weight.dtype)[:, None] * scale
+        normed, h = self._hear(embeds, wanted)
+        if self.config["choices"]:
+            h = self.choose(h).softmax(-1) @ self.chosen
+        low = self.down(normed)
         low = silu((1 + self.gate(h))[:, None] * low + self.shift(h)[:, None])
         residual = self.up(silu(self.mix(low))) * present[..., None]
         prompt = embeds.prompt + residual.to(embeds.prompt.dtype)
@@ -152,6 +167,20 @@ class EmotionTokens(nn.Module):
             silent = self.null_extra * (1 - (present != 0).to(h.dtype))[..., None]
             prompt = self._append(prompt, embeds.prompt, spoken + silent)
         return Embeds(prompt, pooled)
+
+    def choice(self, embeds: Embeds, wanted: Tensor) -> Tensor:
+        """Logits of the choice, (B, choices), for what `forward` takes."""
+        return self.choose(self._hear(embeds, wanted)[1])
+
+    def _hear(self, embeds: Embeds, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed embeddings, and what the trunk makes of prompt and wish."""
+        missing = wanted.isnan()
+        numbers = torch.where(missing, 0.0, wanted) / HIGH
+        angles = [numbers * (torch.pi * 2**band / 2) for band in range(_BANDS)]
+        waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
+        normed = self.norm(embeds.prompt.to(self.up.weight.dtype))
+        wish = torch.cat([numbers, missing, *waves], -1).to(normed.dtype)
+        return normed, self.trunk(torch.cat([wish, self.hear(normed.mean(1))], -1))
 
     def null(self, embeds: Embeds) -> Embeds:
         """The negative branch beside `forward`: null tokens where there are extra ones, nothing else.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -89,7 +90,8 @@ def main(
     first = next(iter(records.values()))
     taken = ",".join(f"{name}:{count}" for name, count in counts.items())
     document |= {
-        "command": f"emoloop bench distill-study objectives={taken} controls={controls}",
+        "command": f"emoloop bench distill-study objectives={taken} controls={controls}"
+        + (f" sets={shlex.quote(sets)}" if sets else ""),
         "data": first["data"],
         "base": first["base"],
         "reward": first["reward"],

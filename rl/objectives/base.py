@@ -10,6 +10,7 @@ Batch keys (B rows, one for each example):
     refined    Conditioning of the prompt that the loop found
     target     (B, 2) wanted valence and arousal, NaN where an axis does not matter
     advantage  (B,) gain of the refined prompt, from images that were not selected
+    phrase     (B,) place in the phrasebook of what the refined prompt adds, int64
     winner     (B, C, H, W) latent of the preferred image
     loser      (B, C, H, W) latent of the other image
     latents    (B, C, H, W) latent of one image of a group

@@ -268,7 +268,7 @@ def broken(kind: str, folder: Path) -> Path:
         ("other prefix", "binds to no module|does not fit"),
         ("other width", "does not fit"),
         ("other tokens", "made for another model"),
-        ("no tokens", "holds no emotion tokens of version 2"),
+        ("no tokens", "holds no emotion tokens of version 3"),
         ("two files", "holds 2 safetensors files: name one"),
     ],
 )

@@ -11,7 +11,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from emoloop.emotion import UserError
-from emoloop.rl.networks import network_of
+from emoloop.rl.networks import Conditioning, network_of
 from emoloop.rl.objectives import load_objective
 from emoloop.rl.objectives.base import no_target
 from emoloop.rl.policy import PREVIOUS, Policy
@@ -87,6 +87,32 @@ def test_samples_are_the_pipelines_own(name: str) -> None:
     # Diffusion schedulers end a little before the clean image; a flow ends there.
     limit = 1 / 255 if name in ("sd3", "flux") else 5 / 255
     assert np.abs(np.asarray(image) / 255 - expected).max() <= limit + 1e-6
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_what_a_refined_prompt_adds_may_stand_at_the_end_of_the_padding(name: str) -> None:
+    policy = make(name)
+    network, (x, t, *_) = policy.network, inputs(policy)
+    told = network.encode("a dog by sea").expand(2)
+    rows = told.prompt.shape[1]
+    order = network.added_last("a dog", "a dog by sea", rows)
+    assert sorted(order) == list(range(rows)) != order
+    start = 0
+    for count, tokenizer in network.texts:
+        end = rows if count is None else start + count
+        ids = tokenizer("a dog by sea", padding="max_length", max_length=end - start).input_ids
+        short = len(tokenizer("a dog").input_ids)
+        moved = [ids[place - start] for place in order[start:end]]
+        added = len(tokenizer("a dog by sea").input_ids) - short
+        assert moved[: short - 1] == ids[: short - 1]
+        assert moved[short - 1] == tokenizer("a dog").input_ids[-1]
+        assert moved[-added:] == ids[short - 1 : short - 1 + added]
+        start = end
+    # The network hears the rows as a set, so nothing else changes.
+    moved = Conditioning(told.prompt[:, order], told.pooled)
+    stood, lies = (network.denoise(network.module, x, t, it, 3.0) for it in (told, moved))
+    assert torch.allclose(stood, lies, atol=1e-5)
+    assert network.added_last("a dog", "dog", rows) == list(range(rows))
 
 
 def test_one_request_of_a_batch_equals_it_alone() -> None:

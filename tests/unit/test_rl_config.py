@@ -56,7 +56,7 @@ def test_the_preset_is_that_of_the_model_in_the_log(model: str, tmp_path: Path) 
     assert (shown["policy"]["rank"], shown["train"]["lr"], shown["train"]["steps"]) == (64, 1e-4, 7)
     assert answer.stderr.splitlines() == [f"preset sd35-medium, for images by {model}"]
     named = CliRunner().invoke(app, [*words, "--preset", "miniature"])
-    assert yaml.safe_load(named.stdout)["train"]["steps"] == 240 and not named.stderr
+    assert yaml.safe_load(named.stdout)["train"]["steps"] == 120 and not named.stderr
 
 
 def test_without_a_fitting_preset_one_is_asked_for(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_without_a_fitting_preset_one_is_asked_for(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, [*words, "--config", str(tmp_path / "mine.yaml")]).exit_code == 0
     # Without a log there are knobs to print all the same.
     words[2:] = ["--print-config", "--home", str(tmp_path / "none")]
-    assert yaml.safe_load(CliRunner().invoke(app, words).stdout)["train"]["steps"] == 240
+    assert yaml.safe_load(CliRunner().invoke(app, words).stdout)["train"]["steps"] == 120
 
 
 def test_wrong_values_are_one_line() -> None:

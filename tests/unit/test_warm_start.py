@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from emoloop.rl.warm_start import text_loss, warm_start
+from emoloop.rl.warm_start import CHOICE, text_loss, warm_start
 from emoloop.tools.emotion_tokens import EmotionTokens
 from emoloop.tools.families import Embeds
 
@@ -36,6 +38,36 @@ def test_the_loss_counts_what_is_left_of_the_way(pooled: bool) -> None:
     for share in (0.0, 0.5, 1.0):
         wanted = (2 if pooled else 1) * (1 - share) ** 2
         assert text_loss(told(share), at).item() == pytest.approx(wanted, abs=1e-6)  # type: ignore[arg-type]
+
+
+def test_the_choice_counts_beside_the_way() -> None:
+    torch.manual_seed(0)
+    tokens, at = EmotionTokens(6, 5, rank=16, hidden=32, choices=3), batch(0)
+    phrase = torch.arange(16) % 3
+    way, logits = text_loss(tokens, at), tokens.choice(at["prompt"], at["target"])  # type: ignore[arg-type]
+    assert way.item() == pytest.approx(2.0) and logits.shape == (16, 3)
+    surprise = -logits.log_softmax(-1)[torch.arange(16), phrase].mean()
+    assert text_loss(tokens, {**at, "phrase": phrase}).item() == pytest.approx(
+        (way + CHOICE * surprise).item(), abs=1e-6
+    )
+
+
+def test_tokens_learn_to_choose_what_the_prompt_and_the_wish_ask_for() -> None:
+    """Three phrases; which of them a wish gets depends on where the prompt stands already."""
+    said = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)) * 3
+
+    def asked(step: int) -> dict[str, Any]:
+        at: dict[str, Any] = batch(step, n=64, pooled=False)
+        prompt = at["prompt"].prompt
+        stands = torch.nn.functional.layer_norm(prompt, (6,)).mean(1)[:, 0] * 2
+        phrase = torch.bucketize(at["target"][:, 0] - stands, torch.tensor([-0.5, 0.5]))
+        return {**at, "phrase": phrase, "refined": Embeds(prompt + said[phrase][:, None])}
+
+    torch.manual_seed(0)
+    taught, _ = warm_start(EmotionTokens(6, rank=16, hidden=32, choices=3), asked, 400)
+    fresh = asked(10_000)
+    chosen = taught.choice(fresh["prompt"], fresh["target"]).argmax(-1)
+    assert (chosen == fresh["phrase"]).float().mean() > 0.85
 
 
 def test_it_teaches_a_copy_the_same_way_each_time() -> None:
