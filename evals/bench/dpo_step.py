@@ -242,7 +242,12 @@ class _Ours:
                 paths[name].write_bytes(png)
             self.examples.append(
                 Example(
-                    "run", caption, EmotionTarget(valence=1), number, winner=f"w{number}", loser=f"l{number}"
+                    "run",
+                    caption,
+                    EmotionTarget(valence=1),
+                    number=number,
+                    winner=f"w{number}",
+                    loser=f"l{number}",
                 )
             )
         cache = Cache(folder / "cache", network, {}, (size, size), paths.__getitem__)
