@@ -34,15 +34,19 @@ def threads():
     return len(list(Path("/proc/self/task").iterdir()))
 
 
+def work():
+    torch.ones(1 << 20).add(1)
+
+
 def alone():
     set_threads_here(3)
-    torch.ones(1 << 20).add(1)
+    work()
 
 
 with ThreadPoolExecutor(1) as pool:
     pool.submit(set_threads_here, 3).result()
     start = threads()
-    pool.submit(torch.ones(1 << 20).add, 1).result()
+    pool.submit(work).result()  # all of it there: a tensor made here would start a team of this thread's own
     assert threads() == start + 2, (threads(), start)
 
 start = threads()
