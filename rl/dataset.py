@@ -24,6 +24,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -45,6 +46,9 @@ _KINDS: tuple[Kind, ...] = ("rounds", "within", "across", "human")
 
 #: Runs whose prompts are read at once.
 _CHUNK = 500
+
+#: Phrases are told to so many runs at most, and for so many targets in all: a large log needs fewer of each.
+_TOLD = 20_000
 
 _PHRASE = np.dtype([("run", "u4"), ("valence", "f4"), ("arousal", "f4"), ("phrase", "u4"), ("gain", "f4")])
 
@@ -281,7 +285,7 @@ class Dataset:
         dropped: Counter[str] = Counter()
         prompts: set[bytes] = set()
         wanted: list[tuple[float, float]] = []
-        rewards = np.zeros(40, dtype=np.int64)
+        rewards: list[float] = []
         for run, rows in self._stream():
             number = len(ids)
             ids.append(run.run_id)
@@ -299,9 +303,7 @@ class Dataset:
             counts["missing"] += sum(row.reward is None for row in rows)
             target = EmotionTarget(valence=run.valence, arousal=run.arousal, category=run.category)
             usable = self._rewarded(run.run_id, target, rows)
-            values = np.array([row.reward for row in usable], dtype=np.float64)
-            counts["rewarded"] += len(values)
-            rewards += np.histogram(np.clip(values, -2, 2), 40, (-2, 2))[0]
+            rewards += [row.reward for row in usable if row.reward is not None]
             if self.config.phrases:
                 index.rounds += [(number, *means) for means in _means(usable)]
             found, reason = self._index(index, number, run.run_id, target, usable)
@@ -333,7 +335,7 @@ class Dataset:
             runs=len(ids),
             prompts=len(prompts),
             images=counts["images"],
-            rewarded=counts["rewarded"],
+            rewarded=len(rewards),
             missing=counts["missing"],
             dropped=dict(sorted(dropped.items())),
             sources={
@@ -346,7 +348,7 @@ class Dataset:
             },
             gains=Histogram.of(np.array(gains), -1, 1.5, 25),
             mean_gain=float(np.mean(gains)) if gains else None,
-            rewards=Histogram(edges=[round(-2 + 0.1 * i, 4) for i in range(41)], counts=rewards.tolist()),
+            rewards=Histogram.of(np.array(rewards), -2, 2, 40),
             valence=Histogram.of(points[:, 0][~np.isnan(points[:, 0])], -3, 3, 12),
             arousal=Histogram.of(points[:, 1][~np.isnan(points[:, 1])], -3, 3, 12),
             data_hash=hasher.hexdigest(),
@@ -473,20 +475,32 @@ class Dataset:
 
     def _translate(self, index: _Index, wanted: np.ndarray) -> np.ndarray:
         """The phrasebook's examples: first each run's own target, then others' in an order of chance."""
+        rng, out = np.random.default_rng(0), []
+        some = np.unique(np.array([run for run, *_ in index.rounds], dtype=np.int64))
+        if len(some) > _TOLD:
+            some = np.sort(rng.choice(some, _TOLD, replace=False))
         told: dict[tuple[int, int], tuple[str, str]] = {}
-        for start in range(0, len(self._ids), _CHUNK):
-            numbers = {str(it): start + n for n, it in enumerate(self._ids[start : start + _CHUNK])}
+        for start in range(0, len(some), _CHUNK):
+            numbers = {str(self._ids[run]): int(run) for run in some[start : start + _CHUNK]}
             heads, (_, prompts) = self._heads(list(numbers)), self._images(list(numbers))
             for (run_id, number), prompt in prompts.items():
                 told[numbers[run_id], number] = heads[run_id].prompt, prompt
-        tried = [Tried(*told[run, n], *means) for run, n, *means in index.rounds if not self._held[run]]
+        tried = [
+            Tried(*told[run, n], *means)
+            for run, n, *means in index.rounds
+            if not self._held[run] and (run, n) in told
+        ]
         self.phrasebook = book = build(tried, wanted[~self._held], self.config.phrases)
-        base = {run: (v, a, alignment) for run, number, v, a, alignment in index.rounds if number == 0}
+        base = {run: means for run, number, *means in index.rounds if number == 0 and (run, 0) in told}
         asked = np.array(sorted(base), dtype=np.int64)
-        expected = book.expect([told[run, 0][0] for run in asked])
+        places = {
+            prompt: place for place, prompt in enumerate(dict.fromkeys(told[run, 0][0] for run in asked))
+        }
+        expected = book.expect(list(places))[[places[told[run, 0][0]] for run in asked]]
         reward = self._reward_again(str(self._ids[asked[0]]))
-        rng, out = np.random.default_rng(0), []
         for slot in range(self.config.phrase_targets):
+            if slot * len(asked) >= _TOLD:
+                break
             targets = wanted[asked if slot == 0 else rng.integers(len(wanted), size=len(asked))]
             best = book.misses(expected, targets[None])[0].argmin(1)
             for place, (run, point, phrase) in enumerate(zip(asked, targets, best, strict=True)):
@@ -797,9 +811,12 @@ def _means(rows: Sequence[_Row]) -> Iterator[tuple[int, float, float, float]]:
     for number in sorted({row.round for row in rows}):
         read = [it for row in rows if row.round == number and (it := _critique(row, None))]
         if read:
-            table = np.array([(it.valence, it.arousal, it.alignment) for it in read])
-            valence, arousal, alignment = table.mean(0).tolist()
-            yield number, valence, arousal, alignment
+            yield (
+                number,
+                fmean(it.valence for it in read),
+                fmean(it.arousal for it in read),
+                fmean(it.alignment for it in read),
+            )
 
 
 def _axes(row: np.void) -> dict[str, float]:

@@ -28,6 +28,9 @@ from ..emotion import HIGH, LOW, UserError
 #: A word is ordinary (in, the) when this share of the neutral prompts use it, and content when fewer do.
 _ORDINARY = 0.15
 
+#: The reader knows so many words and word pairs at most, the commonest; more cost the fit their cube.
+_WORDS = 1000
+
 #: The reader is fitted to so many rounds at most, and the choice made on so many prompts and targets.
 _ROUNDS, _PROMPTS, _TARGETS = 4000, 64, 64
 
@@ -77,7 +80,9 @@ class PromptReader:
         from sklearn.feature_extraction.text import CountVectorizer
         from sklearn.linear_model import RidgeCV
 
-        self._words = CountVectorizer(ngram_range=(1, 2), binary=True, min_df=2, token_pattern=r"\w+")
+        self._words = CountVectorizer(
+            ngram_range=(1, 2), binary=True, min_df=2, max_features=_WORDS, token_pattern=r"\w+"
+        )
         try:
             seen: Any = self._words.fit_transform(texts)
         except ValueError as error:
@@ -91,8 +96,7 @@ class PromptReader:
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """(N, 2) readings to be expected, within the scale."""
-        seen = self._words.transform(texts).toarray().astype(np.float64)
-        return np.clip(self._ridge.predict(seen), LOW, HIGH)
+        return np.clip(self._ridge.predict(self._words.transform(texts)), LOW, HIGH)
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,21 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _CHUNK = 2000
 
 
-def main(runs: int = 100_000, rounds: int = 2, images: int = 2, home: str = "") -> dict[str, Any]:
+def main(
+    runs: int = 100_000, rounds: int = 2, images: int = 2, phrases: int = 24, home: str = ""
+) -> dict[str, Any]:
     """Dataset statistics and first batch of a large log.
 
     Args:
         runs: Logged runs.
         rounds: Rounds of each.
         images: Images a round.
+        phrases: As `data.phrases`; 0 leaves them out.
         home: Folder for the log, kept; empty is a temporary one.
 
     Returns:
@@ -42,9 +45,12 @@ def main(runs: int = 100_000, rounds: int = 2, images: int = 2, home: str = "") 
         if not (folder / "events.db").exists():
             _fill(folder, runs, rounds, images)
         filled = time.perf_counter() - start
-        code = f"from {__name__} import measure; import sys; measure(sys.argv[1])"
+        code = f"from {__name__} import measure; import sys; measure(sys.argv[1], int(sys.argv[2]))"
         answer = subprocess.run(
-            [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", code, str(folder), str(phrases)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         measured = json.loads(answer.stdout)
         size = sum(path.stat().st_size for path in folder.glob("events.db*"))
@@ -62,14 +68,14 @@ def main(runs: int = 100_000, rounds: int = 2, images: int = 2, home: str = "") 
             "log_mb": size / 2**20,
             "fill_seconds": filled,
         },
-        "settings": {"runs": runs, "rounds": rounds, "images": images},
+        "settings": {"runs": runs, "rounds": rounds, "images": images, "phrases": phrases},
         "n": runs,
         "seeds": [0],
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
     }
 
 
-def measure(home: str) -> None:
+def measure(home: str, phrases: int) -> None:
     """Open the log, take statistics and a batch of every source, print what it took as JSON."""
     import resource
 
@@ -79,9 +85,9 @@ def measure(home: str) -> None:
 
     start = time.perf_counter()
     with open_store(load_settings({"home": home}), read_only=True) as store:
-        dataset = Dataset(store, DataConfig())
+        dataset = Dataset(store, DataConfig(phrases=phrases))
         counted = time.perf_counter()
-        for source in SOURCES:
+        for source in SOURCES if phrases else SOURCES.keys() - {"phrases"}:
             examples = dataset.examples(source)
             batch = examples.fetch(range(0, len(examples), max(1, len(examples) // 16)))
             assert batch and all(example.prompt for example in batch)
@@ -197,8 +203,8 @@ def _candidate_rows(number: int, rounds: int, images: int) -> list[dict[str, Any
             "guidance": 3.0,
             "height": 96,
             "width": 96,
-            "valence": _valence(number),
-            "arousal": _arousal(number),
+            "valence": _read(number, round_).valence,
+            "arousal": _read(number, round_).arousal,
             "category": None,
             "alignment": 0.9,
             "spread": None,
@@ -246,7 +252,7 @@ def _events(number: int, rounds: int, images: int) -> Iterator[Any]:
             )  # fmt: skip
             critique = Critique(
                 analysis="a dog by the sea under a grey sky, nobody around, muted colours",
-                valence=_valence(number), arousal=_arousal(number), alignment=0.9, suggestion="a brighter sky",
+                **_read(number, round_)._asdict(), alignment=0.9, suggestion="a brighter sky",
             )  # fmt: skip
             yield Critiqued(
                 **at, sha256=sha, critique=critique, model="miniature", prompt_version="critic-compact@1",
@@ -270,7 +276,19 @@ def _run_id(number: int) -> str:
 
 def _prompt(number: int, round_: int = 0) -> str:
     neutral = f"a thing of kind {number % _PROMPTS} by the sea"
-    return f"{neutral}, bright and vivid, take {round_}" if round_ else neutral
+    # As many moods as there are targets, in a word that no neutral prompt uses.
+    return f"{neutral}, in mood m{number % 77}, take {round_}" if round_ else neutral
+
+
+class _Read(NamedTuple):
+    valence: float
+    arousal: float
+
+
+def _read(number: int, round_: int) -> _Read:
+    """What the critic reads: nothing of the wish before the first rewrite, nearly all of it after."""
+    share = 0.9 if round_ else 0.0
+    return _Read(round(share * _valence(number), 2), round(share * _arousal(number), 2))
 
 
 def _sha(number: int, round_: int, index: int) -> str:

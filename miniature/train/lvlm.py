@@ -62,11 +62,15 @@ def prompt_text(example: Example) -> str:
     return f"<|system|>{example.system}<|user|>{example.task}{image}{example.question}<|assistant|>"
 
 
+#: Examples of each kind that the tokenizer learns from.
+_CORPUS = 3000
+
+
 def build_tokenizer(seed: int, vocabulary: int = 1216) -> PreTrainedTokenizerFast:
     """A byte-level BPE on 6,000 examples."""
     rng = np.random.default_rng([seed, 77])
     corpus = []
-    for _ in range(3000):
+    for _ in range(_CORPUS):
         for example in (critic_example(rng, world.FOLDS["critic"]), rewriter_example(rng)):
             corpus += [f"{example.system}\n{example.task}{example.question}", example.answer]
     # Rare words must be single tokens too.

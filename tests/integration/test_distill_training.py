@@ -106,16 +106,16 @@ def test_each_objective_leaves_an_artifact_that_works(
 
 
 @pytest.mark.parametrize(
-    ("objective", "own"),
+    ("objective", "own", "kills"),
     [
-        ("opd", []),
-        ("opd", ["data.phrases=2", "train.text_steps=3"]),
-        ("nft", []),
-        ("dpo", ["objective.draws=2"]),
+        ("opd", [], (1, 3, 5)),
+        ("opd", ["data.phrases=2", "train.text_steps=3"], (2, 4)),
+        ("nft", [], (3,)),
+        ("dpo", ["objective.draws=2"], (4,)),
     ],
 )
 def test_killed_and_resumed_equals_undisturbed_to_the_bit(
-    objective: str, own: list[str], world: tuple[Settings, Path], tmp_path: Path
+    objective: str, own: list[str], kills: tuple[int, ...], world: tuple[Settings, Path], tmp_path: Path
 ) -> None:
     more = ["train.ema=0.9", "policy.dropout=0.1", "train.accumulation=2", "objective.time_sampling=uniform"]
     more += own
@@ -123,7 +123,7 @@ def test_killed_and_resumed_equals_undisturbed_to_the_bit(
     out = tmp_path / "killed"
     # Not forked: a fork inherits locks of torch's threads, which the parent has long used.
     spawn = multiprocessing.get_context("spawn")
-    for at in (1, 3, 5):
+    for at in kills:
         child = spawn.Process(
             target=distill_helpers.distil_until_killed,
             args=(world[0], objective, [*QUICK, *more], out, at),
