@@ -59,7 +59,6 @@ class Cache:
         self.folder = folder / hashlib.sha256(named.encode()).hexdigest()[:16]
         self._memory: OrderedDict[str, _Item] = OrderedDict()
         self._used, self._limit = 0, memory
-        self._orders: dict[tuple[str, str], Tensor] = {}
         #: How often something had to be encoded.
         self.encoded = 0
 
@@ -77,13 +76,18 @@ class Cache:
             torch.stack([item["prompt"] for item in items]), torch.stack(pooled) if pooled else None
         )
 
-    def refined(self, pairs: Sequence[tuple[str, str]]) -> Conditioning:
+    def added(self, pairs: Sequence[tuple[str, str]]) -> Conditioning:
         """Embeddings of refined prompts (second of each pair), the rows in the order of `Network.added_last`."""
         told = self.embeds([refined for _, refined in pairs])
+        orders = []
         for pair in pairs:
-            if pair not in self._orders:
-                self._orders[pair] = torch.tensor(self._network.added_last(*pair, told.prompt.shape[1]))
-        order = torch.stack([self._orders[pair] for pair in pairs])
+            key = f"order:{json.dumps(pair)}"
+            item = self._memory.get(key) or {
+                "order": torch.tensor(self._network.added_last(*pair, told.prompt.shape[1]))
+            }
+            self._remember(key, item)
+            orders.append(item["order"])
+        order = torch.stack(orders)
         return Conditioning(told.prompt.gather(1, order[..., None].expand_as(told.prompt)), told.pooled)
 
     def latents(self, addresses: Sequence[str]) -> Tensor:

@@ -37,7 +37,7 @@ class PolicyConfig(_Section):
         targets: Name endings of the layers to adapt; None takes the family's attention projections.
         dropout: Dropout in front of the LoRA.
         emotion_rank: Width of the emotion residual on the prompt's embeddings.
-        emotion_hidden: Width of the network that reads valence and arousal.
+        emotion_hidden: Width of the network that reads valence, arousal and a little of the prompt.
         guidance: Guidance that the adapter is made for: of the student's own sampling in training, and what
             `emoloop run --adapter` takes where nothing else is said. None takes the model's.
         extra_tokens: Tokens appended to the prompt besides; above 0 training starts near the base, not at it.

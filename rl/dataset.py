@@ -1,7 +1,7 @@
 """From the log to training examples: one streaming pass over the derived tables, then rows on demand.
 
-The pass keeps a few numbers per run (arrays, some 100 bytes a run) and a hash of all that it read. Prompts
-and image addresses stay in the database until a batch asks for them, so memory does not grow with the images.
+The pass keeps a few numbers per run (some 100 bytes), the reward of each image and a hash of all that it read.
+Prompts and image addresses stay in the database until a batch asks for them.
 These sources come out of it:
 
     pairs        neutral prompt, refined prompt, gain of the refinement
@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,8 +48,8 @@ _KINDS: tuple[Kind, ...] = ("rounds", "within", "across", "human")
 #: Runs whose prompts are read at once.
 _CHUNK = 500
 
-#: Phrases are told to so many runs at most, and for so many targets in all: a large log needs fewer of each.
-_TOLD = 20_000
+#: Phrases come from so many runs at most, and are told for so many targets in all: a large log needs fewer of each.
+_PHRASED, _PHRASE_TARGETS = 20_000, 20_000
 
 _PHRASE = np.dtype([("run", "u4"), ("valence", "f4"), ("arousal", "f4"), ("phrase", "u4"), ("gain", "f4")])
 
@@ -74,8 +75,10 @@ class DataConfig(BaseModel):
             towards that target.
         phrases: Above 0, `pairs` make way for `phrases`: so many additions, chosen to reach every target between
             them, that are told behind every neutral prompt (`rl/phrasebook.py`). One neutral prompt and target then
-            has one answer; a student that is shown many learns their average.
-        phrase_targets: Targets that each neutral prompt is told with them: its own, and others of the log.
+            has one answer; a student that is shown many learns their average. New emotion tokens get as many vectors
+            to choose among; those of a previous adapter keep theirs.
+        phrase_targets: Targets that each neutral prompt is told with them: its own, and others of the log; 20,000 in
+            all and at most.
         min_gain: Pairs need more gain than this.
         max_spread: Leave out candidates on which critics (or one critic's samples) differ by more points of
             valence or arousal; None keeps all.
@@ -117,7 +120,7 @@ class Example:
         target: The emotion that the student is told.
         wanted: What the run was after, where that is something else (`DataConfig.told`).
         number: Its place in the source, the same for as long as the data are.
-        refined: The winning round's prompt.
+        refined: A rewritten prompt of the run, or the neutral one with a phrase behind it.
         advantage: Its gain.
         phrase: Place in the phrasebook of what the refined prompt adds.
         winner: Address of the preferred image.
@@ -285,7 +288,7 @@ class Dataset:
         dropped: Counter[str] = Counter()
         prompts: set[bytes] = set()
         wanted: list[tuple[float, float]] = []
-        rewards: list[float] = []
+        rewards = array("d")
         for run, rows in self._stream():
             number = len(ids)
             ids.append(run.run_id)
@@ -303,7 +306,7 @@ class Dataset:
             counts["missing"] += sum(row.reward is None for row in rows)
             target = EmotionTarget(valence=run.valence, arousal=run.arousal, category=run.category)
             usable = self._rewarded(run.run_id, target, rows)
-            rewards += [row.reward for row in usable if row.reward is not None]
+            rewards.extend(row.reward for row in usable if row.reward is not None)
             if self.config.phrases:
                 index.rounds += [(number, *means) for means in _means(usable)]
             found, reason = self._index(index, number, run.run_id, target, usable)
@@ -477,8 +480,8 @@ class Dataset:
         """The phrasebook's examples: first each run's own target, then others' in an order of chance."""
         rng, out = np.random.default_rng(0), []
         some = np.unique(np.array([run for run, *_ in index.rounds], dtype=np.int64))
-        if len(some) > _TOLD:
-            some = np.sort(rng.choice(some, _TOLD, replace=False))
+        if len(some) > _PHRASED:
+            some = np.sort(rng.choice(some, _PHRASED, replace=False))
         told: dict[tuple[int, int], tuple[str, str]] = {}
         for start in range(0, len(some), _CHUNK):
             numbers = {str(self._ids[run]): int(run) for run in some[start : start + _CHUNK]}
@@ -490,8 +493,13 @@ class Dataset:
             for run, n, *means in index.rounds
             if not self._held[run] and (run, n) in told
         ]
-        self.phrasebook = book = build(tried, wanted[~self._held], self.config.phrases)
         base = {run: means for run, number, *means in index.rounds if number == 0 and (run, 0) in told}
+        if not tried or not base:
+            lacking = "no run outside the held-out prompts" if base else "no run's round 0"
+            raise UserError(
+                f"data.phrases: {lacking} has readings: loosen --from or data.max_spread, or collect more"
+            )
+        self.phrasebook = book = build(tried, wanted[~self._held], self.config.phrases)
         asked = np.array(sorted(base), dtype=np.int64)
         places = {
             prompt: place for place, prompt in enumerate(dict.fromkeys(told[run, 0][0] for run in asked))
@@ -499,11 +507,13 @@ class Dataset:
         expected = book.expect(list(places))[[places[told[run, 0][0]] for run in asked]]
         reward = self._reward_again(str(self._ids[asked[0]]))
         for slot in range(self.config.phrase_targets):
-            if slot * len(asked) >= _TOLD:
+            left = _PHRASE_TARGETS - slot * len(asked)
+            if left <= 0:
                 break
             targets = wanted[asked if slot == 0 else rng.integers(len(wanted), size=len(asked))]
             best = book.misses(expected, targets[None])[0].argmin(1)
-            for place, (run, point, phrase) in enumerate(zip(asked, targets, best, strict=True)):
+            rows = zip(asked[:left], targets[:left], best[:left], strict=True)
+            for place, (run, point, phrase) in enumerate(rows):
                 valence, arousal = (None if math.isnan(axis) else float(axis) for axis in point)
                 if valence is None and arousal is None:
                     continue

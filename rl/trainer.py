@@ -107,7 +107,8 @@ class Loader:
         """One batch on the device; see `objectives.base` for the keys."""
         makers: dict[str, Callable[[], Any]] = {
             "prompt": lambda: self._cache.embeds([it.prompt for it in examples]),
-            "refined": lambda: self._cache.refined([(it.prompt, str(it.refined)) for it in examples]),
+            "refined": lambda: self._cache.embeds([it.refined for it in examples]),
+            "added": lambda: self._cache.added([(it.prompt, str(it.refined)) for it in examples]),
             "target": lambda: points([it.target for it in examples]),
             "advantage": lambda: torch.tensor([it.advantage for it in examples]),
             "phrase": lambda: torch.tensor([it.phrase for it in examples]),
@@ -166,12 +167,19 @@ class Trainer:
                 f"train.text_steps teaches what a refined prompt says, and {config.objective['name']} has none: "
                 "set train.text_steps=0"
             )
+        if config.train.text_steps and policy.tokens.tokens:
+            raise UserError(
+                "train.text_steps teaches the rows that a prompt has, and extra tokens are further ones: "
+                "set train.text_steps=0 or policy.extra_tokens=0"
+            )
+        self._about_tokens = policy.tokens.about
         #: Before they are wrapped, since the wrapper may split them among processes.
         self._plain_tokens = copy.deepcopy(policy.tokens) if config.train.text_steps else None
-        told = {"prompt", "refined", "target"}
-        if 0 < config.data.phrases <= policy.tokens.config["choices"]:
-            told.add("phrase")
-        self._load_text = Loader(frozenset(told), cache, policy.device)
+        keys = {"prompt", "added", "target"}
+        # A previous adapter's tokens chose among another log's phrases.
+        if config.data.phrases and config.policy.previous is None:
+            keys.add("phrase")
+        self._load_text = Loader(frozenset(keys), cache, policy.device)
         self._optimizer = self._make_optimizer()
         policy.null = policy.null.to(policy.device)
         policy.trained, self._optimizer = accelerator.prepare(policy.trained, self._optimizer)
@@ -200,13 +208,12 @@ class Trainer:
         """
         outcome, knobs = self._outcome, self.config.train
         self._began = time.perf_counter()
-        if resume:
-            self._restore()
+        begun = resume and self._restore()
         stop: str | None = self._stopped
-        with _listening() as asked, self._metrics():
-            if self._steps_done == 0:
+        with _listening() as asked, self._metrics(begun):
+            if not begun:
                 self._look()
-                self._warm_start()
+                stop = None if self._warm_start(asked) else "interrupted"
             while self._steps_done < knobs.steps and stop is None:
                 figures = self._step(self._steps_done)
                 self._steps_done += 1
@@ -227,17 +234,20 @@ class Trainer:
         outcome.seconds += time.perf_counter() - self._began
         return outcome
 
-    def _warm_start(self) -> None:
-        """Teach the emotion tokens on text alone, the same in all processes."""
+    def _warm_start(self, asked: list[int]) -> bool:
+        """Teach the emotion tokens on text alone, the same in all processes; False if asked to stop meanwhile."""
         knobs = self.config.train
         if self._plain_tokens is None:
-            return
+            return True
 
         def batch(step: int) -> Batch:
             chosen = self._order.take(step * BATCH, BATCH)
             return self._load_text(self._train.fetch(chosen, np.random.default_rng([6, knobs.seed, step])))
 
-        taught, loss = warm_start(self._plain_tokens, batch, knobs.text_steps)
+        done = warm_start(self._plain_tokens, batch, knobs.text_steps, lambda: self._anywhere(bool(asked)))
+        if done is None:
+            return False
+        taught, loss = done
         self._check("text loss", loss, 0)
         self._set_weights(
             {f"tokens.{name}": value for name, value in taught.state_dict().items()}, whole=False
@@ -246,6 +256,8 @@ class Trainer:
             for name, parameter in self.policy.parameters().items():
                 self._ema[name].copy_(parameter.detach())
         self._log(0, {"text_loss": loss})
+        self._save()
+        return True
 
     def _anywhere(self, asked: bool) -> bool:
         """Whether any process was asked to stop: one that stops alone leaves the others waiting for it."""
@@ -434,6 +446,7 @@ class Trainer:
             "slow": {name: tensor.cpu() for name, tensor in self.policy.slow_state().items()},
             "memory": _packed(self.policy.memory),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "tokens": self._about_tokens,
             "data_hash": self._data_hash,
             "best_held_out": list(self._best_held_out),
             "stopped": self._stopped,
@@ -455,14 +468,20 @@ class Trainer:
                 ) from error
         accelerator.wait_for_everyone()
 
-    def _restore(self) -> None:
+    def _restore(self) -> bool:
+        """Take the newest checkpoint; False where there is none."""
         state = checkpoint.load_latest(self._folder / "checkpoints")
         if state is None:
-            return
+            return False
         if state["data_hash"] != self._data_hash:
             raise UserError(
                 "the log has changed since this run began (runs were added or judged again): narrow --from to "
                 "the runs of then, or start anew with another --out"
+            )
+        if state.get("tokens") != self._about_tokens:
+            raise UserError(
+                "this training was begun with other emotion tokens, those of another version of emoloop or of another "
+                "previous adapter: start anew with another --out"
             )
         self._set_weights(state["weights"])
         set_optimizer_state_dict(
@@ -483,12 +502,15 @@ class Trainer:
         outcome.flags, outcome.yardstick = state["flags"], state["yardstick"]
         outcome.seconds, outcome.loss = state["seconds"], state["loss"]
         self._stopped = state["stopped"]
+        return True
 
     def _set_weights(self, weights: dict[str, Any], whole: bool = True) -> None:
         options = StateDictOptions(full_state_dict=True, strict=False)
         outcome = set_model_state_dict(self.policy.trained, weights, options=options)
-        trained = {name for name, p in self.policy.trained.named_parameters() if p.requires_grad}
-        missing = trained & set(outcome.missing_keys) if whole else set()
+        # The call above fills what is missing with what is there, and does not say so.
+        missing = (
+            set(get_model_state_dict(self.policy.trained, options=_STATE)) - set(weights) if whole else set()
+        )
         lost = sorted(missing) + sorted(outcome.unexpected_keys)
         if lost:
             raise UserError(f"the checkpoint is of another policy: {lost[0]} has no place in it")
@@ -496,7 +518,7 @@ class Trainer:
     # Metrics.
 
     @contextmanager
-    def _metrics(self) -> Iterator[None]:
+    def _metrics(self, begun: bool) -> Iterator[None]:
         """Open files for the metrics; lines beyond the checkpoint go, since they will be written again."""
         if not self._accelerator.is_main_process:
             yield
@@ -504,7 +526,7 @@ class Trainer:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / "metrics.jsonl"
         kept = []
-        if path.exists() and self._steps_done:
+        if path.exists() and begun:
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self._steps_done]
         path.write_text("".join(line + "\n" for line in kept))
         self._lines = path.open("a")

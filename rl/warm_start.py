@@ -6,9 +6,10 @@ same network on embeddings. So the tokens are first taught on embeddings alone,
     L = ||E'(neutral, target) - E(refined)||² / ||E(neutral) - E(refined)||²,   and the same of the pooled ones,
 
 which takes minutes where the objective takes many. The rows of E(refined) lie as `Network.added_last` has them: what
-was added stands in the same rows behind every prompt. Tokens that choose among phrases are also told which phrase it
-is (cross-entropy). What is left, what the network makes of it, is the objective's. The tokens start as what they are,
-so that a second round goes on from its first.
+was added stands in the same rows behind every prompt. New tokens that choose among phrases are also told which phrase
+it is (cross-entropy). What is left, what the network makes of it, is the objective's. The tokens start as what they
+are, so that a second round goes on from its first; what its log calls phrase 3 is not what the first round's did, so
+that the choice is then left to the text.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ def text_loss(tokens: EmotionTokens, batch: Batch) -> Tensor:
 
     Args:
         tokens: In training.
-        batch: `prompt`, `refined` and `target`, and `phrase` for tokens that choose among as many.
+        batch: `prompt`, `added` and `target`, and `phrase` for tokens that choose among as many.
 
     Returns:
         Scalar, without the choice's part 2 for tokens that do nothing (1 for models without pooled embeddings); 0
         for perfect ones.
     """
     told: Embeds = tokens(batch["prompt"], batch["target"])
-    pairs = [(told.prompt, batch["refined"].prompt, batch["prompt"].prompt)]
+    pairs = [(told.prompt, batch["added"].prompt, batch["prompt"].prompt)]
     if told.pooled is not None:
-        pairs.append((told.pooled, batch["refined"].pooled, batch["prompt"].pooled))
+        pairs.append((told.pooled, batch["added"].pooled, batch["prompt"].pooled))
     losses = [(ours - goal).square().mean() / (start - goal).square().mean() for ours, goal, start in pairs]
     loss = torch.stack(losses).sum()
     if "phrase" in batch:
@@ -55,22 +56,28 @@ def text_loss(tokens: EmotionTokens, batch: Batch) -> Tensor:
 
 
 def warm_start(
-    tokens: EmotionTokens, batches: Callable[[int], Batch], steps: int
-) -> tuple[EmotionTokens, float]:
+    tokens: EmotionTokens,
+    batches: Callable[[int], Batch],
+    steps: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[EmotionTokens, float] | None:
     """Teach a copy of the tokens.
 
     Args:
         tokens: Where to start.
         batches: Gives the batch of a step.
         steps: How many.
+        stop: Asked before each step whether to give up.
 
     Returns:
-        The taught copy, and its mean loss over the last tenth of the steps.
+        The taught copy, and its mean loss over the last tenth of the steps; None where it was stopped.
     """
     taught = copy.deepcopy(tokens).float().requires_grad_(True)
     optimizer = torch.optim.AdamW(taught.parameters(), lr=RATE, weight_decay=0.0)
     losses: list[float] = []
     for step in range(steps):
+        if stop():
+            return None
         optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         loss = text_loss(taught, batches(step))
         loss.backward()

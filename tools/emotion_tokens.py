@@ -197,11 +197,16 @@ class EmotionTokens(nn.Module):
         extra = source[:, -1:] + self.up_extra(low).to(source.dtype)
         return torch.cat([prompt, extra], dim=1)
 
+    @property
+    def about(self) -> dict[str, int]:
+        """Version of the architecture, and arguments: what weights have to agree on."""
+        return {"version": _VERSION, **self.config}
+
     def save(self, path: Path) -> None:
         """Write weights as safetensors; version and arguments go into the header, the same ones every time."""
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         # One entry, since safetensors writes several in random order.
-        save_file(state, path, metadata={_FORMAT: json.dumps({"version": _VERSION, **self.config})})
+        save_file(state, path, metadata={_FORMAT: json.dumps(self.about)})
 
     @classmethod
     def load(cls, path: Path) -> EmotionTokens:

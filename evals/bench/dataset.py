@@ -276,8 +276,8 @@ def _run_id(number: int) -> str:
 
 def _prompt(number: int, round_: int = 0) -> str:
     neutral = f"a thing of kind {number % _PROMPTS} by the sea"
-    # As many moods as there are targets, in a word that no neutral prompt uses.
-    return f"{neutral}, in mood m{number % 77}, take {round_}" if round_ else neutral
+    # As many moods as there are targets, in words that no neutral prompt uses.
+    return f"{neutral}, in mood m{number % 77}, take t{round_}" if round_ else neutral
 
 
 class _Read(NamedTuple):

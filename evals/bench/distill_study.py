@@ -66,6 +66,8 @@ def main(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     cells = [(name, seed) for seed in range(max(counts.values())) for name in counts if seed < counts[name]]
+    for cell in cells:
+        _check_settings(_place(folder, *cell), *cell, preset, sets.split())
     _train_all(cells, folder, home, preset, where, sets.split(), parallel)
     records = {cell: json.loads((_place(folder, *cell) / "training.json").read_text()) for cell in cells}
     hashes = {record["data"]["data_hash"] for record in records.values()}
@@ -89,9 +91,15 @@ def main(
     }
     first = next(iter(records.values()))
     taken = ",".join(f"{name}:{count}" for name, count in counts.items())
+    others = {
+        "preset": (preset, "miniature"),
+        "suite": (suite, "distill"),
+        "where": (where, ""),
+        "sets": (sets, ""),
+    }
+    said = "".join(f" {key}={shlex.quote(it)}" for key, (it, default) in others.items() if it != default)
     document |= {
-        "command": f"emoloop bench distill-study objectives={taken} controls={controls}"
-        + (f" sets={shlex.quote(sets)}" if sets else ""),
+        "command": f"emoloop bench distill-study objectives={taken} controls={controls}{said}",
         "data": first["data"],
         "base": first["base"],
         "reward": first["reward"],
@@ -118,6 +126,24 @@ def _counts(objectives: str, seeds: int) -> dict[str, int]:
     if not counts:
         raise UserError("objectives= names none: opd, dpo, nft, rwr or sft")
     return counts
+
+
+def _check_settings(place: Path, name: str, seed: int, preset: str, sets: Sequence[str]) -> None:
+    """Refuse to judge an adapter that is there but was trained with other settings.
+
+    Raises:
+        UserError: It was.
+    """
+    from ...rl.config import load_config
+
+    path = place / "training.json"
+    if not path.exists():
+        return
+    asked = load_config(name, preset, sets=[f"train.seed={seed}", *sets]).model_dump(mode="json")
+    taken = json.loads(path.read_text())["config"]
+    other = sorted(key for key in asked | taken if asked.get(key) != taken.get(key))
+    if other:
+        raise UserError(f"{place} was trained with other settings of {', '.join(other)}: use another out=")
 
 
 def _place(folder: Path, name: str, seed: int) -> Path:

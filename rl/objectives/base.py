@@ -8,6 +8,7 @@ Batch keys (B rows, one for each example):
 
     prompt     Conditioning of the neutral prompt
     refined    Conditioning of the prompt that the loop found
+    added      the same with the rows in the order of `Network.added_last`
     target     (B, 2) wanted valence and arousal, NaN where an axis does not matter
     advantage  (B,) gain of the refined prompt, from images that were not selected
     phrase     (B,) place in the phrasebook of what the refined prompt adds, int64

@@ -22,8 +22,10 @@ from emoloop.cli import app
 from emoloop.emotion import EmotionTarget, UserError
 from emoloop.rl import checkpoint, trainer
 from emoloop.rl.config import load_config
+from emoloop.rl.dataset import Examples
 from emoloop.rl.distill import Distilled, distill
 from emoloop.rl.trainer import DistillError, Order
+from emoloop.rl.warm_start import BATCH
 from emoloop.settings import Settings
 from emoloop.tools.adapter import load_artifact
 from emoloop.tools.families import family_of
@@ -39,14 +41,14 @@ QUICK = (
 )  # fmt: skip
 
 
+def reading(round_: int, index: int) -> tuple[float, float]:
+    return 0.4 * round_ + 0.1 * index, -0.3 * round_
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Path]:
     root = tmp_path_factory.mktemp("world")
     folder = tiny.save("sd3", root / "model")
-
-    def reading(round_: int, index: int) -> tuple[float, float]:
-        return 0.4 * round_ + 0.1 * index, -0.3 * round_
-
     return rl_log.write_log(root / "home", 10, model=str(folder), revision=None, reading=reading), folder
 
 
@@ -158,6 +160,8 @@ def test_a_phrasebook_with_a_start_on_text_leaves_an_artifact(
     assert record["source"] == "phrases" and record["data"]["reader_error"]
     with pytest.raises(UserError, match=r"train\.text_steps=0"):
         run(world, tmp_path / "sft", "sft", "train.text_steps=3")
+    with pytest.raises(UserError, match=r"policy\.extra_tokens=0"):
+        run(world, tmp_path / "extra", "opd", "train.text_steps=3", "policy.extra_tokens=2")
 
 
 def test_a_loss_that_is_no_number_ends_training_and_keeps_the_checkpoint(
@@ -294,11 +298,19 @@ def test_round_two_starts_from_round_one(world: tuple[Settings, Path], tmp_path:
     run(world, tmp_path / "one", "sft")
     pipe = load_pipeline(world[1], torch.float32)
     adapter = load_artifact(pipe, tmp_path / "one", call=tiny.DEFAULTS["sd3"]["call"])
-    settings = rl_log.write_log(tmp_path / "home", 6, model=str(world[1]), revision=None, adapter=adapter.id)
+    log: dict[str, Any] = {
+        "model": str(world[1]),
+        "revision": None,
+        "adapter": adapter.id,
+        "reading": reading,
+    }
+    settings = rl_log.write_log(tmp_path / "home", 10, **log)
     second = (settings, world[1])
     with pytest.raises(UserError, match=r"made with adapter .*policy\.previous=DIR"):
         run(second, tmp_path / "two", "opd")
-    result = run(second, tmp_path / "two", "opd", f"policy.previous={tmp_path / 'one'}", resume=True)
+    # A phrasebook and a start on text as well: the first round's tokens have nothing to choose among.
+    more = [f"policy.previous={tmp_path / 'one'}", "data.phrases=2", "train.text_steps=3"]
+    result = run(second, tmp_path / "two", "opd", *more, resume=True)
     assert result.outcome.steps == 6
     assert weights(tmp_path / "two") != weights(tmp_path / "one")
     with pytest.raises(UserError, match="made without an adapter"):
@@ -392,6 +404,49 @@ def test_interrupted_training_goes_on(world: tuple[Settings, Path], tmp_path: Pa
     run(world, tmp_path / "out", "sft", resume=True)
     run(world, tmp_path / "whole", "sft")
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_a_start_on_text_is_kept_and_can_be_stopped(
+    world: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["data.phrases=2", "train.text_steps=3"]
+    run(world, tmp_path / "whole", "opd", *more)
+    fetch, taught = Examples.fetch, []
+
+    def counted(self: Examples, rows: Any, rng: Any = None) -> Any:
+        if len(rows) == BATCH:
+            taught.append(rows)
+            if len(taught) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+        return fetch(self, rows, rng)
+
+    monkeypatch.setattr(Examples, "fetch", counted)
+    stopped = run(world, tmp_path / "out", "opd", *more)
+    assert (stopped.outcome.reason, stopped.outcome.steps, len(taught)) == ("interrupted", 0, 2)
+
+    def stop(step: int, steps: int, figures: dict[str, float]) -> None:
+        raise RuntimeError("the machine is gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        run(world, tmp_path / "out", "opd", *more, resume=True, watch=stop)
+    assert len(taught) == 5
+    run(world, tmp_path / "out", "opd", *more, resume=True)
+    assert len(taught) == 5
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_other_tokens_is_refused(
+    world: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(step: int, steps: int, figures: dict[str, float]) -> None:
+        if step == 2:
+            raise RuntimeError("the machine is gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        run(world, tmp_path / "out", "sft", watch=stop)
+    monkeypatch.setattr("emoloop.tools.emotion_tokens._VERSION", 99)
+    with pytest.raises(UserError, match="another version of emoloop"):
+        run(world, tmp_path / "out", "sft", resume=True)
 
 
 def test_one_process_that_is_asked_to_stop_stops_all(

@@ -1,11 +1,13 @@
 """The study's bookkeeping: seeds for each objective, and the mean over seeds as an arm."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from emoloop.emotion import UserError
 from emoloop.evals.analysis import Column
-from emoloop.evals.bench.distill_study import _counts, average, main
+from emoloop.evals.bench.distill_study import _check_settings, _counts, average, main
+from emoloop.rl.config import load_config
 
 
 def test_an_objective_may_take_its_own_number_of_seeds():
@@ -30,3 +32,11 @@ def test_an_objectives_arm_is_the_mean_of_its_seeds():
     assert table.columns["opd"]["error"].values == [1.5, 4.0, None]
     assert table.arms == ["opd_0", "opd_1", "opd"]
     assert spread["opd_error_seed_std"] == pytest.approx((8 / 3 - 2) / 2**0.5)
+
+
+def test_an_adapter_of_other_settings_is_not_judged_as_if_it_had_these(tmp_path):
+    config = load_config("opd", "miniature", sets=["train.seed=1", "data.phrases=12"]).model_dump(mode="json")
+    (tmp_path / "training.json").write_text(json.dumps({"config": config}))
+    _check_settings(tmp_path, "opd", 1, "miniature", ["data.phrases=12"])
+    with pytest.raises(UserError, match="other settings of data: use another out="):
+        _check_settings(tmp_path, "opd", 1, "miniature", [])

@@ -136,6 +136,35 @@ def test_each_prompt_is_told_what_was_added_to_others(tmp_path: Path) -> None:
             assert it.advantage == pytest.approx(gain, abs=1e-5) and gain > 0.05
 
 
+def test_of_a_large_log_a_part_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emoloop.rl.dataset._PHRASED", 30)
+    monkeypatch.setattr("emoloop.rl.dataset._PHRASE_TARGETS", 40)
+    settings = settings_for(tmp_path)
+    with open_store(settings) as store:
+        for run, neutral in enumerate(NEUTRAL):
+
+            def reading(round_: int, index: int, neutral: str = neutral) -> tuple[float, float]:
+                return law(neutral, f"bright {round_}" if round_ else "")
+
+            target = EmotionTarget(valence=1.5, arousal=0.5)
+            store.append(*run_events(store, run, prompt=neutral, target=target, reading=reading))
+        dataset = Dataset(store, DataConfig(held_out=0, phrases=3))
+        shown = dataset.examples("phrases").fetch(range(len(dataset.examples("phrases"))))
+    assert len(shown) == 40 and len({it.run_id for it in shown}) == 30
+
+
+def test_a_log_without_what_a_phrasebook_reads_says_what_it_lacks(tmp_path: Path) -> None:
+    with open_store(settings_for(tmp_path)) as store:
+        for run in range(6):
+            store.append(*run_events(store, run, reward=lambda run, round_, index: 0.2 if round_ else None))
+        with pytest.raises(UserError, match="no run's round 0 has readings"):
+            Dataset(store, DataConfig(held_out=0, phrases=3))
+    with open_store(settings_for(tmp_path / "other")) as store:
+        store.append(*run_events(store, 0))
+        with pytest.raises(UserError, match="no run outside the held-out prompts has readings"):
+            Dataset(store, DataConfig(held_out=0.999, phrases=3))
+
+
 def test_phrases_have_no_images_to_learn_from() -> None:
     keys = frozenset({"prompt", "refined", "target", "advantage"})
     assert source_for(keys, DataConfig(phrases=4)) == "phrases"

@@ -19,7 +19,7 @@ def batch(step: int, n: int = 16, pooled: bool = True) -> dict[str, object]:
     way = torch.cat([target, target.flip(1), target], 1)
     return {
         "prompt": Embeds(prompt, flat if pooled else None),
-        "refined": Embeds(prompt + way[:, None], flat + way[:, :5] if pooled else None),
+        "added": Embeds(prompt + way[:, None], flat + way[:, :5] if pooled else None),
         "target": target,
     }
 
@@ -30,9 +30,9 @@ def test_the_loss_counts_what_is_left_of_the_way(pooled: bool) -> None:
     assert text_loss(untrained, at).item() == pytest.approx(2.0 if pooled else 1.0)
 
     def told(share: float) -> object:
-        prompt, refined = at["prompt"], at["refined"]
-        moved = torch.lerp(prompt.prompt, refined.prompt, share)  # type: ignore[attr-defined]
-        flat = torch.lerp(prompt.pooled, refined.pooled, share) if pooled else None  # type: ignore[attr-defined]
+        prompt, added = at["prompt"], at["added"]
+        moved = torch.lerp(prompt.prompt, added.prompt, share)  # type: ignore[attr-defined]
+        flat = torch.lerp(prompt.pooled, added.pooled, share) if pooled else None  # type: ignore[attr-defined]
         return lambda embeds, target: Embeds(moved, flat)
 
     for share in (0.0, 0.5, 1.0):
@@ -61,10 +61,12 @@ def test_tokens_learn_to_choose_what_the_prompt_and_the_wish_ask_for() -> None:
         prompt = at["prompt"].prompt
         stands = torch.nn.functional.layer_norm(prompt, (6,)).mean(1)[:, 0] * 2
         phrase = torch.bucketize(at["target"][:, 0] - stands, torch.tensor([-0.5, 0.5]))
-        return {**at, "phrase": phrase, "refined": Embeds(prompt + said[phrase][:, None])}
+        return {**at, "phrase": phrase, "added": Embeds(prompt + said[phrase][:, None])}
 
     torch.manual_seed(0)
-    taught, _ = warm_start(EmotionTokens(6, rank=16, hidden=32, choices=3), asked, 400)
+    done = warm_start(EmotionTokens(6, rank=16, hidden=32, choices=3), asked, 400)
+    assert done is not None
+    taught = done[0]
     fresh = asked(10_000)
     chosen = taught.choice(fresh["prompt"], fresh["target"]).argmax(-1)
     assert (chosen == fresh["phrase"]).float().mean() > 0.85
@@ -74,10 +76,16 @@ def test_it_teaches_a_copy_the_same_way_each_time() -> None:
     torch.manual_seed(0)
     tokens = EmotionTokens(6, 5, rank=16, hidden=32)
     before = {name: value.clone() for name, value in tokens.state_dict().items()}
-    one, loss = warm_start(tokens, batch, 150)
-    other, again = warm_start(tokens, batch, 150)
+    first, second = (warm_start(tokens, batch, 150) for _ in range(2))
+    assert first is not None and second is not None
+    (one, loss), (other, again) = first, second
     assert loss == again < 0.8
     assert text_loss(one, batch(10_000)).item() < 1.2
     for name, value in tokens.state_dict().items():
         assert torch.equal(value, before[name])
         assert torch.equal(one.state_dict()[name], other.state_dict()[name])
+
+
+def test_it_gives_up_when_asked() -> None:
+    asked = iter([False, False, True])
+    assert warm_start(EmotionTokens(6, 5), batch, 150, lambda: next(asked)) is None
