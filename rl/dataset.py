@@ -501,10 +501,8 @@ class Dataset:
             )
         self.phrasebook = book = build(tried, wanted[~self._held], self.config.phrases)
         asked = np.array(sorted(base), dtype=np.int64)
-        places = {
-            prompt: place for place, prompt in enumerate(dict.fromkeys(told[run, 0][0] for run in asked))
-        }
-        expected = book.expect(list(places))[[places[told[run, 0][0]] for run in asked]]
+        neutral, which = np.unique([told[run, 0][0] for run in asked], return_inverse=True)
+        expected = book.expect(neutral.tolist())[which]
         reward = self._reward_again(str(self._ids[asked[0]]))
         for slot in range(self.config.phrase_targets):
             left = _PHRASE_TARGETS - slot * len(asked)

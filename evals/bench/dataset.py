@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 _CHUNK = 2000
 
@@ -203,8 +203,7 @@ def _candidate_rows(number: int, rounds: int, images: int) -> list[dict[str, Any
             "guidance": 3.0,
             "height": 96,
             "width": 96,
-            "valence": _read(number, round_).valence,
-            "arousal": _read(number, round_).arousal,
+            **_read(number, round_),
             "category": None,
             "alignment": 0.9,
             "spread": None,
@@ -252,7 +251,7 @@ def _events(number: int, rounds: int, images: int) -> Iterator[Any]:
             )  # fmt: skip
             critique = Critique(
                 analysis="a dog by the sea under a grey sky, nobody around, muted colours",
-                **_read(number, round_)._asdict(), alignment=0.9, suggestion="a brighter sky",
+                **_read(number, round_), alignment=0.9, suggestion="a brighter sky",
             )  # fmt: skip
             yield Critiqued(
                 **at, sha256=sha, critique=critique, model="miniature", prompt_version="critic-compact@1",
@@ -280,15 +279,10 @@ def _prompt(number: int, round_: int = 0) -> str:
     return f"{neutral}, in mood m{number % 77}, take t{round_}" if round_ else neutral
 
 
-class _Read(NamedTuple):
-    valence: float
-    arousal: float
-
-
-def _read(number: int, round_: int) -> _Read:
+def _read(number: int, round_: int) -> dict[str, Any]:
     """What the critic reads: nothing of the wish before the first rewrite, nearly all of it after."""
     share = 0.9 if round_ else 0.0
-    return _Read(round(share * _valence(number), 2), round(share * _arousal(number), 2))
+    return {"valence": round(share * _valence(number), 2), "arousal": round(share * _arousal(number), 2)}
 
 
 def _sha(number: int, round_: int, index: int) -> str:
