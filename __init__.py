@@ -11,19 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .emotion import Candidate, Critique, Emotion, EmotionTarget, RunResult
+    from .domain import Candidate, Critique, Emotion, EmotionTarget, RunResult
     from .graph.loop import Loop, open_loop
     from .settings import Settings, load_settings
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Candidate": ".emotion",
-    "Critique": ".emotion",
-    "Emotion": ".emotion",
-    "EmotionTarget": ".emotion",
+    "Candidate": ".domain",
+    "Critique": ".domain",
+    "Emotion": ".domain",
+    "EmotionTarget": ".domain",
     "Loop": ".graph.loop",
-    "RunResult": ".emotion",
+    "RunResult": ".domain",
     "Settings": ".settings",
     "load_settings": ".settings",
     "open_loop": ".graph.loop",

@@ -19,7 +19,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from .emotion import UserError
+from .domain import UserError
 
 
 class _Section(BaseModel):

@@ -20,8 +20,8 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.runnables import Runnable
 from pydantic import BaseModel, ValidationError
 
-from ..emotion import Missing, UserError
-from ..recording import Recorder
+from ..domain import Missing, UserError
+from ..events import Recorder
 from .schemas import response_format
 
 Answer = TypeVar("Answer", bound=BaseModel)

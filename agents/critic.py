@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from langchain_core.language_models import BaseChatModel
 from PIL import Image
 
-from ..emotion import Critique, EmotionTarget, Missing
-from ..recording import Recorder
-from ..tools.chat import image_url
+from ..domain import Critique, EmotionTarget, Missing
+from ..events import Recorder
+from ..tools.lvlm.chat import image_url
 from ..tools.reward import Reward
 from .ask import Asker, Reply, one_line, span
 from .prompt import load_prompt

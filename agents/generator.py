@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..recording import ImageGenerated, Recorder
+from ..events import ImageGenerated, Recorder
 from .ask import span
 
 if TYPE_CHECKING:
-    from ..tools.generator import Generator, ImageRequest
+    from ..tools.images.generator import Generator, ImageRequest
 
 _FIELDS = set(ImageGenerated.model_fields) - {
     "run_id",

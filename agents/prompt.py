@@ -17,7 +17,7 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
-from ..emotion import UserError
+from ..domain import UserError
 from .schemas import signed
 
 _FOLDER = Path(__file__).parent / "prompts"

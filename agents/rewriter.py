@@ -12,8 +12,8 @@ from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 
-from ..emotion import Candidate, Critique, EmotionTarget, Missing, Round
-from ..recording import Recorder
+from ..domain import Candidate, Critique, EmotionTarget, Missing, Round
+from ..events import Recorder
 from .ask import Asker, span
 from .prompt import load_prompt
 from .schemas import PROMPT_LIMIT, REWRITER_SCHEMA, RewriterAnswer, target_text

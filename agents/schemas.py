@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..emotion import HIGH, LOW, Critique, Emotion, EmotionTarget
+from ..domain import HIGH, LOW, Critique, Emotion, EmotionTarget
 
 SCHEMA_VERSION = 1
 

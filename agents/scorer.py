@@ -12,9 +12,9 @@ from typing import Any
 from langchain_core.language_models import BaseChatModel
 from PIL import Image
 
-from ..emotion import HIGH, LOW, EmotionTarget, Missing
-from ..tools.chat import image_url
-from ..tools.scores import Score, read_scores, score_only
+from ..domain import HIGH, LOW, EmotionTarget, Missing
+from ..tools.lvlm.chat import image_url
+from ..tools.lvlm.scores import Score, read_scores, score_only
 from .ask import one_line
 from .prompt import load_prompt
 from .schemas import target_text

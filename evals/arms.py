@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..emotion import RunResult, RunStatus, UserError
-from ..recording import Critiqued, Rewritten
+from ..domain import RunResult, RunStatus, UserError
+from ..events import Critiqued, Rewritten
 from ..tools.registry import resolve
 from .cache import digest
 from .kit import Kit, Take

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..emotion import UserError
+from ..domain import UserError
 from .metrics import METRICS
 from .stats import difference, sign_test
 

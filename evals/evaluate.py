@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..emotion import UserError
+from ..domain import UserError
 from ..settings import load_settings, merged, pruned
 from .arms import load_arm
 from .children import children

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..emotion import PROTOTYPES, Critique, Emotion, EmotionTarget, UserError
+from ..domain import PROTOTYPES, Critique, Emotion, EmotionTarget, UserError
 from ..settings import Settings
 from ..tools.registry import resolve
 from ..tools.threads import apart
@@ -407,7 +407,7 @@ def hash_of(raw: bytes) -> str:
 def _lvlm(argument: str, settings: Settings) -> Judge:
     from ..agents.critic import Critic
     from ..tools import presets
-    from ..tools.lvlm import load_lvlm
+    from ..tools.lvlm.load import load_lvlm
 
     ours = settings.lvlm.model_copy(update={"model": argument} if argument else {})
     # A model that was trained on a prompt of its own knows no other, and that one tells it the target.

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.spatial.distance import cosine
 from scipy.stats import kendalltau
 
-from ..emotion import EmotionTarget
+from ..domain import EmotionTarget
 from .records import Reading
 from .suites import Request
 

@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 from scipy.stats import spearmanr
 
-from ..emotion import Critique, EmotionTarget
+from ..domain import Critique, EmotionTarget
 from ..miniature import law, world
 from ..miniature.judge import LawJudge
 from ..miniature.judge import Reading as Seen
 from ..miniature.world import Named, Parsed, Scene
-from ..tools.generator import ImageRequest
+from ..tools.images.generator import ImageRequest
 from .kit import Kit, Made
 from .metrics import rank_tau
 from .records import Row

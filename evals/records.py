@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..emotion import Critique, Emotion, Missing
+from ..domain import Critique, Emotion, Missing
 from .stats import Estimate
 from .suites import Request
 

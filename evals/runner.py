@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..agents.ask import one_line
-from ..emotion import UserError
+from ..domain import UserError
 from ..settings import Settings
 from ..tools.fingerprint import content_hash
 from ..tools.registry import resolve
@@ -76,7 +76,7 @@ async def open_kit(
         lvlm: A chat model instead of the settings' one.
     """
     from ..graph.loop import open_loop
-    from ..tools.generator import load_generator
+    from ..tools.images.generator import load_generator
 
     home = home_of(settings)
     generating = settings.generator.model_copy(update={"adapter": str(adapter) if adapter else None})
@@ -327,6 +327,6 @@ async def measure_pace(kit: Kit, rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _again(shots: Sequence[tuple[Request, Shot]]) -> list[Any]:
-    from ..tools.generator import ImageRequest
+    from ..tools.images.generator import ImageRequest
 
     return [ImageRequest(shot.prompt, shot.seed, request.target) for request, shot in shots]

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..emotion import UserError
+from ..domain import UserError
 from .document import Options
 from .evaluate import fill
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..emotion import EmotionTarget, Score, UserError
+from ..domain import EmotionTarget, Score, UserError
 
 Words = Annotated[str, Field(min_length=1, max_length=2000)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..emotion import EmotionTarget
+from ..domain import EmotionTarget
 
 #: What the tables call a metric, and how many decimals it needs.
 LABELS: dict[str, tuple[str, int]] = {

@@ -16,7 +16,7 @@ import aiosqlite
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
-from ..emotion import UserError
+from ..domain import UserError
 from ..settings import Settings
 
 #: Seconds that a writer waits for other processes.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..agents.ask import one_line
-from ..emotion import EmotionTarget, RunResult, RunStatus, UserError, read_target
+from ..domain import EmotionTarget, RunResult, RunStatus, UserError, read_target
 from ..traces.database import StoreError
 from .loop import Loop
 from .progress import Progress, RunBegan

@@ -28,8 +28,8 @@ from langgraph.types import Command
 from ..agents.ask import Asker, span
 from ..agents.critic import Critic
 from ..agents.rewriter import Rewriter
-from ..emotion import Critique, EmotionTarget, RunResult, RunStatus, UserError
-from ..recording import Critiqued, Event, ImageGenerated, Rewarded, RunFinished, RunStarted
+from ..domain import Critique, EmotionTarget, RunResult, RunStatus, UserError
+from ..events import Critiqued, Event, ImageGenerated, Rewarded, RunFinished, RunStarted
 from ..settings import GeneratorSettings, LVLMSettings, Settings, load_settings, lvlm_settings, merged
 from ..tools import presets
 from ..tools.reward import load_reward
@@ -44,7 +44,7 @@ from .state import Context, RunInput, State, read_run_id, read_seed, same_target
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ..tools.generator import Generator
+    from ..tools.images.generator import Generator
 
 T = TypeVar("T")
 
@@ -455,13 +455,13 @@ def _started(events: list[Event]) -> RunStarted:
 
 
 def _load_generator(spec: Any, settings: Settings) -> Generator:
-    from ..tools.generator import load_generator
+    from ..tools.images.generator import load_generator
 
     return load_generator(settings.generator if spec is None else spec, settings.generator)
 
 
 def _load_lvlm(settings: Settings) -> Any:
-    from ..tools.lvlm import load_lvlm
+    from ..tools.lvlm.load import load_lvlm
 
     if settings.lvlm.samples > 1 and settings.lvlm.temperature == 0:
         raise UserError(

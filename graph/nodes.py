@@ -22,7 +22,7 @@ from ..agents.ask import one_line
 from ..agents.critic import Critic, valued
 from ..agents.generator import paint
 from ..agents.rewriter import KEPT, Rewriter
-from ..emotion import (
+from ..domain import (
     Candidate,
     Critique,
     EmotionTarget,
@@ -33,7 +33,7 @@ from ..emotion import (
     UserError,
     read_target,
 )
-from ..recording import (
+from ..events import (
     Critiqued,
     Event,
     GenerationFailed,
@@ -54,7 +54,7 @@ from .retry import ATTEMPTS, retryable
 from .state import Context, State, candidate_seed, read_prompt, read_run_id, read_seed, same_target
 
 if TYPE_CHECKING:
-    from ..tools.generator import Generator, ImageRequest
+    from ..tools.images.generator import Generator, ImageRequest
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class Nodes:
 
     async def generate(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Make the round's pictures that are not there yet."""
-        from ..tools.generator import ImageRequest  # loads torch
+        from ..tools.images.generator import ImageRequest  # loads torch
 
         run_id, number, prompt = state["run_id"], state["round"], state["current"]
         events = await self.parts.recorder.events(run_id)
@@ -589,7 +589,7 @@ def _may_retry(runtime: Runtime[Context]) -> bool:
 
 def _cause(error: Exception) -> Exception:
     """What stands behind a generator's error, which speaks of a batch: we ask for one image at a time."""
-    from ..tools.generator import GenerationError
+    from ..tools.images.generator import GenerationError
 
     cause = error.__cause__ if isinstance(error, GenerationError) else None
     return cause if isinstance(cause, Exception) else error

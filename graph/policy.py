@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..emotion import Candidate, Critique, EmotionTarget, Round, StopReason
+from ..domain import Candidate, Critique, EmotionTarget, Round, StopReason
 
 POLICY_VERSION = 1
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from ..emotion import Critique, EmotionTarget, Missing, RunResult
+from ..domain import Critique, EmotionTarget, Missing, RunResult
 
 
 class _Progress(BaseModel):

@@ -14,7 +14,7 @@ import httpx
 from langgraph.errors import NodeTimeoutError
 from langgraph.types import RetryPolicy
 
-from ..emotion import UserError
+from ..domain import UserError
 
 #: Tries of a node, the first included.
 ATTEMPTS = 3

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 from langgraph.channels import EphemeralValue
 from typing_extensions import TypedDict
 
-from ..emotion import UserError
+from ..domain import UserError
 
 if TYPE_CHECKING:
     from ..settings import LoopSettings

@@ -270,7 +270,7 @@ def affect(scene: Scene, pixels: NDArray[np.uint8]) -> tuple[float, float]:
 
 def category(valence: float, arousal: float, companions: Iterable[Placed] = ()) -> str:
     """The nearest category: distance to its prototype, less what the companions vote."""
-    from ..emotion import PROTOTYPES
+    from ..domain import PROTOTYPES
 
     votes: dict[str, float] = {}
     for placed in companions:

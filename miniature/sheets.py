@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..tools.generator import Generator, ImageRequest, load_generator
+from ..tools.images.generator import Generator, ImageRequest, load_generator
 from . import episodes, law, world
 
 

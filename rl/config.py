@@ -17,9 +17,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..emotion import UserError
+from ..domain import UserError
 from ..settings import merged
-from .dataset import DataConfig
+from .data.dataset import DataConfig
 
 PRESETS = Path(__file__).parent / "presets"
 

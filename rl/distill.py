@@ -22,19 +22,26 @@ from typing import Any
 import torch
 import yaml
 
-from ..emotion import UserError
+from ..domain import UserError
 from ..settings import Settings
-from ..tools.adapter import CARD_FILE, LORA_FILE, TOKENS_FILE, TRAINING_FILE, load_artifact, save_artifact
-from ..tools.emotion_tokens import EmotionTokens
+from ..tools.diffusion.adapter import (
+    CARD_FILE,
+    LORA_FILE,
+    TOKENS_FILE,
+    TRAINING_FILE,
+    load_artifact,
+    save_artifact,
+)
+from ..tools.diffusion.conditioners import EmotionTokens
+from ..tools.diffusion.networks import network_of
 from ..tools.fingerprint import versions
-from ..tools.generator import DiffusersGenerator, load_generator
+from ..tools.images.generator import DiffusersGenerator, load_generator
 from ..traces.rows import RunFilter
 from ..traces.store import TraceStore, open_store
-from .cache import Cache
 from .config import RESUMABLE, DistillConfig, flat
-from .dataset import SOURCES, Base, Dataset, source_for
+from .data.cache import Cache
+from .data.dataset import SOURCES, Base, Dataset, source_for
 from .guards import Guards
-from .networks import network_of
 from .objectives import load_objective
 from .objectives.base import Objective, check_keys
 from .policy import PREVIOUS, STUDENT, Policy

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from ..emotion import EmotionTarget, UserError
-from ..tools.emotion_tokens import points
+from ..domain import EmotionTarget, UserError
+from ..tools.diffusion.conditioners import points
 from ..tools.measures import colourfulness, diversity, edge_density
 from ..tools.registry import resolve
-from .cache import Cache
 from .config import GuardConfig
-from .dataset import Example
+from .data.cache import Cache
+from .data.dataset import Example
 from .policy import STUDENT, Policy
 
 if TYPE_CHECKING:

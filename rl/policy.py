@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..emotion import UserError
-from .networks import Conditioning, Network
+from ..domain import UserError
+from ..tools.diffusion.networks import Conditioning, Network
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..tools.adapter import Adapter
-    from ..tools.emotion_tokens import EmotionTokens
+    from ..tools.diffusion.adapter import Adapter
+    from ..tools.diffusion.conditioners import EmotionTokens
 
 STUDENT, PREVIOUS, SLOW = "student", "previous", "slow"
 

@@ -31,12 +31,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..emotion import UserError
-from ..tools.emotion_tokens import points
+from ..domain import UserError
+from ..tools.diffusion.conditioners import points
 from . import checkpoint
-from .cache import Cache
 from .config import DistillConfig
-from .dataset import Example, Examples
+from .data.cache import Cache
+from .data.dataset import Example, Examples
 from .guards import Guards
 from .objectives.base import Batch, Objective
 from .policy import Policy

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..tools.emotion_tokens import EmotionTokens
-from ..tools.families import Embeds
+from ..tools.diffusion.conditioners import EmotionTokens
+from ..tools.diffusion.families import Embeds
 from .objectives.base import Batch
 
 #: Examples in one step, many since they are cheap, and AdamW's rate at the start: the loss has no unit.

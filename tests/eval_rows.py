@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
-from emoloop.emotion import Critique, EmotionTarget
+from emoloop.domain import Critique, EmotionTarget
 from emoloop.evals.records import Cost, Delivery, Outcome, Reading, Revision, Row, Shot
 from emoloop.evals.suites import Request
 from emoloop.traces.blobs import BlobStore

@@ -6,16 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from emoloop.emotion import Critique, Emotion, EmotionTarget, Missing, RunStatus, StopReason
-from emoloop.recording import (
-    Critiqued,
-    Event,
-    ImageGenerated,
-    Rewarded,
-    Rewritten,
-    RunFinished,
-    RunStarted,
-)
+from emoloop.domain import Critique, Emotion, EmotionTarget, Missing, RunStatus, StopReason
+from emoloop.events import Critiqued, Event, ImageGenerated, Rewarded, Rewritten, RunFinished, RunStarted
 from emoloop.settings import Settings, load_settings
 from emoloop.traces.store import TraceStore, open_store
 from PIL import Image

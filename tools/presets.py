@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..emotion import UserError
+from ..domain import UserError
 
 Kind = Literal["generator", "lvlm"]
 

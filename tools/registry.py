@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from ..emotion import UserError
+from ..domain import UserError
 
 
 def resolve(spec: Any, registry: Mapping[str, Any], kind: str = "name") -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from ..emotion import Critique, EmotionTarget, UserError
+from ..domain import Critique, EmotionTarget, UserError
 from . import registry
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random
 
-from ..emotion import UserError
+from ..domain import UserError
 from ..settings import Settings
 from . import migrate
 from .schema import TABLES_VERSION

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, and_, func, insert, select, update
 
-from ..emotion import Critique, RunStatus
-from ..recording import (
+from ..domain import Critique, RunStatus
+from ..events import (
     Critiqued,
     Event,
     GenerationFailed,

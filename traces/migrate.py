@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection, MetaData, Table, insert, inspect, select, text
 
-from ..emotion import UserError
-from ..recording import EVENT, SCHEMA_VERSION, Event
+from ..domain import UserError
+from ..events import EVENT, SCHEMA_VERSION, Event
 from . import derive
 from .schema import TABLES_VERSION, candidates, events, meta, metadata, runs
 

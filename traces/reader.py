@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..emotion import Candidate, Critique, Missing, Round, RunResult, RunStatus, UserError
-from ..recording import (
+from ..domain import Candidate, Critique, Missing, Round, RunResult, RunStatus, UserError
+from ..events import (
     Critiqued,
     Event,
     GenerationFailed,

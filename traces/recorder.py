@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..recording import Event, Recorder, Span
+from ..events import Event, Recorder, Span
 from ..settings import Settings
+from .spans import NoSpan, Tracing, open_tracing
 from .store import TraceStore, open_store
-from .telemetry import NoSpan, Tracing, open_tracing
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 from sqlalchemy import ColumnElement, Select
 
-from ..emotion import Emotion, EmotionTarget, RunStatus, StopReason
+from ..domain import Emotion, EmotionTarget, RunStatus, StopReason
 from .schema import runs
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from sqlalchemy import Connection, Engine, and_, delete, func, insert, or_, select
 
-from ..emotion import UserError
-from ..recording import EVENT, Event
+from ..domain import UserError
+from ..events import EVENT, Event
 from ..settings import Settings
 from . import derive, migrate
 from .blobs import BlobStore

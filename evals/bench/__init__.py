@@ -9,9 +9,9 @@ from __future__ import annotations
 
 #: Name → dotted path of the function.
 BENCHES: dict[str, str] = {
-    "cheat": ".evals.bench.cheat:main",
+    "cheat": ".evals.studies.cheat:main",
     "dataset": ".evals.bench.dataset:main",
-    "distill-study": ".evals.bench.distill_study:main",
+    "distill-study": ".evals.studies.distill_study:main",
     "dpo-step": ".evals.bench.dpo_step:main",
     "kill": ".evals.bench.kill:main",
     "lvlm": ".evals.bench.lvlm:main",

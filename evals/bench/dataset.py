@@ -79,7 +79,7 @@ def measure(home: str, phrases: int) -> None:
     """Open the log, take statistics and a batch of every source, print what it took as JSON."""
     import resource
 
-    from ...rl.dataset import SOURCES, DataConfig, Dataset
+    from ...rl.data.dataset import SOURCES, DataConfig, Dataset
     from ...settings import load_settings
     from ...traces.store import open_store
 
@@ -227,8 +227,8 @@ _PROMPTS = 5000
 
 def _events(number: int, rounds: int, images: int) -> Iterator[Any]:
     """The events of one run, as the graph would record them."""
-    from ...emotion import Critique, EmotionTarget, RunStatus, StopReason
-    from ...recording import Critiqued, ImageGenerated, Rewarded, Rewritten, RunFinished, RunStarted
+    from ...domain import Critique, EmotionTarget, RunStatus, StopReason
+    from ...events import Critiqued, ImageGenerated, Rewarded, Rewritten, RunFinished, RunStarted
 
     run_id, time_ = _run_id(number), _START + timedelta(seconds=number)
     neutral = _prompt(number)

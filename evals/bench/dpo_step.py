@@ -217,14 +217,14 @@ class _Ours:
     def __init__(self, folder: Path, pairs: int, size: int, forgets: bool = False) -> None:
         import torch
 
-        from ...emotion import EmotionTarget
-        from ...rl.cache import Cache
-        from ...rl.dataset import Example
-        from ...rl.networks import network_of
+        from ...domain import EmotionTarget
+        from ...rl.data.cache import Cache
+        from ...rl.data.dataset import Example
         from ...rl.objectives import load_objective
         from ...rl.policy import Policy
         from ...rl.trainer import Loader
-        from ...tools.emotion_tokens import EmotionTokens
+        from ...tools.diffusion.conditioners import EmotionTokens
+        from ...tools.diffusion.networks import network_of
 
         self.clock, self.forgets = _Clock(), forgets
         network = network_of(_pipeline(size))

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...emotion import RunResult, RunStatus
-from ...recording import Event
+from ...domain import RunResult, RunStatus
+from ...events import Event
 from ...settings import Settings
 from ...traces.reader import load_run
 from ...traces.store import open_store

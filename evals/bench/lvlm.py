@@ -25,13 +25,13 @@ from PIL import Image
 from ...agents.ask import read
 from ...agents.prompt import load_prompt
 from ...agents.schemas import CRITIC_SCHEMA, CriticAnswer, response_format, target_text
-from ...emotion import EmotionTarget, UserError
+from ...domain import EmotionTarget, UserError
 from ...settings import LVLMSettings, load_settings
 from ...tools import presets
-from ...tools.chat import image_url, to_openai
-from ...tools.lvlm import load_lvlm
-from ...tools.scores import read_scores, score_only
-from ...tools.vllm_client import VLLMChat
+from ...tools.lvlm.chat import image_url, to_openai
+from ...tools.lvlm.load import load_lvlm
+from ...tools.lvlm.scores import read_scores, score_only
+from ...tools.lvlm.vllm import VLLMChat
 
 CRITIQUE = response_format("critique", CRITIC_SCHEMA)
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...emotion import UserError
+from ...domain import UserError
 from ...graph.collect import Outcome, collect
 from ...graph.loop import open_loop
 from ...settings import load_settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...emotion import UserError
+from ...domain import UserError
 from ...tools.registry import resolve
 
 if TYPE_CHECKING:

@@ -30,9 +30,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ...emotion import UserError
-from ..networks import Conditioning
-from ..process import Process, TimeSampling
+from ...domain import UserError
+from ...tools.diffusion.networks import Conditioning
+from ...tools.diffusion.process import Process, TimeSampling
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, float]

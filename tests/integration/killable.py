@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from emoloop.emotion import EmotionTarget
+from emoloop.domain import EmotionTarget
 from emoloop.graph.loop import open_loop
 from emoloop.graph.progress import RunBegan
 from painter import Painter

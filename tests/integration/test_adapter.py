@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from emoloop.emotion import Emotion, EmotionTarget, UserError
+from emoloop.domain import Emotion, EmotionTarget, UserError
 from emoloop.settings import GeneratorSettings
-from emoloop.tools.adapter import LORA_FILE, TOKENS_FILE, load_artifact, save_artifact
-from emoloop.tools.emotion_tokens import EmotionTokens
-from emoloop.tools.families import family_of
-from emoloop.tools.generator import DiffusersGenerator, ImageRequest, load_generator
+from emoloop.tools.diffusion.adapter import LORA_FILE, TOKENS_FILE, load_artifact, save_artifact
+from emoloop.tools.diffusion.conditioners import EmotionTokens
+from emoloop.tools.diffusion.families import family_of
+from emoloop.tools.images.generator import DiffusersGenerator, ImageRequest, load_generator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from emoloop.emotion import EmotionTarget
-from emoloop.evals.bench import cheat
+from emoloop.domain import EmotionTarget
+from emoloop.evals.studies import cheat
 from emoloop.evals.suites import load_suite
 from emoloop.settings import load_settings
-from emoloop.tools.generator import load_generator
+from emoloop.tools.images.generator import load_generator
 
 
 @pytest.mark.training

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from emoloop.emotion import UserError
+from emoloop.domain import UserError
 from emoloop.graph.collect import Outcome, collect, count_lines
 from emoloop.graph.loop import Loop, open_loop
 from painter import Painter

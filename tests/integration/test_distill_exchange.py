@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from emoloop.cli import app
-from emoloop.emotion import Critique, EmotionTarget, UserError
-from emoloop.recording import Critiqued
-from emoloop.rl.dataset import DataConfig, Dataset
-from emoloop.traces.export import export_pickapic
-from emoloop.traces.intake import import_pickapic
-from emoloop.traces.reflection import export_reflection
+from emoloop.domain import Critique, EmotionTarget, UserError
+from emoloop.events import Critiqued
+from emoloop.rl.data.dataset import DataConfig, Dataset
+from emoloop.traces.exchange.export import export_pickapic
+from emoloop.traces.exchange.intake import import_pickapic
+from emoloop.traces.exchange.reflection import export_reflection
 from emoloop.traces.store import open_store
 from rl_log import noise_image, run_events, settings_for, write_log
 from typer.testing import CliRunner

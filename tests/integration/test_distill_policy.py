@@ -10,13 +10,13 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from emoloop.emotion import UserError
-from emoloop.rl.networks import Conditioning, network_of
+from emoloop.domain import UserError
 from emoloop.rl.objectives import load_objective
 from emoloop.rl.objectives.base import no_target
 from emoloop.rl.policy import PREVIOUS, Policy
-from emoloop.tools.adapter import load_artifact, save_artifact
-from emoloop.tools.emotion_tokens import EmotionTokens
+from emoloop.tools.diffusion.adapter import load_artifact, save_artifact
+from emoloop.tools.diffusion.conditioners import EmotionTokens
+from emoloop.tools.diffusion.networks import Conditioning, network_of
 
 
 def make(name: str, pipe: Any = None, **how: Any) -> Policy:

@@ -19,17 +19,17 @@ import rl_log
 import tiny
 import torch
 from emoloop.cli import app
-from emoloop.emotion import EmotionTarget, UserError
+from emoloop.domain import EmotionTarget, UserError
 from emoloop.rl import checkpoint, trainer
 from emoloop.rl.config import load_config
-from emoloop.rl.dataset import Examples
+from emoloop.rl.data.dataset import Examples
 from emoloop.rl.distill import Distilled, distill
 from emoloop.rl.trainer import DistillError, Order
 from emoloop.rl.warm_start import BATCH
 from emoloop.settings import Settings
-from emoloop.tools.adapter import load_artifact
-from emoloop.tools.families import family_of
-from emoloop.tools.generator import load_generator, load_pipeline
+from emoloop.tools.diffusion.adapter import load_artifact
+from emoloop.tools.diffusion.families import family_of
+from emoloop.tools.images.generator import load_generator, load_pipeline
 from emoloop.traces.rows import RunFilter
 from emoloop.traces.store import open_store
 from safetensors.torch import load_file
@@ -444,7 +444,7 @@ def test_a_checkpoint_of_other_tokens_is_refused(
 
     with pytest.raises(RuntimeError, match="gone"):
         run(world, tmp_path / "out", "sft", watch=stop)
-    monkeypatch.setattr("emoloop.tools.emotion_tokens._VERSION", 99)
+    monkeypatch.setattr("emoloop.tools.diffusion.conditioners._VERSION", 99)
     with pytest.raises(UserError, match="another version of emoloop"):
         run(world, tmp_path / "out", "sft", resume=True)
 

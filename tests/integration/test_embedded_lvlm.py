@@ -10,12 +10,12 @@ import pytest
 import tiny_lvlm
 import torch
 from emoloop.agents.schemas import CRITIC_SCHEMA, REWRITER_SCHEMA, response_format
-from emoloop.emotion import UserError
+from emoloop.domain import UserError
 from emoloop.settings import LVLMSettings
-from emoloop.tools.chat import image_url
-from emoloop.tools.embedded import EmbeddedLVLM
-from emoloop.tools.lvlm import load_lvlm
-from emoloop.tools.scores import read_scores, score_only
+from emoloop.tools.lvlm.chat import image_url
+from emoloop.tools.lvlm.embedded import EmbeddedLVLM
+from emoloop.tools.lvlm.load import load_lvlm
+from emoloop.tools.lvlm.scores import read_scores, score_only
 from langchain_core.messages import HumanMessage, SystemMessage
 from PIL import Image
 from transformers import Idefics3ForConditionalGeneration

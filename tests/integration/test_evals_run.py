@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import tiny
 import yaml
-from emoloop.emotion import UserError
+from emoloop.domain import UserError
 from emoloop.evals.document import Options
 from emoloop.evals.evaluate import evaluate
 from emoloop.evals.records import Reading
 from emoloop.evals.runner import EvaluationFailed
-from emoloop.recording import Rewarded, RunFinished
+from emoloop.events import Rewarded, RunFinished
 from scripted import Scripted
 
 SUITE = {

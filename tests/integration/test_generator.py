@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from emoloop.emotion import UserError
-from emoloop.recording import ImageGenerated
+from emoloop.domain import UserError
+from emoloop.events import ImageGenerated
 from emoloop.settings import GeneratorSettings
-from emoloop.tools import generator as module
-from emoloop.tools.generator import (
+from emoloop.tools.images import generator as module
+from emoloop.tools.images.generator import (
     DiffusersGenerator,
     GeneratedImage,
     GenerationError,

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from emoloop.emotion import Emotion, EmotionTarget, UserError
-from emoloop.tools.emotion_tokens import EmotionTokens, points
-from emoloop.tools.families import Embeds, family_of
+from emoloop.domain import Emotion, EmotionTarget, UserError
+from emoloop.tools.diffusion.conditioners import EmotionTokens, points
+from emoloop.tools.diffusion.families import Embeds, family_of
 
 
 @pytest.fixture(params=tiny.NAMES)

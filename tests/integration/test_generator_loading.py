@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusion3Pipeline
-from emoloop.emotion import UserError
+from emoloop.domain import UserError
 from emoloop.settings import GeneratorSettings
-from emoloop.tools.generator import ImageRequest, load_generator
+from emoloop.tools.images.generator import ImageRequest, load_generator
 
 CODEC = '''
 import torch

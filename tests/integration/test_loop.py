@@ -6,11 +6,11 @@ import sqlite3
 from collections import Counter
 
 import pytest
-from emoloop.emotion import EmotionTarget, Missing, RunStatus, StopReason, UserError
+from emoloop.domain import EmotionTarget, Missing, RunStatus, StopReason, UserError
+from emoloop.events import Critiqued, GenerationFailed, HumanFeedback, ImageGenerated, Rewarded, RunStarted
 from emoloop.graph import build, retry
 from emoloop.graph.loop import Loop, open_loop
 from emoloop.graph.progress import ImageMade, Judged, ReviewWanted, RoundBegan, RunBegan, RunEnded, Warned
-from emoloop.recording import Critiqued, GenerationFailed, HumanFeedback, ImageGenerated, Rewarded, RunStarted
 from langgraph.types import Command
 from painter import Painter
 from scripted import Scripted, critic_answer

@@ -10,7 +10,7 @@ import tiny
 import tiny_lvlm
 import torch
 from emoloop import cli
-from emoloop.emotion import EmotionTarget, RunStatus
+from emoloop.domain import EmotionTarget, RunStatus
 from emoloop.graph.loop import Loop, open_loop
 from safetensors.torch import save_file
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from emoloop.agents.critic import Critic
-from emoloop.emotion import Critique, EmotionTarget
+from emoloop.domain import Critique, EmotionTarget
 from emoloop.miniature import law, world
 from emoloop.miniature.codec import PatchAutoencoder
 from emoloop.miniature.judge import WEIGHTS, Guard, LawJudge
 from emoloop.settings import GeneratorSettings, LVLMSettings
-from emoloop.tools.generator import ImageRequest, load_generator
-from emoloop.tools.lvlm import load_lvlm
+from emoloop.tools.images.generator import ImageRequest, load_generator
+from emoloop.tools.lvlm.load import load_lvlm
 from PIL import Image
 
 

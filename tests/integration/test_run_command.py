@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from emoloop import cli
-from emoloop.tools import lvlm as lvlm_module
+from emoloop.tools.lvlm import load as lvlm_module
 from painter import Painter
 from PIL import Image
 from scripted import Scripted
@@ -215,7 +215,7 @@ def test_a_resumed_run_keeps_the_model_that_it_began_with(shell):
     (shell.folder / "emoloop.toml").write_text("[lvlm]\nconcurrency = 3\n")
     words = ["--steps", "5", "--model", "drawing:make", "--reward", "emoloop.tools.reward:EmotionReward"]
     shell("run", *ASKED, *words, "--out", "one", own_model=False)
-    from emoloop.graph.commands import _overrides, _settings_of
+    from emoloop.cli.run import _overrides, _settings_of
 
     given = dict.fromkeys(("strict", "home", "lvlm", "set_"))
     settings, _ = _settings_of("last", _overrides(given))

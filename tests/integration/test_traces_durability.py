@@ -14,8 +14,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from emoloop.emotion import Critique, EmotionTarget, RunStatus, StopReason, UserError
-from emoloop.recording import Critiqued, HumanFeedback, ImageGenerated, Rewarded, RunFinished, RunStarted
+from emoloop.domain import Critique, EmotionTarget, RunStatus, StopReason, UserError
+from emoloop.events import Critiqued, HumanFeedback, ImageGenerated, Rewarded, RunFinished, RunStarted
 from emoloop.settings import Settings
 from emoloop.traces.reader import load_run
 from emoloop.traces.store import RunFilter, StoreError, open_store
@@ -24,8 +24,8 @@ from PIL import Image
 WRITER = """
 import sys
 from PIL import Image
-from emoloop.emotion import EmotionTarget
-from emoloop.recording import ImageGenerated, RunStarted
+from emoloop.domain import EmotionTarget
+from emoloop.events import ImageGenerated, RunStarted
 from emoloop.settings import Settings
 from emoloop.traces.store import open_store
 

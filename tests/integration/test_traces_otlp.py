@@ -7,12 +7,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from emoloop.emotion import EmotionTarget
-from emoloop.recording import RunStarted
+from emoloop.domain import EmotionTarget
+from emoloop.events import RunStarted
 from emoloop.settings import Settings
 from emoloop.traces.recorder import open_recorder
+from emoloop.traces.spans import open_exporter, replay
 from emoloop.traces.store import open_store
-from emoloop.traces.telemetry import open_exporter, replay
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 

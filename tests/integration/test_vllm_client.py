@@ -5,9 +5,9 @@ import threading
 import time
 
 import pytest
-from emoloop.emotion import UserError
-from emoloop.tools import vllm_client
-from emoloop.tools.vllm_client import LVLMUnavailable, VLLMChat
+from emoloop.domain import UserError
+from emoloop.tools.lvlm import vllm as vllm_client
+from emoloop.tools.lvlm.vllm import LVLMUnavailable, VLLMChat
 from fake_openai import chat, error, hang, serving
 
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, "strict": True}}

@@ -7,10 +7,10 @@ import time
 import pytest
 import tiny
 from emoloop import EmotionTarget, open_loop
-from emoloop.emotion import Missing
+from emoloop.domain import Missing
 from emoloop.evals.bench import soak
 from emoloop.settings import LVLMSettings
-from emoloop.tools import vllm_client
+from emoloop.tools.lvlm import vllm as vllm_client
 from fake_openai import chat, serving
 from scripted import critic_answer
 

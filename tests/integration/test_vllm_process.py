@@ -10,9 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny_lvlm
-from emoloop.emotion import UserError
-from emoloop.tools import vllm_guard, vllm_install, vllm_server
-from emoloop.tools.vllm_server import GuardedProcess, VLLMServer, command
+from emoloop.domain import UserError
+from emoloop.tools.vllm import guard as vllm_guard
+from emoloop.tools.vllm import install as vllm_install
+from emoloop.tools.vllm import server as vllm_server
+from emoloop.tools.vllm.server import GuardedProcess, VLLMServer, command
 
 #: A leader with a worker that takes no notice of SIGTERM, as a stuck engine might not.
 STUBBORN = """
@@ -27,7 +29,7 @@ time.sleep(600)
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from emoloop.tools.vllm_server import GuardedProcess
+from emoloop.tools.vllm.server import GuardedProcess
 child = GuardedProcess([sys.executable, "-S", "-c", sys.argv[1]], python=Path(sys.executable), env=None)
 time.sleep(600)
 """
@@ -224,7 +226,7 @@ def test_the_environment_is_named_after_its_lock(tmp_path, monkeypatch):
 
 def test_the_shim_steps_aside():
     code = (
-        "import sys, emoloop.tools.vllm_shim as shim\n"
+        "import sys, emoloop.tools.vllm.shim as shim\n"
         "assert any(isinstance(f, shim.DeclareOperators) for f in sys.meta_path)\n"
         "try:\n    import torchvision\nexcept ImportError:\n    pass\n"
         "assert not any(isinstance(f, shim.DeclareOperators) for f in sys.meta_path)\n"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import tiny_lvlm
-from emoloop.emotion import UserError
+from emoloop.domain import UserError
 from emoloop.tools import presets
-from emoloop.tools.vllm_server import VLLMServer, find_python
+from emoloop.tools.vllm.server import VLLMServer, find_python
 
 
 def pytest_collection_modifyitems(items):

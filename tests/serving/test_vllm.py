@@ -20,10 +20,10 @@ from emoloop.agents.prompt import load_prompt
 from emoloop.agents.schemas import CRITIC_SCHEMA, REWRITER_SCHEMA, CriticAnswer, response_format
 from emoloop.agents.scorer import Scorer
 from emoloop.settings import LVLMSettings
-from emoloop.tools.chat import image_url
-from emoloop.tools.lvlm import load_lvlm
-from emoloop.tools.scores import read_scores, score_only
-from emoloop.tools.vllm_server import VLLMServer, metrics, prefix_hits
+from emoloop.tools.lvlm.chat import image_url
+from emoloop.tools.lvlm.load import load_lvlm
+from emoloop.tools.lvlm.scores import read_scores, score_only
+from emoloop.tools.vllm.server import VLLMServer, metrics, prefix_hits
 from PIL import Image
 
 CRITIC = response_format("critique", CRITIC_SCHEMA)

@@ -15,7 +15,7 @@ from emoloop.agents.schemas import (
     signed,
     target_text,
 )
-from emoloop.emotion import Candidate, Critique, Emotion, EmotionTarget, Missing, Round, UserError
+from emoloop.domain import Candidate, Critique, Emotion, EmotionTarget, Missing, Round, UserError
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 from PIL import Image

@@ -2,7 +2,7 @@ import asyncio
 import threading
 
 import pytest
-from emoloop.tools.batching import BatchWorker
+from emoloop.tools.images.batching import BatchWorker
 
 
 class Recorder:

@@ -4,9 +4,9 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from emoloop.emotion import UserError
+from emoloop.domain import UserError
 from emoloop.evals.analysis import Column
-from emoloop.evals.bench.distill_study import _check_settings, _counts, average, main
+from emoloop.evals.studies.distill_study import _check_settings, _counts, average, main
 from emoloop.rl.config import load_config
 
 

@@ -1,7 +1,7 @@
 """Rows become figures: by hand on small cases, and planted effects are found while honest arms pass."""
 
 import pytest
-from emoloop.emotion import EmotionTarget
+from emoloop.domain import EmotionTarget
 from emoloop.evals.analysis import Table, figures, flags, of_request, verdict
 from emoloop.evals.records import Reading
 from emoloop.evals.suites import Request

@@ -5,8 +5,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from emoloop import doctor
 from emoloop.cli import app
-from emoloop.evals import doctor
 from emoloop.settings import load_settings
 from typer.testing import CliRunner
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from emoloop.emotion import Critique, Emotion, EmotionTarget, Missing, UserError
+from emoloop.domain import Critique, Emotion, EmotionTarget, Missing, UserError
 from emoloop.evals import judges
 from emoloop.evals.judges import ClipHeadJudge, HumanJudge, Item, LVLMJudge, PixelJudge, conflict, load_judge
 from emoloop.settings import load_settings
@@ -66,7 +66,7 @@ async def test_a_dotted_path_is_a_judge(items):
     [
         ("oracle", "unknown judge"),
         ("emoloop.nowhere:Judge", "cannot import"),
-        ("emoloop.emotion:LOW", "no read"),
+        ("emoloop.domain:LOW", "no read"),
         ("human:nowhere.csv", "no ratings"),
         ("clip:model", "ENCODER,HEAD"),
     ],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from emoloop.emotion import Emotion, EmotionTarget
+from emoloop.domain import Emotion, EmotionTarget
 from emoloop.evals import metrics
 from emoloop.evals.records import Reading
 from emoloop.evals.suites import Request

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from emoloop.emotion import Critique, EmotionTarget, Missing
+from emoloop.domain import Critique, EmotionTarget, Missing
 from emoloop.evals import miniature
 from emoloop.evals.kit import Made
 from emoloop.evals.records import Delivery, Reading, Revision, Row, Shot

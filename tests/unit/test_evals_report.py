@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from emoloop.emotion import UserError
+from emoloop.domain import UserError
 from emoloop.evals.compare import compare, load_report
 from emoloop.evals.report import write_report
 from emoloop.evals.wording import interval, number

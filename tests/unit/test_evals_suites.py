@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from emoloop.emotion import EmotionTarget, UserError
+from emoloop.domain import EmotionTarget, UserError
 from emoloop.evals.suites import Request, Suite, load_suite, shipped
 
 SMALL = {

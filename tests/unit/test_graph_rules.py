@@ -5,7 +5,7 @@ import sqlite3
 
 import httpx
 import pytest
-from emoloop.emotion import (
+from emoloop.domain import (
     Candidate,
     Critique,
     Emotion,

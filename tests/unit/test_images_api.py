@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from emoloop.emotion import EmotionTarget, UserError
+from emoloop.domain import EmotionTarget, UserError
 from emoloop.settings import GeneratorSettings
-from emoloop.tools import images_api
-from emoloop.tools.generator import GenerationError, Generator, ImageRequest, load_generator
+from emoloop.tools.images import images_api
+from emoloop.tools.images.generator import GenerationError, Generator, ImageRequest, load_generator
 from PIL import Image
 
 URL = "http://images.test/v1"

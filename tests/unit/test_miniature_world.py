@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from emoloop.agents.prompt import load_prompt
-from emoloop.emotion import Emotion
+from emoloop.domain import Emotion
 from emoloop.miniature import episodes, law, lexicon, world
 from emoloop.miniature.icons import sprites
 from emoloop.miniature.world import Placed, Scene

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from emoloop.emotion import UserError
-from emoloop.rl.networks import Conditioning
+from emoloop.domain import UserError
 from emoloop.rl.objectives import OBJECTIVES, load_objective
 from emoloop.rl.objectives.base import Objective, check_keys, no_target
 from emoloop.rl.objectives.dpo import dpo_loss
@@ -17,7 +16,8 @@ from emoloop.rl.objectives.nft import group_advantage, nft_loss
 from emoloop.rl.objectives.opd import OPD, opd_loss
 from emoloop.rl.objectives.rwr import reward_weights
 from emoloop.rl.policy import Policy
-from emoloop.rl.process import Diffusion, Flow
+from emoloop.tools.diffusion.networks import Conditioning
+from emoloop.tools.diffusion.process import Diffusion, Flow
 from torch import Tensor
 
 SHAPE = (2, 3, 3)
@@ -351,4 +351,4 @@ def test_registry_takes_dotted_paths_and_names_wrong_knobs() -> None:
     with pytest.raises(UserError, match=r"objective\.betta.*knobs of DPO: .*beta"):
         load_objective("dpo", {"betta": 1})
     with pytest.raises(UserError, match="no subclass"):
-        load_objective("emoloop.emotion:EmotionTarget")
+        load_objective("emoloop.domain:EmotionTarget")

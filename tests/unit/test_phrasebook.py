@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emoloop.emotion import Critique, EmotionTarget, UserError
+from emoloop.domain import Critique, EmotionTarget, UserError
 from emoloop.rl.config import load_config
-from emoloop.rl.dataset import DataConfig, Dataset, source_for
+from emoloop.rl.data.dataset import DataConfig, Dataset, source_for
+from emoloop.rl.data.phrasebook import PromptReader, Tried, addition, build
 from emoloop.rl.distill import objective_of
-from emoloop.rl.phrasebook import PromptReader, Tried, addition, build
 from emoloop.tools.reward import load_reward
 from emoloop.traces.store import open_store
 from rl_log import run_events, settings_for
@@ -137,8 +137,8 @@ def test_each_prompt_is_told_what_was_added_to_others(tmp_path: Path) -> None:
 
 
 def test_of_a_large_log_a_part_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emoloop.rl.dataset._PHRASED", 30)
-    monkeypatch.setattr("emoloop.rl.dataset._PHRASE_TARGETS", 40)
+    monkeypatch.setattr("emoloop.rl.data.dataset._PHRASED", 30)
+    monkeypatch.setattr("emoloop.rl.data.dataset._PHRASE_TARGETS", 40)
     settings = settings_for(tmp_path)
     with open_store(settings) as store:
         for run, neutral in enumerate(NEUTRAL):

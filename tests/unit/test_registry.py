@@ -2,13 +2,13 @@ import json
 from pathlib import Path
 
 import pytest
-from emoloop.emotion import UserError
+from emoloop.domain import UserError
 from emoloop.tools import presets
 from emoloop.tools.registry import resolve
 
 
 def test_registry_gives_objects_and_follows_dotted_paths():
-    registry = {"here": 42, "far": "json:dumps", "own": ".emotion:UserError"}
+    registry = {"here": 42, "far": "json:dumps", "own": ".domain:UserError"}
     assert resolve("here", registry) == 42
     assert resolve("far", registry) is json.dumps
     assert resolve("own", registry) is UserError

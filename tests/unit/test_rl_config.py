@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 from emoloop.cli import app
-from emoloop.emotion import UserError
-from emoloop.rl.commands import parse_filter
+from emoloop.cli.distill import parse_filter
+from emoloop.domain import UserError
 from emoloop.rl.config import PRESETS, commented, flat, load_config
 from emoloop.rl.objectives import OBJECTIVES
 from rl_log import write_log

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emoloop.emotion import Critique, Emotion, EmotionTarget, UserError
-from emoloop.recording import Critiqued, HumanFeedback
-from emoloop.rl.dataset import DataConfig, Dataset, held_out, source_for
+from emoloop.domain import Critique, Emotion, EmotionTarget, UserError
+from emoloop.events import Critiqued, HumanFeedback
+from emoloop.rl.data.dataset import DataConfig, Dataset, held_out, source_for
 from emoloop.tools.reward import load_reward
 from emoloop.traces.rows import RunFilter
 from emoloop.traces.store import open_store

@@ -4,8 +4,8 @@ import math
 
 import pytest
 from emoloop.agents.scorer import Scorer
-from emoloop.emotion import EmotionTarget
-from emoloop.tools.scores import REST, read_scores, score_only
+from emoloop.domain import EmotionTarget
+from emoloop.tools.lvlm.scores import REST, read_scores, score_only
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.outputs import ChatGeneration, ChatResult

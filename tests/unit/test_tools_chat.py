@@ -1,7 +1,7 @@
 """Message forms that the chat models share."""
 
 import pytest
-from emoloop.tools.chat import image_from_url, image_url, to_openai, to_result, with_layout
+from emoloop.tools.lvlm.chat import image_from_url, image_url, to_openai, to_result, with_layout
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from PIL import Image
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 from emoloop.cli import app
-from emoloop.emotion import Critique, EmotionTarget, Missing, RunStatus, StopReason, UserError
-from emoloop.recording import Critiqued, ImageGenerated, Rewarded, Rewritten, RunFinished, RunStarted
+from emoloop.domain import Critique, EmotionTarget, Missing, RunStatus, StopReason, UserError
+from emoloop.events import Critiqued, ImageGenerated, Rewarded, Rewritten, RunFinished, RunStarted
 from emoloop.settings import Settings
 from emoloop.traces.store import open_store
 from PIL import Image
@@ -165,7 +165,7 @@ def test_replay(home, monkeypatch):
     assert isinstance(invoke("replay", "dog").exception, UserError)
     exporter = InMemorySpanExporter()
     seen = []
-    monkeypatch.setattr("emoloop.traces.telemetry.open_exporter", lambda it: seen.append(it) or exporter)
+    monkeypatch.setattr("emoloop.traces.spans.open_exporter", lambda it: seen.append(it) or exporter)
     sent = document("replay", "dog", "--endpoint", "http://collector:4318")
     assert sent["runs"] == ["dog-1"] and sent["spans"] == len(exporter.get_finished_spans()) > 0
     assert seen[0].otlp_endpoint == "http://collector:4318"

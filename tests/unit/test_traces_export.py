@@ -7,10 +7,10 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-from emoloop.emotion import EmotionTarget, UserError
-from emoloop.recording import EVENT, ImageGenerated, Rewarded, Rewritten, RunStarted
+from emoloop.domain import EmotionTarget, UserError
+from emoloop.events import EVENT, ImageGenerated, Rewarded, Rewritten, RunStarted
 from emoloop.settings import Settings
-from emoloop.traces.export import export_jsonl, export_pickapic, pairs
+from emoloop.traces.exchange.export import export_jsonl, export_pickapic, pairs
 from emoloop.traces.rows import RunFilter
 from emoloop.traces.store import open_store
 from PIL import Image
@@ -94,7 +94,7 @@ def test_the_parquet_is_pick_a_pic(store, tmp_path):
 
 
 def test_a_single_file_and_more_rows_than_one_group(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("emoloop.traces.export._GROUP", 8)
+    monkeypatch.setattr("emoloop.traces.exchange.export._GROUP", 8)
     assert export_pickapic(store, None, tmp_path / "pairs.parquet") == 21
     file = pq.ParquetFile(tmp_path / "pairs.parquet")
     assert (file.metadata.num_rows, file.metadata.num_row_groups) == (21, 3)

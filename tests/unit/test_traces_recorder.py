@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from emoloop.emotion import EmotionTarget
-from emoloop.recording import HumanFeedback, RunStarted
+from emoloop.domain import EmotionTarget
+from emoloop.events import HumanFeedback, RunStarted
 from emoloop.settings import Settings
 from emoloop.traces.recorder import open_recorder
 from emoloop.traces.store import open_store

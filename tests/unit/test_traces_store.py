@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from emoloop.emotion import Critique, EmotionTarget, Missing, RunStatus, StopReason, UserError
-from emoloop.recording import (
+from emoloop.domain import Critique, EmotionTarget, Missing, RunStatus, StopReason, UserError
+from emoloop.events import (
     Critiqued,
     Event,
     GenerationFailed,

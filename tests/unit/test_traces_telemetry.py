@@ -6,8 +6,8 @@ import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from emoloop.emotion import Critique, EmotionTarget, Missing, RunStatus, StopReason, UserError
-from emoloop.recording import (
+from emoloop.domain import Critique, EmotionTarget, Missing, RunStatus, StopReason, UserError
+from emoloop.events import (
     Critiqued,
     GenerationFailed,
     HumanFeedback,
@@ -21,8 +21,8 @@ from emoloop.settings import Settings, TraceSettings
 from emoloop.traces.blobs import BlobStore
 from emoloop.traces.database import StoreError
 from emoloop.traces.recorder import StoreRecorder, open_recorder
+from emoloop.traces.spans import Tracing, endpoint, open_exporter, replay, spans_of
 from emoloop.traces.store import open_store
-from emoloop.traces.telemetry import Tracing, endpoint, open_exporter, replay, spans_of
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter

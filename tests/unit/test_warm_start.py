@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from emoloop.rl.warm_start import CHOICE, text_loss, warm_start
-from emoloop.tools.emotion_tokens import EmotionTokens
-from emoloop.tools.families import Embeds
+from emoloop.tools.diffusion.conditioners import EmotionTokens
+from emoloop.tools.diffusion.families import Embeds
 
 
 def batch(step: int, n: int = 16, pooled: bool = True) -> dict[str, object]:

@@ -1,0 +1,5 @@
+"""`python -m emoloop`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,5 @@
+"""`python -m emoloop.cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,55 @@
+"""`emoloop bench NAME [OPTION=VALUE …]`: finds the benchmark, reads its options, prints its figures."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from ..domain import UserError
+from ..evals.bench import BENCHES
+
+
+def bench(
+    name: Annotated[str | None, typer.Argument(help=f"{', '.join(BENCHES)}, or pkg.mod:function.")] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="The benchmark's own options.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure something and print figures."""
+    from ..tools import registry
+
+    if name is None:
+        raise UserError(f"name a benchmark: {', '.join(BENCHES)}")
+    function = registry.resolve(name, BENCHES, "benchmark")
+    document = function(**_read(name, function, options or []))
+    if as_json:
+        print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+        return
+    width = max(map(len, document["figures"]))
+    for key, value in document["figures"].items():
+        print(f"{key:{width}}  {value:.4g}")
+
+
+def _read(name: str, function: Any, words: list[str]) -> dict[str, Any]:
+    """Words such as n=50 as keyword arguments, typed like their defaults."""
+    known = inspect.signature(function).parameters
+    values: dict[str, Any] = {}
+    for word in words:
+        key, separator, text = word.partition("=")
+        if not separator or key not in known:
+            usual = ", ".join(f"{k}={p.default}" for k, p in known.items())
+            raise UserError(f"benchmark {name}: {word!r} is not one of its options ({usual})")
+        try:
+            values[key] = json.loads(text)
+        except ValueError:
+            values[key] = text
+        default = known[key].default
+        if default is not None and not isinstance(values[key], type(default)):
+            raise UserError(f"benchmark {name}: {key} is {type(default).__name__}, not {text!r}")
+    print(f"bench {name}", *(f"{k}={v}" for k, v in values.items()), file=sys.stderr)
+    return values

@@ -1,0 +1,183 @@
+"""`emoloop eval` and `emoloop doctor`: words in, one call, exit code out. Only typer loads before a verb runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..domain import UserError
+
+if TYPE_CHECKING:
+    from ..evals.runner import Progress
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SUITE | compare A B", help="A shipped suite, a YAML file, or `compare` and two reports."
+    ),
+]
+
+
+def eval_(
+    words: Words = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report.  [default: eval-SUITE]")] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(help="Arms, separated by commas: names, NAME=pkg.mod:function, NAME=ADAPTER-FOLDER."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="law, lvlm[:MODEL], clip:ENCODER,HEAD, human:FILE.csv, or pkg.mod:Class."),
+    ] = None,
+    guard: Annotated[str | None, typer.Option(help="Second reader; the same words.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Artifact behind the arms adapter and loop_on_adapter.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Generator: a preset, a diffusers folder, a hub id.")
+    ] = None,
+    lvlm: Annotated[
+        str | None, typer.Option(help="Preset, folder, hub id, URL or engine of the LVLM.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N neutral prompts.")] = None,
+    processes: Annotated[
+        str, typer.Option(help="How many processes share the work; auto is one for each GPU.")
+    ] = "1",
+    allow_reward_judge: Annotated[
+        bool,
+        typer.Option(
+            "--allow-reward-judge", help="Let a judge speak that gave the reward; the report says so."
+        ),
+    ] = False,
+    home: Annotated[
+        Path | None, typer.Option(help="Evaluations keep log, pictures and cache in HOME/evals.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Judge arms on a suite, with intervals and equal budgets, and write a report; or compare two reports."""
+    if not words:
+        from ..evals.suites import shipped
+
+        raise UserError(f"name a suite: {', '.join(shipped())}, or a YAML file")
+    if words[0] == "compare":
+        if len(words) != 3:
+            raise UserError("emoloop eval compare wants two reports: folders or report.json files")
+        _compare(words[1], words[2], as_json)
+        return
+    if len(words) > 1:
+        raise UserError(f"one suite at a time: {words[1]!r} is too much")
+    from ..evals.document import Options
+    from ..evals.evaluate import evaluate
+    from ..evals.runner import EvaluationFailed
+    from ..settings import lvlm_settings
+
+    settings: dict[str, Any] = {"home": home, "generator": {"model": model}}
+    if lvlm is not None:
+        settings["lvlm"] = lvlm_settings(lvlm)
+    options = Options(
+        suite=words[0],
+        arms=[arm.strip() for arm in arms.split(",") if arm.strip()] if arms else None,
+        judge=judge,
+        guard=guard,
+        adapter=adapter,
+        allow_reward_judge=allow_reward_judge,
+        limit=limit,
+        settings=settings,
+    )
+    folder = out or Path(f"eval-{Path(words[0]).stem}")
+    try:
+        with _progress() as progress:
+            document, _ = evaluate(options, folder, progress, _processes(processes))
+    except EvaluationFailed as error:
+        print(f"emoloop: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("emoloop: interrupted; what is made is kept, the same call goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        from .evals_view import show
+
+        show(document, folder)
+
+
+def _processes(words: str) -> int:
+    if words == "auto":
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    if not words.isdecimal() or int(words) < 1:
+        raise UserError(f"--processes {words}: a number from 1, or auto")
+    return int(words)
+
+
+def _compare(first: str, second: str, as_json: bool) -> None:
+    from ..evals.compare import compare, load_report
+    from .evals_view import show_comparison
+
+    document = compare(load_report(Path(first)), load_report(Path(second)))
+    if as_json:
+        print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        show_comparison(document)
+
+
+class _progress:
+    """A bar on stderr with rate and time left, as a `Progress`."""
+
+    def __enter__(self) -> Progress:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as Bars
+
+        from ..evals.runner import Progress
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        bars = Bars(*columns, console=Console(file=sys.stderr))
+
+        class Shown(Progress):
+            def begin(self, what: str, total: int) -> None:
+                self.task = bars.add_task(what, total=total)
+
+            def step(self, n: int = 1) -> None:
+                bars.advance(self.task, n)
+
+        self.bars = bars
+        bars.start()
+        return Shown()
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Say what is installed, found and reachable, which settings hold, and what to do about the rest."""
+    from ..doctor import examine
+    from .evals_view import show_doctor
+
+    document = examine()
+    if as_json:
+        print(json.dumps(document, indent=1, ensure_ascii=False))
+    else:
+        show_doctor(document)
+    raise typer.Exit(0 if document["ok"] else 1)

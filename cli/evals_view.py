@@ -1,0 +1,88 @@
+"""What the terminal says: the same figures as the report, in as few lines as will do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..evals.wording import LABELS, interval, number
+
+#: Columns of the terminal's table; the report has all.
+_SHOWN = ("error", "error_reduction", "amortisation", "subject_accuracy", "alignment", "images", "lvlm_calls")
+
+
+def show(document: dict[str, Any], folder: Path) -> None:
+    """The figures of one evaluation."""
+    console = Console()
+    table = Table(
+        title=f"{document['suite']} v{document['suite_version']}, judged by {document['judge']['name']}"
+    )
+    table.add_column("arm")
+    metrics = [key for key in _SHOWN if any(key in arm["metrics"] for arm in document["arms"].values())]
+    for key in metrics:
+        table.add_column(LABELS[key][0], justify="right")
+    table.add_column("n", justify="right")
+    for name, arm in document["arms"].items():
+        cells = []
+        for key in metrics:
+            found = arm["metrics"].get(key)
+            digits = LABELS[key][1]
+            cells.append(
+                "–" if found is None else f"{number(found['value'], digits)}\n({interval(found, digits)})"
+            )
+        table.add_row(name, *cells, str(arm["delivered"]))
+    console.print(table)
+    if document["reward_judge"]:
+        console.print(
+            f"[bold red]The judge also gave the reward ({document['reward_judge']}): no evidence.[/]"
+        )
+    if document["verdict"]:
+        console.print(document["verdict"])
+    for flag in document["flags"]:
+        console.print(f"[bold red]{flag['sentence']}[/]")
+    for name, arm in document["arms"].items():
+        for reason, count in arm["failures"].items():
+            console.print(f"[yellow]{name}: {count} of {arm['requests']} requests failed: {reason}[/]")
+    console.print(f"{document['images_made']} images made now. Report: {folder / 'report.html'}")
+
+
+def show_comparison(document: dict[str, Any]) -> None:
+    """Two reports side by side."""
+    console = Console()
+    for warning in document["warnings"]:
+        console.print(f"[yellow]{warning}[/]")
+    table = Table(title=f"{document['a']} → {document['b']}")
+    for column in ("arm", "metric", "A", "B", "B − A (95 %)", "p", "n"):
+        table.add_column(column, justify="left" if column in ("arm", "metric") else "right")
+    for row in document["changes"]:
+        digits = LABELS[row["metric"]][1]
+        p = "–" if row["p"] is None else f"{row['p']:.3f}"
+        change = f"{number(row['value'], digits, sign=True)} ({interval(row, digits, sign=True)})"
+        sides = (number(row["a"], digits), number(row["b"], digits))
+        table.add_row(row["arm"], LABELS[row["metric"]][0], *sides, change, p, str(row["n"]))
+    console.print(table)
+
+
+def show_doctor(document: dict[str, Any]) -> None:
+    """What the doctor found."""
+    console = Console()
+    marks = {"ok": "[green]ok[/]", "missing": "[bold red]missing[/]", "optional": "[yellow]optional[/]"}
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for check in document["checks"]:
+        text = check["found"] if not check["remedy"] else f"{check['found']}\n→ {check['remedy']}"
+        table.add_row(marks[check["state"]], check["name"], text)
+    console.print(table)
+    console.print("\nSettings in force (defaults in grey):")
+    settings = Table(show_header=False, box=None, pad_edge=False)
+    for row in document["settings"]:
+        style = "" if row["set"] else "dim"
+        settings.add_row(row["name"], str(row["value"]), style=style)
+    console.print(settings)
+    console.print(
+        "[green]All that is needed is here.[/]"
+        if document["ok"]
+        else "[bold red]See what is missing above.[/]"
+    )

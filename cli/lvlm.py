@@ -1,0 +1,145 @@
+"""`emoloop lvlm serve` and `emoloop lvlm install`. Only typer loads before a verb runs."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..domain import UserError
+
+if TYPE_CHECKING:
+    from ..tools.vllm.server import VLLMServer
+
+app = typer.Typer(help="The local vLLM server behind critic and rewriter.", no_args_is_help=True)
+
+#: Seconds between two looks at the cache's hit rate, which is shown when it has changed.
+_EVERY = 30.0
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="A preset, a folder or a hub id.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="0 takes a free one.  [default: lvlm.base_url's]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")] = None,
+    context_length: Annotated[
+        int | None, typer.Option("--context", min=256, help="Tokens of prompt and answer.")
+    ] = None,
+    seats: Annotated[int, typer.Option(min=1, help="Requests in one batch at most.")] = 32,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that share one copy of the model.")] = 1,
+    data_parallel: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait until it is ready.")] = 900.0,
+    log: Annotated[Path | None, typer.Option(help="What vLLM prints.  [default: vllm.log in home]")] = None,
+) -> None:
+    """Start vLLM with the flags that suit emoloop, until Ctrl-C. Flags that are not listed go to vLLM."""
+    from ..settings import load_settings
+    from ..tools.vllm.server import VLLMServer, find_python
+
+    settings = load_settings()
+    server = VLLMServer(
+        model or settings.lvlm.model,
+        python=find_python(settings.lvlm.vllm_python),
+        host=host,
+        port=_port(settings.lvlm.base_url) if port is None else port,
+        device=device or settings.lvlm.device,
+        log=log or settings.home / "vllm.log",
+        dtype=dtype or settings.lvlm.dtype,
+        context=context_length,
+        seats=seats,
+        tensor_parallel=tensor_parallel,
+        data_parallel=data_parallel,
+        extra=context.args,
+    )
+    # Both signals unwind through the code below, which lets go of the child on every path.
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        with _Line() as line:
+            server.start(timeout, line)
+        print(server.url, flush=True)
+        print(f"serving {server.names[0]}; log: {server.log}", file=sys.stderr)
+        print(f"use it:  EMOLOOP_LVLM__BASE_URL={server.url} emoloop run … --lvlm vllm", file=sys.stderr)
+        print("stop it with Ctrl-C", file=sys.stderr, flush=True)
+        code = _watch(server)
+        print(f"emoloop: vLLM ended by itself with exit code {code}; see {server.log}", file=sys.stderr)
+        raise typer.Exit(1)
+    except KeyboardInterrupt:
+        print("stopping vLLM", file=sys.stderr, flush=True)
+    finally:
+        server.stop()
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def install(context: typer.Context) -> None:
+    """Make vLLM's own environment for the CPU (2.5 GB, a few minutes) and print its interpreter.
+
+    Options that are not listed go to pip, such as --find-links FOLDER.
+    """
+    from ..tools.vllm import install as vllm_install
+
+    try:
+        print(vllm_install.install(pip_options=context.args))
+    except RuntimeError as error:
+        print(f"emoloop: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _port(base_url: str) -> int:
+    from urllib.parse import urlsplit
+
+    try:
+        return urlsplit(base_url.split(",")[0]).port or 8000
+    except ValueError:
+        raise UserError(f"lvlm.base_url: no port in {base_url!r}") from None
+
+
+def _watch(server: VLLMServer) -> int:
+    """Wait for the server's end; now and then say how much of the prompts came out of the prefix cache."""
+    import httpx
+
+    from ..tools.vllm.server import metrics, prefix_hits
+
+    before: dict[str, float] = {}
+    while True:
+        try:
+            return server.wait(_EVERY)
+        except subprocess.TimeoutExpired:
+            try:
+                now = metrics(server.url)
+            except httpx.HTTPError:
+                continue
+            hits, asked = prefix_hits(now, before)
+            if asked:
+                print(f"prefix cache: {hits / asked:.0%} of {asked:.0f} prompt tokens", file=sys.stderr)
+            before = now
+
+
+class _Line:
+    """One line on stderr that changes in place on a terminal; elsewhere, a line when its news are new."""
+
+    def __enter__(self) -> _Line:
+        self._terminal = sys.stderr.isatty()
+        self._last = ""
+        return self
+
+    def __call__(self, text: str) -> None:
+        if self._terminal:
+            print(f"\r\033[K{text[:110]}", end="", file=sys.stderr, flush=True)
+        elif (news := text.split(" s: ", 1)[-1]) != self._last:
+            self._last = news
+            print(text, file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,304 @@
+"""The doctor: what is installed, found and reachable, which settings hold, and what to do about the rest.
+
+Each check is a small function that says what it found and, where that will not do, one remedy. Nothing is
+loaded that takes long and nothing is changed; only what the settings in force need can make the verdict bad.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, Literal
+
+from .domain import UserError
+from .settings import Settings, load_settings
+from .tools import presets
+
+State = Literal["ok", "missing", "optional"]
+
+#: Seconds to wait for a server.
+PATIENCE = 3.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: What was looked at.
+        state: "missing" is needed and not there; "optional" is not there and only some work needs it.
+        found: What was found.
+        remedy: What to do; empty where nothing is to be done.
+    """
+
+    name: str
+    state: State
+    found: str
+    remedy: str = ""
+
+
+def examine(settings: Settings | None = None) -> dict[str, Any]:
+    """Everything the doctor knows.
+
+    Args:
+        settings: Instead of those of environment and `emoloop.toml`.
+
+    Returns:
+        `ok`, `checks` (name, state, found, remedy) and `settings` (name, value, set: whether it is not the default).
+
+    Raises:
+        UserError: The settings themselves are wrong.
+    """
+    settings = settings or load_settings()
+    checks = [check for examiner in EXAMINERS for check in examiner(settings)]
+    return {
+        "ok": all(check.state != "missing" for check in checks),
+        "checks": [asdict(check) for check in checks],
+        "settings": list(_in_force(settings)),
+    }
+
+
+def _python(settings: Settings) -> Iterator[Check]:
+    yield Check("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _packages(settings: Settings) -> Iterator[Check]:
+    from packaging.requirements import Requirement
+
+    wrong: list[str] = []
+    extras: dict[str, list[str]] = {}
+    have: list[str] = []
+    try:
+        needed = [Requirement(line) for line in requires("emoloop") or []]
+    except PackageNotFoundError:
+        yield Check(
+            "packages", "missing", "emoloop itself is not installed", "pip install -e . in its folder"
+        )
+        return
+    for requirement in needed:
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", str(requirement.marker or ""))
+        if requirement.name == "emoloop":
+            continue
+        try:
+            installed = version(requirement.name)
+            fits = requirement.specifier.contains(installed, prereleases=True)
+            problem = "" if fits else f"{requirement.name} {installed} (wanted {requirement.specifier})"
+        except PackageNotFoundError:
+            problem = requirement.name
+        if problem and extra:
+            extras.setdefault(extra.group(1), []).append(problem)
+        elif problem:
+            wrong.append(problem)
+        elif requirement.name in ("torch", "diffusers", "transformers", "langgraph"):
+            have.append(f"{requirement.name} {version(requirement.name)}")
+    if wrong:
+        yield Check(
+            "packages", "missing", f"not as needed: {', '.join(wrong)}", "pip install -e . -c constraints.txt"
+        )
+    else:
+        yield Check("packages", "ok", ", ".join(have))
+    for extra, problems in extras.items():
+        remedy = "see docs/serving.md" if extra == "vllm" else f"pip install -e '.[{extra}]'"
+        yield Check(f"extra {extra}", "optional", f"not installed: {', '.join(problems)}", remedy)
+
+
+def _device(settings: Settings) -> Iterator[Check]:
+    import torch
+
+    cores = f"{os.cpu_count()} CPU cores"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
+        yield Check("device", "ok", f"{', '.join(names)}; {cores}")
+    elif torch.backends.mps.is_available():
+        yield Check("device", "ok", f"Apple GPU; {cores}")
+    else:
+        yield Check("device", "ok", f"{cores}, no GPU: right for the miniature, slow for real models")
+    wanted = settings.generator.device
+    if wanted != "auto":
+        try:
+            torch.empty(0, device=wanted)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            yield Check("setting generator.device", "missing", f"{wanted}: {reason}", 'set it to "auto"')
+
+
+def _home(settings: Settings) -> Iterator[Check]:
+    home = settings.home.expanduser().absolute()
+    folder = home
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        yield Check("home", "missing", f"{home} cannot be written", "set another with EMOLOOP_HOME")
+        return
+    free = shutil.disk_usage(folder).free / 2**30
+    there = "there" if home.is_dir() else "made when first needed"
+    enough = free >= 1
+    yield Check(
+        "home",
+        "ok" if enough else "missing",
+        f"{home}, {there}; {free:.0f} GiB free",
+        "" if enough else "less than 1 GiB is left: make room, or set EMOLOOP_HOME",
+    )
+
+
+def _model(name: str, kind: presets.Kind) -> Check:
+    try:
+        found = presets.resolve(name, kind)
+    except UserError as error:
+        return Check(kind, "missing", str(error), f"set {kind}.model to a folder, a preset or a hub id")
+    if isinstance(found, Path):
+        size = sum(file.stat().st_size for file in found.rglob("*") if file.is_file()) / 2**20
+        return Check(kind, "ok", f"{name}: {found} ({size:.0f} MiB)")
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cached = {repo.repo_id for repo in scan_cache_dir().repos}
+    except CacheNotFound:
+        cached = set()
+    if found in cached:
+        return Check(kind, "ok", f"{name}: {found}, in the hub's cache")
+    return Check(
+        kind, "missing", f"{name}: {found} is not on this machine", f"hf download {found}, or name a folder"
+    )
+
+
+def _generator(settings: Settings) -> Iterator[Check]:
+    if settings.generator.base_url:
+        yield _server(
+            "generator", settings.generator.base_url, "start the images server, or unset generator.base_url"
+        )
+    else:
+        yield _model(settings.generator.model, "generator")
+    adapter = settings.generator.adapter
+    if adapter is not None:
+        there = Path(adapter).expanduser().exists()
+        yield Check(
+            "adapter",
+            "ok" if there else "missing",
+            f"{adapter}" if there else f"{adapter} is not there",
+            "" if there else "name a LoRA or a distilled artifact in generator.adapter",
+        )
+
+
+def _lvlm(settings: Settings) -> Iterator[Check]:
+    lvlm = settings.lvlm
+    if lvlm.engine == "vllm":
+        for url in (part.strip() for part in lvlm.base_url.split(",")):
+            yield _server("vLLM server", url, "emoloop lvlm serve", lvlm.model)
+    else:
+        yield _model(lvlm.model, "lvlm")
+    yield _vllm(lvlm.vllm_python, needed=lvlm.engine == "vllm-offline")
+
+
+def _vllm(setting: str | None, needed: bool) -> Check:
+    from .tools.vllm.server import find_python
+
+    absent: State = "missing" if needed or setting else "optional"
+    remedy = (
+        "`emoloop lvlm install` (CPU), or the extra vllm in an environment of its own and lvlm.vllm_python"
+    )
+    try:
+        python = find_python(setting)
+    except UserError:
+        return Check("vllm", absent, f"{setting} is no interpreter" if setting else "not installed", remedy)
+    # Its version from the metadata: importing vLLM takes half a minute.
+    program = "from importlib.metadata import version; print(version('vllm'))"
+    try:
+        done = subprocess.run(
+            [str(python), "-c", program], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("vllm", absent, f"{python}: {error}", remedy)
+    if done.returncode:
+        return Check("vllm", absent, f"{python} has no vllm", remedy)
+    return Check("vllm", "ok", f"vllm {done.stdout.strip()} ({python})")
+
+
+def _server(name: str, url: str, remedy: str, model: str | None = None) -> Check:
+    import httpx
+
+    try:
+        answer = httpx.get(f"{url.rstrip('/')}/models", timeout=PATIENCE)
+        answer.raise_for_status()
+        served = [entry["id"] for entry in answer.json()["data"]]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        return Check(
+            name, "missing", f"{url}: {type(error).__name__}: {str(error) or 'no answer'}"[:200], remedy
+        )
+    if model is not None and model not in served:
+        wrong = f"{url} serves {', '.join(served)}, not {model}"
+        return Check(name, "missing", wrong, f"set lvlm.model to one of these, or {remedy} {model}")
+    return Check(name, "ok", f"{url} serves {', '.join(served)}")
+
+
+def _tracing(settings: Settings) -> Iterator[Check]:
+    import httpx
+
+    endpoint = settings.traces.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    if not endpoint:
+        yield Check("tracing", "ok", "off (set traces.otlp_endpoint to send spans)")
+        return
+    try:
+        httpx.get(endpoint, timeout=PATIENCE)  # any answer will do: a collector refuses GET
+        yield Check("tracing", "ok", f"{endpoint} answers")
+    except httpx.HTTPError as error:
+        remedy = "start the collector, or unset the endpoint; the log is complete without it"
+        yield Check("tracing", "optional", f"{endpoint}: {type(error).__name__}", remedy)
+
+
+def _log(settings: Settings) -> Iterator[Check]:
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+
+    url = settings.traces.database_url
+    if url is None or url.startswith("sqlite"):
+        return
+    try:
+        with create_engine(url).connect():
+            yield Check("log", "ok", "the database answers")
+    except (SQLAlchemyError, ImportError) as error:
+        reason = str(error).splitlines()[0][:200]
+        yield Check("log", "missing", reason, "mend traces.database_url, or unset it for SQLite in home")
+
+
+#: In the order of the report; each yields its checks.
+EXAMINERS: tuple[Callable[[Settings], Iterator[Check]], ...] = (
+    _python,
+    _packages,
+    _device,
+    _home,
+    _log,
+    _generator,
+    _lvlm,
+    _tracing,
+)
+
+
+def _in_force(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Every setting with its value; secrets are not shown."""
+    for name in type(settings).model_fields:
+        section = getattr(settings, name)
+        fields = getattr(type(section), "model_fields", None)
+        if fields is None:
+            default = type(settings).model_fields[name].default
+            yield {"name": name, "value": str(section), "set": section != default}
+            continue
+        for key, field in fields.items():
+            value = getattr(section, key)
+            hidden = key in ("api_key", "database_url") and value != field.default
+            shown = (
+                "(set)"
+                if hidden
+                else value
+                if isinstance(value, int | float | bool)
+                else value and str(value)
+            )
+            yield {"name": f"{name}.{key}", "value": shown, "set": value != field.default}

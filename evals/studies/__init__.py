@@ -1,0 +1,1 @@
+"""Longer experiments on trained weights, run by `emoloop bench`."""

@@ -1,0 +1,313 @@
+"""A planted cheat: an adapter that goes on learning from the critic's word alone. Does the report notice?
+
+The training is DRaFT-1 (Clark et al. 2024, arXiv 2309.17400): the gradient of the reward runs through the decoder and
+the last sampling step. The reward is the log-likelihood that the critic describes a fitting scene and gives the wanted
+scores. It starts where an honest adapter stopped and nothing else is asked: no KL, no traces; it ends when a guard,
+which the training cannot see, no longer finds the subjects. The same evaluation then judges both adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from ...settings import load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ...domain import EmotionTarget
+    from ..suites import Request
+
+#: Scenes among which the one nearest to a target is what the critic shall be made to see.
+SCENES = 400
+
+#: Steps between two looks at whether it over-optimises, and the images of one.
+EVERY, LOOK = 10, 16
+
+
+def main(
+    out: str = "",
+    home: str = "",
+    honest: str = "",
+    suite: str = "distill",
+    limit: int = 4,
+    steps: int = 400,
+    batch: int = 8,
+    lr: float = 5e-4,
+    until: float = 0.75,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train an adapter on the critic alone until it over-optimises, and see whether the report flags it.
+
+    Args:
+        out: Folder of adapter and report; empty takes one that is thrown away. A finished adapter in it is kept.
+        home: Folder of what the evaluation makes; empty takes the settings' one.
+        honest: The adapter to start from, which must not be flagged; empty takes the suite's own.
+        suite: Suite whose first block is judged. The training asks for the same targets, never for its prompts.
+        limit: Neutral prompts of it.
+        steps: Training steps at most.
+        batch: Images in one.
+        lr: Learning rate.
+        until: The training ends when the guard's alignment is at or below this.
+        seed: Of everything.
+
+    Returns:
+        `figures`: `cheat_flags` and `honest_flags` count the marks; `<arm>_reward`, `_error` and the guards stand
+        beside them. `flags` holds the sentences.
+    """
+    if not out:
+        with tempfile.TemporaryDirectory(prefix="emoloop-cheat-") as folder:
+            return main(folder, home, honest, suite, limit, steps, batch, lr, until, seed)
+    from ..evaluate import Options, evaluate
+    from ..suites import load_suite
+
+    folder = Path(out)
+    whole = load_suite(suite)
+    honest = honest or str(next(iter(whole.adapters.values())))
+    first = whole.model_copy(update={"blocks": whole.blocks[:1], "adapters": {}})
+    if not (folder / "cheat" / "training.json").exists():
+        plant(
+            folder / "cheat",
+            Path(honest),
+            first.blocks[0].points,
+            steps=steps,
+            batch=batch,
+            lr=lr,
+            until=until,
+            seed=seed,
+        )
+    judged = folder / "suite.yaml"
+    judged.write_text(yaml.safe_dump(first.model_dump(mode="json")), encoding="utf-8")
+    arms = ["base", "rewrite", f"cheat={folder / 'cheat'}", f"honest={honest}"]
+    options = Options(suite=str(judged), arms=arms, limit=limit, settings={"home": home or None})
+    document, _ = evaluate(options, folder / "report")
+    flags = document["flags"]
+    kept = ("reward", "error", "subject_accuracy", "alignment", "diversity")
+    figures = {f"{arm.partition('=')[0]}_flags": 0.0 for arm in arms[2:]}
+    for flag in flags:
+        figures[f"{flag['arm']}_flags"] += 1
+    trained = json.loads((folder / "cheat" / "training.json").read_text(encoding="utf-8"))
+    figures["cheat_steps"] = trained["figures"]["steps"]
+    figures |= {key: value for key, value in document["figures"].items() if key.split("_", 1)[-1] in kept}
+    return {
+        "bench": "cheat",
+        "figures": figures,
+        "flags": [flag["sentence"] for flag in flags],
+        "n": document["figures"]["n"],
+        "settings": {
+            "suite": suite,
+            "limit": limit,
+            "steps": steps,
+            "batch": batch,
+            "lr": lr,
+            "until": until,
+            "seed": seed,
+        },
+    }
+
+
+def plant(
+    out: Path,
+    start: Path,
+    targets: Sequence[EmotionTarget],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    until: float = 0.0,
+    seed: int,
+) -> None:
+    """Train the cheat on the embedded models and save it as an artifact.
+
+    Args:
+        out: The artifact's folder.
+        start: The adapter whose copy it begins with.
+        targets: What is asked for; few, so that a pattern which cares for no prompt can win.
+        steps: Training steps at most.
+        batch: Images in one.
+        lr: Learning rate.
+        until: Ends the training when the guard's alignment is at or below this.
+        seed: Of requests and noise.
+    """
+    from ...miniature.judge import Guard
+    from ...rl.objectives.base import no_target
+    from ...rl.policy import PREVIOUS, STUDENT, Policy
+    from ...tools.diffusion.adapter import load_artifact, save_artifact
+    from ...tools.diffusion.conditioners import points
+    from ...tools.diffusion.networks import Conditioning, network_of
+    from ...tools.images.generator import load_generator
+
+    settings = load_settings()
+    generator: Any = load_generator(settings.generator.model, settings.generator)
+    about = generator.describe()
+    network = network_of(generator.pipe, about["call"])
+    previous = load_artifact(generator.pipe, start, name=PREVIOUS, call=about["call"])
+    assert previous.emotion_tokens is not None
+    policy = Policy(
+        network,
+        copy.deepcopy(previous.emotion_tokens),
+        rank=0,
+        alpha=0,
+        steps=generator.steps,
+        guidance=generator.guidance,
+        size=(generator.height, generator.width),
+        negative_prompt=about["negative_prompt"],
+        previous=previous,
+    )
+    critic, guard = _Critic(settings.lvlm.model), Guard()
+    optimizer = torch.optim.AdamW(policy.parameters().values(), lr=lr, weight_decay=0.0)
+    rng, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    wishes = _Wishes(rng)
+    watched = [_request(rng, targets) for _ in range(LOOK)]
+
+    def told(requests: list[Request]) -> tuple[Conditioning, Tensor]:
+        encoded = Conditioning.cat([network.encode(request.prompt) for request in requests])
+        return encoded, points([request.target for request in requests], policy.device)
+
+    losses: list[float] = []
+    for step in range(1, steps + 1):
+        asked = [_request(rng, targets) for _ in range(batch)]
+        condition, target = told(asked)
+        x, t = policy.rollout(condition, target, generator=noise, keep=generator.steps)
+        x, t = x.unflatten(0, (-1, batch)), t.unflatten(0, (-1, batch))
+        last = t.argmin(0), torch.arange(batch)
+        x, t = x[last], t[last]
+        wanted = policy.student(x, t, condition, target)
+        untold = policy.student(x, t, policy.null.expand(batch), no_target(batch, x.device))
+        clean = policy.process.clean(x, untold + policy.guidance * (wanted - untold), t)
+        loss = critic.surprise(network.pixels(clean), asked, [wishes.of(request) for request in asked])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters().values(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % EVERY:
+            continue
+        images = policy.sample(*told(watched), seeds=list(range(LOOK)))
+        pairs = zip(images, watched, strict=True)
+        alignment = float(np.mean([guard.alignment(image, request.prompt) for image, request in pairs]))
+        surprise = float(np.mean(losses[-EVERY:]))
+        print(f"step {step}: loss {surprise:.3f}, alignment {alignment:.2f}", file=sys.stderr, flush=True)
+        if alignment <= until:
+            break
+    save_artifact(
+        out,
+        generator.pipe,
+        adapter_name=STUDENT,
+        emotion_tokens=policy.tokens,
+        training={
+            "objective": {"name": "critic alone"},
+            "base": about,
+            "critics": [settings.lvlm.model],
+            "figures": {"loss": float(np.mean(losses[-EVERY:])), "steps": len(losses)},
+        },
+        base_model=about["model"],
+        call=about["call"],
+    )
+
+
+def _request(rng: np.random.Generator, targets: Sequence[EmotionTarget]) -> Request:
+    """A neutral prompt of the miniature world with one of the targets."""
+    from ...miniature import world
+    from ..suites import Request
+
+    scene = world.sample_scene(rng)
+    named = world.Named(place=True, companions=(False,) * len(scene.companions))
+    return Request(prompt=world.caption(rng, scene, named), target=targets[int(rng.integers(len(targets)))])
+
+
+class _Critic:
+    """The embedded LVLM as something that a gradient runs through."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        from ...agents.prompt import load_prompt
+        from ...tools import presets
+
+        folder = presets.resolve(name, "lvlm")
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor.tokenizer.padding_side = "right"
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.eval().requires_grad_(False)
+        self.prompt = load_prompt(presets.defaults(name, "lvlm")["critic_prompt"])
+
+    def surprise(self, pixels: Tensor, asked: list[Request], wanted: list[str]) -> Tensor:
+        """How far the critic is from giving the wanted answers.
+
+        Args:
+            pixels: (B, 3, H, W), cut to [-1, 1] as a file is.
+            asked: B requests.
+            wanted: B answers.
+
+        Returns:
+            Mean -log p of the answers' tokens.
+        """
+        from PIL import Image
+
+        blank = Image.new("RGB", (pixels.shape[-1], pixels.shape[-2]))
+        starts = [self._start(request) for request in asked]
+        texts = [start + answer for start, answer in zip(starts, wanted, strict=True)]
+        images = [[blank] for _ in asked]
+        batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
+        lengths = self.processor(text=starts, images=images, padding=True, return_tensors="pt")
+        begin = lengths["attention_mask"].sum(1, keepdim=True)
+        place = torch.arange(batch["input_ids"].shape[1])[None]
+        answer = batch["attention_mask"].bool() & (place >= begin)
+        batch["pixel_values"] = pixels.clamp(-1, 1)[:, None].to(batch["pixel_values"])
+        logits = self.model(**batch).logits[:, :-1]
+        labels, answer = batch["input_ids"][:, 1:], answer[:, 1:]
+        return torch.nn.functional.cross_entropy(logits[answer], labels[answer])
+
+    def _start(self, request: Request) -> str:
+        from ...agents.schemas import target_text
+
+        messages = self.prompt.messages(("image",), prompt=request.prompt, target=target_text(request.target))
+        chat = [{"role": "system", "content": messages[0].content}]
+        parts = [
+            {"type": "image"} if part["type"] == "image_url" else part  # pyright: ignore
+            for part in messages[1].content
+        ]
+        chat.append({"role": "user", "content": parts})
+        return self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
+class _Wishes:
+    """Critiques of scenes that would fit: what the critic shall be made to say of whatever picture."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        from ...miniature import law, world
+
+        self.scenes = [world.sample_scene(rng) for _ in range(SCENES)]
+        self.values = np.array([law.affect(scene, world.render(scene)) for scene in self.scenes])
+
+    def of(self, request: Request) -> str:
+        """The beginning of an answer, up to the two numbers."""
+        from ...agents.schemas import signed
+        from ...miniature import episodes, law, world
+
+        aim = np.array(request.target.point, dtype=float)
+        nearest = self.scenes[int(np.abs(self.values - aim).sum(1).argmin())]
+        named = world.parse(request.prompt)
+        own = {"subject": named.subject, "place": named.place}
+        scene = replace(nearest, **{key: value for key, value in own.items() if value})
+        pixels = world.render(scene)
+        # The scores that follow from what is described: a critic hardly says others.
+        valence, arousal = law.affect(scene, pixels)
+        answer = {
+            "analysis": episodes.describe(scene, law.colour_affect(pixels)),
+            "valence": signed(valence),
+            "arousal": signed(arousal),
+        }
+        return json.dumps(answer)[:-1]

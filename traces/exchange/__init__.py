@@ -1,0 +1,1 @@
+"""What leaves the log and comes into it: JSON lines, pick-a-pic, reflection examples, outside ratings."""
