@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..tools.images.generator import Generator, ImageRequest, load_generator
+from ..tools.images.base import Generator, ImageRequest
+from ..tools.images.load import load_generator
 from . import episodes, law, world
 
 

@@ -29,7 +29,8 @@ from emoloop.rl.warm_start import BATCH
 from emoloop.settings import Settings
 from emoloop.tools.diffusion.adapter import load_artifact
 from emoloop.tools.diffusion.families import family_of
-from emoloop.tools.images.generator import load_generator, load_pipeline
+from emoloop.tools.images.load import load_generator
+from emoloop.tools.images.pipelines import load_pipeline
 from emoloop.traces.rows import RunFilter
 from emoloop.traces.store import open_store
 from safetensors.torch import load_file
