@@ -6,13 +6,8 @@ all runs; so each picture is safe on disk as soon as its batch is done, and not 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..events import ImageGenerated, Recorder
-from .ask import span
-
-if TYPE_CHECKING:
-    from ..tools.images.base import Generator, ImageRequest
+from ..tools.images.base import Generator, ImageRequest
 
 _FIELDS = set(ImageGenerated.model_fields) - {
     "run_id",
@@ -44,15 +39,8 @@ async def paint(
     Raises:
         Exception: What the generator or the disk raised; nothing is logged then.
     """
-    with span(
-        recorder,
-        "generate_content",
-        gen_ai__operation__name="generate_content",
-        gen_ai__output__type="image",
-        gen_ai__request__seed=request.seed,
-    ):
-        [made] = await generator.generate([request])
-        sha256 = await recorder.put_image(made.image)
+    [made] = await generator.generate([request])
+    sha256 = await recorder.put_image(made.image)
     # What a generator leaves out: its picture says the size, and the rest stays unknown.
     known = {"model": type(generator).__name__, "height": made.image.height, "width": made.image.width}
     known |= {key: value for key, value in made.provenance.items() if key in _FIELDS}

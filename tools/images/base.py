@@ -114,4 +114,4 @@ def unread_text(generator: Generator, prompt: str) -> str:
     A generator says so by a method `unread(prompt)`, which is no part of the protocol.
     """
     unread: Any = getattr(generator, "unread", None)
-    return unread(prompt) if callable(unread) else ""
+    return "" if unread is None else unread(prompt)
