@@ -124,7 +124,7 @@ def _moment(text: str) -> datetime:
 
 def _base_model(settings: Settings, where: RunFilter, may_lack: bool) -> str:
     """What the log says made the images; what would make them where the log may lack."""
-    from ..rl.data.dataset import origin
+    from ..rl.rollouts import origin
     from ..traces.store import open_store
 
     try:
@@ -205,14 +205,16 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
     """Counts, histograms and some examples: what a person should see before spending hours."""
     from rich.console import Console
 
-    from ..rl.data.dataset import Dataset, source_for
+    from ..rl.data.dataset import Dataset
+    from ..rl.data.examples import source_for
     from ..rl.distill import objective_of
+    from ..rl.rollouts import LogRollouts
     from ..traces.store import open_store
 
     objective = objective_of(config)
     source = source_for(objective.required_keys, config.data)
     with open_store(settings, read_only=True) as store:
-        dataset = Dataset(store, config.data, where)
+        dataset = Dataset(LogRollouts(store, where), config.data)
         statistics = dataset.statistics
         examples = dataset.examples(source)
         some = examples.fetch(range(min(5, len(examples))))

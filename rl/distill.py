@@ -40,11 +40,13 @@ from ..traces.rows import RunFilter
 from ..traces.store import TraceStore, open_store
 from .config import RESUMABLE, DistillConfig, flat
 from .data.cache import Cache
-from .data.dataset import SOURCES, Base, Dataset, source_for
+from .data.dataset import Dataset
+from .data.examples import SOURCES, source_for
 from .guards import Guards
 from .objectives import load_objective
 from .objectives.base import Objective, check_keys
 from .policy import PREVIOUS, STUDENT, Policy
+from .rollouts import Base, LogRollouts
 from .trainer import Outcome, Trainer, Watcher, make_accelerator
 
 _CONFIG = "config.yaml"
@@ -108,7 +110,7 @@ def distill(
     training = out / "training"
     _check_folder(out, training, config, resume)
     with open_store(settings, read_only=True) as store:
-        dataset = Dataset(store, config.data, where)
+        dataset = Dataset(LogRollouts(store, where), config.data)
         source = source_for(objective.required_keys, config.data)
         train = dataset.examples(source)
         accelerator = make_accelerator(config)
@@ -267,10 +269,11 @@ def _record(
     return {
         "objective": {"name": config.objective["name"], **objective.model_dump(mode="json")},
         "config": config.model_dump(mode="json"),
-        "base": {**dataset.base._asdict(), **generator.describe()},
+        # The generator is the bare model: only the log knows the adapter of the round before.
+        "base": {**generator.describe(), "adapter": dataset.base.adapter},
         "reward": {"name": dataset.reward[0], "version": dataset.reward[1]},
         # An evaluation refuses these as its headline judge.
-        "critics": dataset.critics(),
+        "critics": dataset.rollouts.critics(),
         "source": source,
         "data": dataset.statistics.model_dump(mode="json"),
         "outcome": asdict(outcome),

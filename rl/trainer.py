@@ -36,7 +36,8 @@ from ..tools.diffusion.conditioners import points
 from . import checkpoint
 from .config import DistillConfig
 from .data.cache import Cache
-from .data.dataset import Example, Examples
+from .data.dataset import Examples
+from .data.examples import Example
 from .guards import Guards
 from .objectives.base import Batch, Objective
 from .policy import Policy

@@ -79,13 +79,16 @@ def measure(home: str, phrases: int) -> None:
     """Open the log, take statistics and a batch of every source, print what it took as JSON."""
     import resource
 
-    from ...rl.data.dataset import SOURCES, DataConfig, Dataset
+    from ...rl.config import DataConfig
+    from ...rl.data.dataset import Dataset
+    from ...rl.data.examples import SOURCES
+    from ...rl.rollouts import LogRollouts
     from ...settings import load_settings
     from ...traces.store import open_store
 
     start = time.perf_counter()
     with open_store(load_settings({"home": home}), read_only=True) as store:
-        dataset = Dataset(store, DataConfig(phrases=phrases))
+        dataset = Dataset(LogRollouts(store), DataConfig(phrases=phrases))
         counted = time.perf_counter()
         for source in SOURCES if phrases else SOURCES.keys() - {"phrases"}:
             examples = dataset.examples(source)

@@ -219,7 +219,7 @@ class _Ours:
 
         from ...domain import EmotionTarget
         from ...rl.data.cache import Cache
-        from ...rl.data.dataset import Example
+        from ...rl.data.examples import Example
         from ...rl.objectives import load_objective
         from ...rl.policy import Policy
         from ...rl.trainer import Loader
