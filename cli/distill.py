@@ -163,6 +163,7 @@ def _train(
     settings: Settings, config: DistillConfig, out: Path, where: RunFilter, resume: bool, as_json: bool
 ) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..rl.distill import distill as run
@@ -179,7 +180,10 @@ def _train(
         def watch(step: int, steps: int, figures: dict[str, float]) -> None:
             progress.update(task, completed=step, total=steps, loss=figures["loss"], rate=figures["seconds"])
 
-        result = run(settings, config, out, where, resume=resume, watch=watch)
+        result = run(
+            settings, config, out, where, resume=resume, watch=watch,
+            warn=lambda note: console.print(f"[yellow]note:[/yellow] {escape(note)}"),
+        )  # fmt: skip
     outcome = result.outcome
     if outcome.flags:
         console.print(f"[yellow]guards fell while the reward rose: {'; '.join(outcome.flags)}[/yellow]")
@@ -189,6 +193,7 @@ def _train(
             "steps": outcome.steps,
             "reason": outcome.reason,
             "flags": outcome.flags,
+            "notes": result.notes,
             "data": result.statistics,
             "figures": result.figures,
         }

@@ -206,9 +206,8 @@ class LogRollouts:
         *fields, category, spread, reward, adapter = row
         if reward is not None and not math.isfinite(reward):
             reward = None
-        rollout = Rollout(
-            request, *fields, None if category is None else Emotion(category), spread, reward, None, adapter
-        )
+        named = None if category is None else Emotion(category)
+        rollout = Rollout._make([request, *fields, named, spread, reward, None, adapter, None])
         said = self._human.get(request.run_id, {}).get(rollout.sha256 or "")
         if not said:
             return rollout

@@ -220,9 +220,9 @@ class _Ours:
         from ...domain import EmotionTarget
         from ...rl.data.cache import Cache
         from ...rl.data.examples import Example
+        from ...rl.data.loader import Loader
         from ...rl.objectives import load_objective
         from ...rl.policy import Policy
-        from ...rl.trainer import Loader
         from ...tools.diffusion.conditioners import EmotionTokens
         from ...tools.diffusion.networks import network_of
 

@@ -141,18 +141,10 @@ def pairs(
         images = [it for it in every if config.gate == "all" or it is not best]
         if not images or (config.refined == "winner" and number != best.round):
             continue
-        told: tuple[float, float] = (math.nan, math.nan)
-        values: Callable[[Rollout], float | None] = _value
-        if config.told == "read":
-            hit = _mean_reading(every)
-            valence, arousal = hit.point
-            told = (_number(valence), _number(arousal))
-
-            def values(it: Rollout, hit: EmotionTarget = hit) -> float | None:
-                read = it._replace(category=None).critique
-                return None if read is None else rescore()(read, hit)
-
-        gained, unaided = ([v for it in some if (v := values(it)) is not None] for some in (images, first))
+        hit = _mean_reading(every) if config.told == "read" else None
+        gained, unaided = (_values(some, hit, rescore) for some in (images, first))
+        valence, arousal = (None, None) if hit is None else hit.point
+        told = (_number(valence), _number(arousal))
         found.append((number, float(np.mean(gained) - np.mean(unaided)), *told))
     gains = [gain for _, gain, *_ in found]
     if not found:
@@ -225,6 +217,16 @@ def mean_readings(rollouts: Sequence[Rollout]) -> Iterator[tuple[int, float, flo
 
 def _value(it: Rollout) -> float:
     return it.reward or 0.0
+
+
+def _values(
+    rollouts: Sequence[Rollout], hit: EmotionTarget | None, rescore: Callable[[], Reward]
+) -> list[float]:
+    """Rewards for the run's own target, or computed again for another one."""
+    if hit is None:
+        return [_value(it) for it in rollouts]
+    reads = [it._replace(category=None).critique for it in rollouts]
+    return [rescore()(read, hit) for read in reads if read is not None]
 
 
 def _number(axis: float | None) -> float:

@@ -235,7 +235,7 @@ def tell(
             neutral, prompts = mine[0].request.prompt, {it.round: str(it.prompt) for it in mine}
             for number, *means in mean_readings(mine):
                 if number == 0:
-                    base[run] = neutral, _read_as(*means)
+                    base[run] = neutral, _read_as(means)
                 if not held[run]:
                     tried.append(Tried(neutral, prompts[number], *means))
     if not tried or not base:
@@ -260,14 +260,15 @@ def tell(
             if valence is None and arousal is None:
                 continue
             target = EmotionTarget(valence=valence, arousal=arousal)
-            hit = _read_as(*expected[row, phrase].tolist(), float(book.alignment[phrase]))
+            hit = _read_as([*expected[row, phrase].tolist(), float(book.alignment[phrase])])
             gain = reward(hit, target) - reward(base[run][1], target)
             if gain > config.min_gain:
                 out.append((run, *point, phrase, gain))
     return book, out
 
 
-def _read_as(valence: float, arousal: float, alignment: float) -> Critique:
+def _read_as(means: Sequence[float]) -> Critique:
+    valence, arousal, alignment = means
     return Critique(valence=valence, arousal=arousal, category=None, alignment=alignment)
 
 

@@ -23,8 +23,9 @@ from emoloop.domain import EmotionTarget, UserError
 from emoloop.rl import checkpoint, trainer
 from emoloop.rl.config import load_config
 from emoloop.rl.data.dataset import Examples
+from emoloop.rl.data.loader import Order
 from emoloop.rl.distill import Distilled, distill
-from emoloop.rl.trainer import DistillError, Order
+from emoloop.rl.trainer import DistillError
 from emoloop.rl.warm_start import BATCH
 from emoloop.settings import Settings
 from emoloop.tools.diffusion.adapter import load_artifact
