@@ -13,8 +13,7 @@ from typing import Any
 from langchain_core.language_models import BaseChatModel
 
 from ..domain import Candidate, Critique, EmotionTarget, Missing, Round
-from ..events import Recorder
-from .ask import Asker, span
+from .ask import Asker
 from .prompt import load_prompt
 from .schemas import PROMPT_LIMIT, REWRITER_SCHEMA, RewriterAnswer, target_text
 
@@ -67,7 +66,6 @@ class Rewriter:
         neutral: str,
         target: EmotionTarget,
         rounds: Sequence[Round] = (),
-        recorder: Recorder | None = None,
         *,
         comment: str = "",
         seed: int = 0,
@@ -78,7 +76,6 @@ class Rewriter:
             neutral: The neutral prompt, whose content stays.
             target: The wanted emotion.
             rounds: What was tried, in order; none asks for a rewrite without feedback.
-            recorder: Where spans go.
             comment: What a person said about the last round.
             seed: For a model that samples.
         """
@@ -90,15 +87,7 @@ class Rewriter:
             comment=comment,
             limit=limit,
         )
-        with span(
-            recorder,
-            "invoke_agent rewriter",
-            gen_ai__operation__name="invoke_agent",
-            gen_ai__agent__name="rewriter",
-        ):
-            reply = await self.asker.ask(
-                messages, RewriterAnswer, "rewrite", _schema(limit), seed=seed, recorder=recorder
-            )
+        reply = await self.asker.ask(messages, RewriterAnswer, "rewrite", _schema(limit), seed=seed)
         answer = reply.answer
         if isinstance(answer, Missing):
             refused = answer.reason

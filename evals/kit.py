@@ -166,7 +166,7 @@ class Kit:
 
         async def make() -> dict[str, Any]:
             image = await self.recorder.get_image(sha256)
-            reading = await self.critic.read(image, request.prompt, request.target, self.recorder, seed=seed)
+            reading = await self.critic.read(image, request.prompt, request.target, seed=seed)
             if isinstance(reading.critique, Missing):
                 raise _NotRead(reading.critique)
             return {"critique": reading.critique.model_dump(mode="json"), "usage": reading.usage}
@@ -186,7 +186,7 @@ class Kit:
         key = digest("rewrite", self.identity["lvlm"], request.prompt, _plain(request.target))
 
         async def make() -> dict[str, Any]:
-            made = await self.rewriter.rewrite(request.prompt, request.target, (), self.recorder, seed=seed)
+            made = await self.rewriter.rewrite(request.prompt, request.target, (), seed=seed)
             if made.refused is not None:
                 raise RuntimeError(f"no rewrite: {made.refused}")
             revision = Revision(round=0, prompt=made.prompt, changes=made.changes, why=made.why)

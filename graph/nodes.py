@@ -357,9 +357,7 @@ class Nodes:
         read: list[Critiqued] = []
         if not isinstance(critique, Critique):
             image = await parts.recorder.get_image(candidate.sha256)
-            reading = await parts.critic.read(
-                image, state["prompt"], target, parts.recorder, seed=candidate.seed
-            )
+            reading = await parts.critic.read(image, state["prompt"], target, seed=candidate.seed)
             if (
                 reading.error is not None
                 and not parts.patient
@@ -454,7 +452,6 @@ class Nodes:
             state["prompt"],
             read_target(state["target"]),
             rounds,
-            parts.recorder,
             comment=state.get("comment", ""),
             seed=candidate_seed(state["options"]["seed"], number, -1),
         )
