@@ -124,7 +124,7 @@ def _moment(text: str) -> datetime:
 
 def _base_model(settings: Settings, where: RunFilter, may_lack: bool) -> str:
     """What the log says made the images; what would make them where the log may lack."""
-    from ..rl.data.dataset import origin
+    from ..rl.rollouts import origin
     from ..traces.store import open_store
 
     try:
@@ -163,6 +163,7 @@ def _train(
     settings: Settings, config: DistillConfig, out: Path, where: RunFilter, resume: bool, as_json: bool
 ) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..rl.distill import distill as run
@@ -179,7 +180,10 @@ def _train(
         def watch(step: int, steps: int, figures: dict[str, float]) -> None:
             progress.update(task, completed=step, total=steps, loss=figures["loss"], rate=figures["seconds"])
 
-        result = run(settings, config, out, where, resume=resume, watch=watch)
+        result = run(
+            settings, config, out, where, resume=resume, watch=watch,
+            warn=lambda note: console.print(f"[yellow]note:[/yellow] {escape(note)}"),
+        )  # fmt: skip
     outcome = result.outcome
     if outcome.flags:
         console.print(f"[yellow]guards fell while the reward rose: {'; '.join(outcome.flags)}[/yellow]")
@@ -189,6 +193,7 @@ def _train(
             "steps": outcome.steps,
             "reason": outcome.reason,
             "flags": outcome.flags,
+            "notes": result.notes,
             "data": result.statistics,
             "figures": result.figures,
         }
@@ -205,14 +210,16 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
     """Counts, histograms and some examples: what a person should see before spending hours."""
     from rich.console import Console
 
-    from ..rl.data.dataset import Dataset, source_for
+    from ..rl.data.dataset import Dataset
+    from ..rl.data.examples import source_for
     from ..rl.distill import objective_of
+    from ..rl.rollouts import LogRollouts
     from ..traces.store import open_store
 
     objective = objective_of(config)
     source = source_for(objective.required_keys, config.data)
     with open_store(settings, read_only=True) as store:
-        dataset = Dataset(store, config.data, where)
+        dataset = Dataset(LogRollouts(store, where), config.data)
         statistics = dataset.statistics
         examples = dataset.examples(source)
         some = examples.fetch(range(min(5, len(examples))))

@@ -6,151 +6,184 @@ into the run's folder. An unknown key is an error that names the nearest known o
 
 from __future__ import annotations
 
-import inspect
-import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..domain import UserError
 from ..settings import merged
-from .data.dataset import DataConfig
 
 PRESETS = Path(__file__).parent / "presets"
 
 
+Kind = Literal["rounds", "within", "across", "human"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # An infinite or undefined knob passes most bounds and turns up as a loss that is no number.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class DataConfig(_Section):
+    """Which runs and how they become examples."""
+
+    refined: Literal["all", "best", "winner"] = "all"
+    """Which rewritten prompts teach: "all" that gained, "best" the one of each run that gained most,
+    "winner" that of the winning round (none where a lucky image of round 0 won)."""
+    told: Literal["wanted", "read"] = "wanted"
+    """The target of a pair: "wanted" is the run's, "read" what the critic read in the rewritten round, in
+    the mean (hindsight, Andrychowicz et al. 2017, arXiv 1707.01495): a prompt that missed its target
+    teaches exactly what it hit, so that the student need not average over misses. The gain is then
+    counted towards that target."""
+    phrases: int = Field(default=0, ge=0)
+    """Above 0, `pairs` make way for `phrases`: so many additions, chosen to reach every target between
+    them, that are told behind every neutral prompt (`rl/data/phrasebook.py`). One neutral prompt and target
+    then has one answer; a student that is shown many learns their average. New emotion tokens get as many
+    vectors to choose among; those of a previous adapter keep theirs."""
+    phrase_targets: int = Field(default=32, ge=1)
+    """Targets that each neutral prompt is told with them: its own, and others of the log; 20,000 in all
+    and at most."""
+    min_gain: float = 0.0
+    """Pairs need more gain than this."""
+    max_spread: float | None = Field(default=None, gt=0)
+    """Leave out candidates on which critics (or one critic's samples) differ by more points of valence or
+    arousal; None keeps all."""
+    gate: Literal["unselected", "all"] = "unselected"
+    """"unselected" measures the gain without the image that won, "all" with it (biased upwards)."""
+    min_margin: float = Field(default=0.1, ge=0)
+    """Preference pairs need at least this difference of reward."""
+    kinds: tuple[Kind, ...] = KINDS
+    """Which preference pairs: "rounds" (the best image against round 0's worst), "within" (best against
+    worst of round 0), "across" (two runs of one prompt with different targets), "human" (rated by a
+    person; takes the place of a run's other pairs)."""
+    group: Literal["first", "all"] = "first"
+    """Rounds that form a group: "first" is on-policy for what made the traces, "all" is not."""
+    min_group: int = Field(default=2, ge=2)
+    """Groups need this many rewards."""
+    held_out: float = Field(default=0.15, ge=0, lt=1)
+    """Share of neutral prompts kept from training for guards and held-out loss."""
+    split_salt: str = "emoloop"
+    """Another salt gives another split."""
 
 
 class PolicyConfig(_Section):
-    """What is trained.
-
-    Attributes:
-        rank: Rank of the LoRA; a previous adapter brings its own.
-        alpha: Its alpha: the update is scaled by alpha / rank.
-        targets: Name endings of the layers to adapt; None takes the family's attention projections.
-        dropout: Dropout in front of the LoRA.
-        emotion_rank: Width of the emotion residual on the prompt's embeddings.
-        emotion_hidden: Width of the network that reads valence, arousal and a little of the prompt.
-        guidance: Guidance that the adapter is made for: of the student's own sampling in training, and what
-            `emoloop run --adapter` takes where nothing else is said. None takes the model's.
-        extra_tokens: Tokens appended to the prompt besides; above 0 training starts near the base, not at it.
-        previous: Artifact of the round before, where the traces were made with one.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
-    """
+    """What is trained."""
 
     rank: int = Field(default=16, ge=1)
+    """Rank of the LoRA; a previous adapter brings its own."""
     alpha: float = Field(default=16, gt=0)
+    """Its alpha: the update is scaled by alpha / rank."""
     targets: tuple[str, ...] | None = None
+    """Name endings of the layers to adapt; None takes the family's attention projections."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in front of the LoRA."""
     emotion_rank: int = Field(default=32, ge=1)
+    """Width of the emotion residual on the prompt's embeddings."""
     emotion_hidden: int = Field(default=128, ge=1)
+    """Width of the network that reads valence, arousal and a little of the prompt."""
     guidance: float | None = Field(default=None, ge=0)
+    """Guidance that the adapter is made for: of the student's own sampling in training, and what `emoloop
+    run --adapter` takes where nothing else is said. None takes the model's."""
     extra_tokens: int = Field(default=0, ge=0)
+    """Tokens appended to the prompt besides; above 0 training starts near the base, not at it."""
     previous: str | None = None
+    """Artifact of the round before, where the traces were made with one."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
 
 
 class TrainConfig(_Section):
-    """How it is trained.
-
-    Attributes:
-        steps: Optimizer steps.
-        batch_size: Examples in one forward pass of one process.
-        accumulation: Forward passes in one optimizer step.
-        lr: Learning rate of the LoRA (AdamW).
-        emotion_lr: Learning rate of the emotion tokens; None takes `lr`.
-        text_steps: Steps before the first one in which the emotion tokens alone learn to make the refined prompt's
-            embeddings of the neutral prompt's (`rl/warm_start.py`): no pass of the network, some hundredths of a second
-            each. For objectives with refined prompts.
-        warmup: Steps over which the rate rises.
-        schedule: What it does then: "constant", "cosine" or "linear" down to 0.
-        betas: Of AdamW.
-        weight_decay: Of AdamW.
-        max_grad_norm: Gradients are clipped to this norm; 0 leaves them.
-        ema: Decay of the average of the weights that is saved; 0 saves the weights themselves.
-        precision: Of the forward passes; weights in training and optimizer stay in float32.
-        device: "auto" is what accelerate finds.
-        seed: Of weights, noise and data order.
-        checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: How many stay.
-        log_every: Steps between lines of `metrics.jsonl`.
-        tensorboard: Write TensorBoard files too.
-        cache: Folder of encoded text and images; None is `cache/` beside the log.
-    """
+    """How it is trained."""
 
     steps: int = Field(default=1000, ge=1)
+    """Optimizer steps."""
     batch_size: int = Field(default=16, ge=1)
+    """Examples in one forward pass of one process."""
     accumulation: int = Field(default=1, ge=1)
+    """Forward passes in one optimizer step."""
     lr: float = Field(default=3e-4, gt=0)
+    """Learning rate of the LoRA (AdamW)."""
     emotion_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of the emotion tokens; None takes `lr`."""
     text_steps: int = Field(default=0, ge=0)
+    """Steps before the first one in which the emotion tokens alone learn to make the refined prompt's
+    embeddings of the neutral prompt's (`rl/warm_start.py`): no pass of the network, some hundredths of a
+    second each. For objectives with refined prompts."""
     warmup: int = Field(default=10, ge=0)
+    """Steps over which the rate rises."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    betas: tuple[float, float] = (0.9, 0.999)
+    """What it does then: "constant", "cosine" or "linear" down to 0."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Of AdamW."""
     weight_decay: float = Field(default=1e-4, ge=0)
+    """Of AdamW."""
     max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are clipped to this norm; 0 leaves them."""
     ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of the average of the weights that is saved; 0 saves the weights themselves."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of the forward passes; weights in training and optimizer stay in float32."""
     device: str = "auto"
-    seed: int = 0
+    """"auto" is what accelerate finds."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of weights, noise and data order."""
     checkpoint_every: int = Field(default=100, ge=1)
+    """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    """How many stay."""
     log_every: int = Field(default=1, ge=1)
+    """Steps between lines of `metrics.jsonl`."""
     tensorboard: bool = True
+    """Write TensorBoard files too."""
     cache: str | None = None
+    """Folder of encoded text and images; None is `cache/` beside the log."""
 
 
 class GuardConfig(_Section):
-    """What training watches on fixed held-out prompts; never a judge of the results.
-
-    Attributes:
-        model: Dotted path of a recogniser ("emoloop.miniature.judge:Guard"), or None for pixel measures alone.
-        every: Steps between looks; 0 never looks.
-        prompts: Held-out requests.
-        seeds: Images for each.
-        steps: Sampler steps; None takes the model's default.
-        tolerance: A guard has fallen when it is this share below the lower of base and teacher.
-        action: What to do when the reward rises while a guard has fallen: "stop" or "flag".
-        patience: Stop when the held-out loss has not improved for so many looks; 0 never does.
-        sheet_every: Steps between sample sheets; 0 draws none.
-    """
+    """What training watches on fixed held-out prompts; never a judge of the results."""
 
     model: str | None = None
+    """Dotted path of a recogniser ("emoloop.miniature.judge:Guard"), or None for pixel measures alone."""
     every: int = Field(default=100, ge=0)
+    """Steps between looks; 0 never looks."""
     prompts: int = Field(default=6, ge=1)
+    """Held-out requests."""
     seeds: int = Field(default=4, ge=2)
+    """Images for each."""
     steps: int | None = Field(default=None, ge=1)
+    """Sampler steps; None takes the model's default."""
     tolerance: float = Field(default=0.3, gt=0, lt=1)
+    """A guard has fallen when it is this share below the lower of base and teacher."""
     action: Literal["stop", "flag"] = "flag"
+    """What to do when the reward rises while a guard has fallen: "stop" or "flag"."""
     patience: int = Field(default=0, ge=0)
+    """Stop when the held-out loss has not improved for so many looks; 0 never does."""
     sheet_every: int = Field(default=200, ge=0)
+    """Steps between sample sheets; 0 draws none."""
 
 
 class DistillConfig(_Section):
-    """Everything about one distillation.
-
-    Attributes:
-        objective: `name` (registry or dotted path) and the objective's own knobs.
-        model: Base model; None takes what the log says made the images.
-        data: Which runs become which examples.
-        policy: What is trained.
-        train: How it is trained.
-        guard: What is watched.
-    """
+    """Everything about one distillation."""
 
     objective: dict[str, Any] = {"name": "opd"}
+    """`name` (registry or dotted path) and the objective's own knobs."""
     model: str | None = None
+    """Base model; None takes what the log says made the images."""
     data: DataConfig = DataConfig()
+    """Which runs become which examples."""
     policy: PolicyConfig = PolicyConfig()
+    """What is trained."""
     train: TrainConfig = TrainConfig()
+    """How it is trained."""
     guard: GuardConfig = GuardConfig()
+    """What is watched."""
 
 
 #: Keys that may differ when a run goes on: they change nothing about the weights up to that point.
@@ -219,27 +252,17 @@ def commented(config: DistillConfig) -> str:
         if isinstance(model, BaseModel):
             lines += [f"{section}:", *_explained(model, "  ")]
         else:
-            lines += [f"# {_attributes(type(config))[section]}", f"{section}: {_scalar(model)}"]
+            lines += [f"# {type(config).model_fields[section].description}", f"{section}: {_scalar(model)}"]
     return "\n".join(lines) + "\n"
 
 
 def _explained(model: BaseModel, indent: str) -> list[str]:
-    about = {key: text for cls in reversed(type(model).__mro__) for key, text in _attributes(cls).items()}
     lines = []
     for key, value in model.model_dump(mode="json").items():
-        wrapped = textwrap.wrap(about.get(key, ""), 100 - len(indent))
-        lines += [f"{indent}# {text}" for text in wrapped]
+        about = type(model).model_fields[key].description or ""
+        lines += [f"{indent}# {text}" for text in textwrap.wrap(about, 100 - len(indent))]
         lines.append(f"{indent}{key}: {_scalar(value)}")
     return lines
-
-
-def _attributes(cls: type) -> dict[str, str]:
-    """Name → explanation, from the "Attributes:" part of a class's docstring."""
-    _, found, text = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
-    entries = (
-        re.findall(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", text.split("\n\n")[0], re.MULTILINE) if found else []
-    )
-    return {name: " ".join(words.split()) for name, words in entries}
 
 
 def _scalar(value: Any) -> str:
@@ -271,6 +294,8 @@ def _read(path: Path, objective: str) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {_line(error)}") from error
     if not isinstance(content, dict):

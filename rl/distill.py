@@ -15,6 +15,8 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,12 +43,15 @@ from ..traces.rows import RunFilter
 from ..traces.store import TraceStore, open_store
 from .config import RESUMABLE, DistillConfig, flat
 from .data.cache import Cache
-from .data.dataset import SOURCES, Base, Dataset, source_for
+from .data.dataset import Dataset
+from .data.examples import SOURCES, source_for
 from .guards import Guards
+from .launch import make_accelerator
 from .objectives import load_objective
 from .objectives.base import Objective, check_keys
 from .policy import PREVIOUS, STUDENT, Policy
-from .trainer import Outcome, Trainer, Watcher, make_accelerator
+from .rollouts import Base, LogRollouts
+from .trainer import Outcome, Trainer, Watcher
 
 _CONFIG = "config.yaml"
 
@@ -60,12 +65,14 @@ class Distilled:
         outcome: How training ended.
         statistics: What the data held, as JSON.
         figures: Flat numbers for reports.
+        notes: What a person should know before trusting the result.
     """
 
     folder: Path
     outcome: Outcome
     statistics: dict[str, Any]
     figures: dict[str, float]
+    notes: list[str]
 
 
 def objective_of(config: DistillConfig) -> Objective:
@@ -90,6 +97,7 @@ def distill(
     *,
     resume: bool = False,
     watch: Watcher | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Distilled:
     """Train on the log of `settings.home` and write the artifact.
 
@@ -100,6 +108,7 @@ def distill(
         where: Which runs.
         resume: Go on from the newest checkpoint in `out` (or begin, where there is none).
         watch: Called after each step.
+        warn: Called with each note before training begins.
 
     Raises:
         UserError: Wrong input, before anything is trained.
@@ -109,29 +118,33 @@ def distill(
     training = out / "training"
     _check_folder(out, training, config, resume)
     with open_store(settings, read_only=True) as store:
-        dataset = Dataset(store, config.data, where)
+        dataset = Dataset(LogRollouts(store, where), config.data)
         source = source_for(objective.required_keys, config.data)
         train = dataset.examples(source)
-        accelerator = make_accelerator(config)
+        accelerator = make_accelerator(config, training)
         generator = _base_model(settings, config, dataset.base, accelerator.device)
         policy, cache = make_policy(settings, config, generator, store, dataset.base)
         held_out = dataset.examples(source, "held_out")
         guards = _guards(config, policy, cache, dataset)
         statistics = dataset.statistics.model_dump(mode="json")
-        if accelerator.is_main_process:
-            _make(training)
-            _write(training / _CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-            _write(training / "data.json", json.dumps(statistics, indent=2) + "\n")
+        notes = _notes(config, len(held_out), dataset.statistics.prompts)
+        for note in notes:
+            warn(note)
         trainer = Trainer(
             config, objective, policy, train, held_out, cache, guards, training,
             statistics["data_hash"], accelerator,
         )  # fmt: skip
+        # From here on the folder is taken: what is refused, is refused before.
+        if accelerator.is_main_process:
+            _make(training)
+            _write(training / _CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            _write(training / "data.json", json.dumps(statistics, indent=2) + "\n")
         outcome = trainer.run(resume=resume, watch=watch)
         with trainer.averaged():
-            record = _record(config, dataset, objective, source, generator, outcome)
+            record = _record(config, dataset, objective, source, generator, outcome, notes)
             if accelerator.is_main_process and outcome.reason != "interrupted":
                 _save(out, policy, record, generator)
-    return Distilled(out, outcome, statistics, record["figures"])
+    return Distilled(out, outcome, statistics, record["figures"], notes)
 
 
 def make_policy(
@@ -226,6 +239,18 @@ def _guards(config: DistillConfig, policy: Policy, cache: Cache, dataset: Datase
     return None
 
 
+def _notes(config: DistillConfig, held_out: int, prompts: int) -> list[str]:
+    notes = []
+    if config.objective["name"] == "nft" and config.data.group != "first":
+        notes.append("nft on groups beyond round 0 is off-policy: other prompts made those images")
+    if config.guard.every and not held_out:
+        notes.append(
+            f"none of the {prompts} neutral prompts is held out (data.held_out={config.data.held_out}): no held-out "
+            "loss, and no guard or sample sheet where no other run is; raise data.held_out or collect more prompts"
+        )
+    return notes
+
+
 def _check_folder(out: Path, training: Path, config: DistillConfig, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file")
@@ -258,20 +283,19 @@ def _record(
     source: str,
     generator: DiffusersGenerator,
     outcome: Outcome,
+    notes: list[str],
 ) -> dict[str, Any]:
     """What `training.json` says."""
     figures = {"steps": float(outcome.steps), "train_minutes": outcome.seconds / 60, "loss": outcome.loss}
     figures |= {f"guard_{name}": value for name, value in outcome.last_look.items()}
-    notes = []
-    if config.objective["name"] == "nft" and config.data.group != "first":
-        notes.append("nft on groups beyond round 0 is off-policy: other prompts made those images")
     return {
         "objective": {"name": config.objective["name"], **objective.model_dump(mode="json")},
         "config": config.model_dump(mode="json"),
-        "base": {**dataset.base._asdict(), **generator.describe()},
+        # The generator is the bare model: only the log knows the adapter of the round before.
+        "base": {**generator.describe(), "adapter": dataset.base.adapter},
         "reward": {"name": dataset.reward[0], "version": dataset.reward[1]},
         # An evaluation refuses these as its headline judge.
-        "critics": dataset.critics(),
+        "critics": dataset.rollouts.critics(),
         "source": source,
         "data": dataset.statistics.model_dump(mode="json"),
         "outcome": asdict(outcome),

@@ -20,7 +20,7 @@ from ..tools.measures import colourfulness, diversity, edge_density
 from ..tools.registry import resolve
 from .config import GuardConfig
 from .data.cache import Cache
-from .data.dataset import Example
+from .data.examples import Example
 from .policy import STUDENT, Policy
 
 if TYPE_CHECKING:

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -32,12 +32,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..domain import UserError
-from ..tools.diffusion.conditioners import points
 from . import checkpoint
 from .config import DistillConfig
 from .data.cache import Cache
-from .data.dataset import Example, Examples
+from .data.dataset import Examples
+from .data.loader import Loader, Order
 from .guards import Guards
+from .launch import listening
+from .metrics import Metrics
 from .objectives.base import Batch, Objective
 from .policy import Policy
 from .warm_start import BATCH, warm_start
@@ -76,55 +78,6 @@ class Outcome:
 
 #: (step, steps, figures) after every step; for progress bars.
 Watcher = Callable[[int, int, dict[str, float]], None]
-
-
-class Order:
-    """An endless shuffled order over n examples: epoch after epoch, each by its own permutation."""
-
-    def __init__(self, n: int, seed: int) -> None:
-        self._n, self._seed = n, seed
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def take(self, start: int, count: int) -> list[int]:
-        """Examples at positions start … start + count of the endless order."""
-        return [int(self._epoch(place // self._n)[place % self._n]) for place in range(start, start + count)]
-
-    def _epoch(self, number: int) -> np.ndarray:
-        if number not in self._epochs:
-            if len(self._epochs) > 1:
-                self._epochs.pop(min(self._epochs))
-            self._epochs[number] = np.random.default_rng([self._seed, 0, number]).permutation(self._n)
-        return self._epochs[number]
-
-
-class Loader:
-    """Turns examples into the batch that an objective asks for."""
-
-    def __init__(self, keys: frozenset[str], cache: Cache, device: torch.device) -> None:
-        self._keys, self._cache, self._device = keys, cache, device
-
-    def __call__(self, examples: Sequence[Example]) -> Batch:
-        """One batch on the device; see `objectives.base` for the keys."""
-        makers: dict[str, Callable[[], Any]] = {
-            "prompt": lambda: self._cache.embeds([it.prompt for it in examples]),
-            "refined": lambda: self._cache.embeds([it.refined for it in examples]),
-            "added": lambda: self._cache.added([(it.prompt, str(it.refined)) for it in examples]),
-            "target": lambda: points([it.target for it in examples]),
-            "advantage": lambda: torch.tensor([it.advantage for it in examples]),
-            "phrase": lambda: torch.tensor([it.phrase for it in examples]),
-            "winner": lambda: self._cache.latents([str(it.winner) for it in examples]),
-            "loser": lambda: self._cache.latents([str(it.loser) for it in examples]),
-            "latents": lambda: self._cache.latents([str(it.image) for it in examples]),
-            "reward": lambda: torch.tensor([it.reward for it in examples]),
-            "rewards": lambda: _padded([it.rewards for it in examples]),
-            "number": lambda: torch.tensor([it.number for it in examples]),
-        }
-        return {key: makers[key]().to(self._device) for key in sorted(self._keys)}
-
-
-def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[math.nan] * (width - len(row))] for row in rows])
 
 
 class Trainer:
@@ -185,15 +138,12 @@ class Trainer:
         policy.trained, self._optimizer = accelerator.prepare(policy.trained, self._optimizer)
         if objective.slow_decay(0) is not None:
             policy.start_slow()
-        self._ema = (
-            {name: p.detach().clone() for name, p in policy.parameters().items()} if config.train.ema else {}
-        )
+        self._ema = EMAModel(self._parameters(), decay=config.train.ema) if config.train.ema else None
         self._steps_done = 0
         self._outcome = Outcome(steps=0)
         self._began = time.perf_counter()
         self._best_held_out: tuple[float, int] = (math.inf, 0)
-        self._board: Any = None
-        self._lines: Any = None
+        self._metrics = Metrics(accelerator, folder)
         #: Why training stopped early, so that a resumed one does not run on.
         self._stopped: str | None = None
 
@@ -210,7 +160,7 @@ class Trainer:
         self._began = time.perf_counter()
         begun = resume and self._restore()
         stop: str | None = self._stopped
-        with _listening() as asked, self._metrics(begun):
+        with listening() as asked, self._metrics.open(self._steps_done if begun else None):
             if not begun:
                 self._look()
                 stop = None if self._warm_start(asked) else "interrupted"
@@ -220,7 +170,7 @@ class Trainer:
                 done = self._steps_done
                 outcome.loss = figures["loss"]
                 if done % knobs.log_every == 0 or done == knobs.steps:
-                    self._log(done, figures)
+                    self._metrics.log(done, figures)
                 if self._looks_at(done):
                     stop = self._stopped = self._look()
                 if self._anywhere(bool(asked)) and done < knobs.steps:
@@ -252,12 +202,11 @@ class Trainer:
         self._set_weights(
             {f"tokens.{name}": value for name, value in taught.state_dict().items()}, whole=False
         )
-        # The averages begin where the student does.
-        self.policy.update_slow(0.0)
-        if self._ema:
-            for name, parameter in self.policy.parameters().items():
-                self._ema[name].copy_(parameter.detach())
-        self._log(0, {"text_loss": loss})
+        if self._ema is not None:
+            self._ema = EMAModel(self._parameters(), decay=knobs.ema)
+        if self.objective.slow_decay(0) is not None:
+            self.policy.update_slow(0.0)
+        self._metrics.log(0, {"text_loss": loss})
         self._save()
         return True
 
@@ -316,23 +265,23 @@ class Trainer:
         lora = [p for name, p in named.items() if name.startswith("denoiser.")]
         tokens = [p for name, p in named.items() if name.startswith("tokens.")]
         groups = [
-            {"params": lora, "lr": knobs.lr, "base": knobs.lr},
-            {"params": tokens, "lr": knobs.emotion_lr or knobs.lr, "base": knobs.emotion_lr or knobs.lr},
+            {"params": lora, "lr": knobs.lr},
+            {"params": tokens, "lr": knobs.emotion_lr or knobs.lr},
         ]
-        return torch.optim.AdamW(groups, betas=knobs.betas, weight_decay=knobs.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=knobs.betas, weight_decay=knobs.weight_decay)
+        # One step further than diffusers counts, so that the first step has a rate too.
+        name = "constant_with_warmup" if knobs.schedule == "constant" else knobs.schedule
+        self._schedule = get_scheduler(
+            name, optimizer, num_warmup_steps=knobs.warmup + 1, num_training_steps=knobs.steps + 1
+        ).lr_lambdas[0]
+        return optimizer
 
     def _set_rates(self, step: int) -> float:
         """Learning rate by step alone, so that there is no scheduler to save."""
-        knobs = self.config.train
-        factor = min(1.0, (step + 1) / (knobs.warmup + 1))
-        progress = min(1.0, max(0, step - knobs.warmup) / max(1, knobs.steps - knobs.warmup))
-        if knobs.schedule == "cosine":
-            factor *= 0.5 * (1 + math.cos(math.pi * progress))
-        elif knobs.schedule == "linear":
-            factor *= 1 - progress
+        factor = self._schedule(step + 1)
         for group in self._optimizer.param_groups:
-            group["lr"] = group["base"] * factor
-        return knobs.lr * factor
+            group["lr"] = group["initial_lr"] * factor
+        return self.config.train.lr * factor
 
     def _clip(self, step: int) -> float:
         parameters = list(self.policy.parameters().values())
@@ -350,27 +299,24 @@ class Trainer:
         decay = self.objective.slow_decay(step)
         if decay is not None:
             self.policy.update_slow(decay)
-        if self._ema:
-            # Early on the average must not remember the start.
-            decay = min(self.config.train.ema, (1 + step) / (10 + step))
-            for name, parameter in self.policy.parameters().items():
-                self._ema[name].lerp_(parameter.detach(), 1 - decay)
+        if self._ema is not None:
+            self._ema.step(self._parameters())
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the policy speaks with the averaged weights (with its own where there is no average)."""
-        own = {name: p.detach().clone() for name, p in self.policy.parameters().items()} if self._ema else {}
-        self._assign(self._ema)
+        if self._ema is None:
+            yield
+            return
+        self._ema.store(self._parameters())
+        self._ema.copy_to(self._parameters())
         try:
             yield
         finally:
-            self._assign(own)
+            self._ema.restore(self._parameters())
 
-    @torch.no_grad()
-    def _assign(self, values: dict[str, Tensor]) -> None:
-        named = self.policy.parameters()
-        for name, value in values.items():
-            named[name].copy_(value)
+    def _parameters(self) -> list[nn.Parameter]:
+        return list(self.policy.parameters().values())
 
     # Looking.
 
@@ -409,7 +355,7 @@ class Trainer:
                     stop = "guard" if config.action == "stop" else stop
                 if config.sheet_every and (step % config.sheet_every == 0 or step == self.config.train.steps):
                     self._sheet(images, step)
-        self._log(step, figures, look=True)
+        self._metrics.log(step, figures, look=True)
         return stop
 
     @torch.no_grad()
@@ -419,18 +365,13 @@ class Trainer:
         count = min(len(self._held_out), 2 * knobs.batch_size)
         batch = self._load(self._held_out.fetch(range(count), np.random.default_rng([4, knobs.seed])))
         generator = torch.Generator().manual_seed(_mix(5, knobs.seed))
-        return self.objective.loss(batch, self.policy, generator)[0].item()
+        with _without_dropout(self.policy.trained):
+            return self.objective.loss(batch, self.policy, generator)[0].item()
 
     def _sheet(self, images: list[list[Any]], step: int) -> None:
         if not self._accelerator.is_main_process:
             return
-        from PIL import Image
-
-        width, height = images[0][0].size
-        sheet = Image.new("RGB", (width * len(images[0]), height * len(images)))
-        for row, pictures in enumerate(images):
-            for column, picture in enumerate(pictures):
-                sheet.paste(picture, (column * width, row * height))
+        sheet = make_image_grid([it for row in images for it in row], len(images), len(images[0]))
         folder = self._folder / "samples"
         folder.mkdir(exist_ok=True)
         sheet.save(folder / f"step-{step:07d}.png", compress_level=1)
@@ -444,7 +385,9 @@ class Trainer:
             "optimizer": get_optimizer_state_dict(
                 self.policy.trained, _bare(self._optimizer), options=_STATE
             ),
-            "ema": {name: tensor.cpu() for name, tensor in self._ema.items()},
+            "ema": dict(zip(self.policy.parameters(), self._ema.shadow_params, strict=True))
+            if self._ema
+            else {},
             "slow": {name: tensor.cpu() for name, tensor in self.policy.slow_state().items()},
             "memory": _packed(self.policy.memory),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
@@ -489,8 +432,10 @@ class Trainer:
         set_optimizer_state_dict(
             self.policy.trained, _bare(self._optimizer), state["optimizer"], options=_STATE
         )
-        for name, tensor in state["ema"].items():
-            self._ema[name].copy_(tensor)
+        if self._ema is not None:
+            self._ema.optimization_step = state["step"]
+            for name, tensor in zip(self.policy.parameters(), self._ema.shadow_params, strict=True):
+                tensor.copy_(state["ema"][name])
         slow = self.policy.slow_state()
         for name, tensor in state["slow"].items():
             slow[name].copy_(tensor)
@@ -517,80 +462,18 @@ class Trainer:
         if lost:
             raise UserError(f"the checkpoint is of another policy: {lost[0]} has no place in it")
 
-    # Metrics.
-
-    @contextmanager
-    def _metrics(self, begun: bool) -> Iterator[None]:
-        """Open files for the metrics; lines beyond the checkpoint go, since they will be written again."""
-        if not self._accelerator.is_main_process:
-            yield
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "metrics.jsonl"
-        kept = []
-        if path.exists() and begun:
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self._steps_done]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._lines = path.open("a")
-        if self.config.train.tensorboard:
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(self._folder / "tensorboard", purge_step=self._steps_done + 1)
-        try:
-            yield
-        finally:
-            for writer in (self._lines, self._board):
-                if writer is not None:
-                    writer.close()
-
-    def _log(self, step: int, figures: dict[str, float], look: bool = False) -> None:
-        if self._lines is None or not figures:
-            return
-        rounded = {name: float(f"{value:.6g}") for name, value in figures.items()}
-        self._lines.write(json.dumps({"step": step, **({"look": True} if look else {}), **rounded}) + "\n")
-        self._lines.flush()
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
-
-
-def make_accelerator(config: DistillConfig) -> Any:
-    """One process, or all that `accelerate launch` started.
-
-    Raises:
-        UserError: The wanted device is not there, or precision does not go with it.
-    """
-    from accelerate import Accelerator
-
-    knobs = config.train
-    precision = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}[knobs.precision]
-    try:
-        return Accelerator(mixed_precision=precision, cpu=knobs.device == "cpu")
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"train.precision {knobs.precision} on this device: {reason}") from error
-
 
 @contextmanager
-def _listening() -> Iterator[list[int]]:
-    """Gather the first Ctrl-C or SIGTERM instead of dying of it: half an optimizer step cannot be resumed."""
-    heard: list[int] = []
-
-    def hear(number: int, frame: Any) -> None:
-        heard.append(number)
-        if len(heard) > 1:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield heard
-        return
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """The policy switches its dropouts by mode, so their rates are what is left to set."""
+    rates = {layer: layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)}
+    for layer in rates:
+        layer.p = 0.0
     try:
-        yield heard
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for layer, rate in rates.items():
+            layer.p = rate
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
@@ -614,10 +497,3 @@ def _unpacked(state: dict[str, Tensor]) -> dict[tuple[int, int], Tensor]:
         return {}
     names = [(int(one), int(other)) for one, other in state["names"].tolist()]
     return dict(zip(names, state["rows"].unbind(), strict=True))
-
-
-def _step_of(line: str) -> int:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return 2**62

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from emoloop.rl.config import load_config
 from emoloop.rl.distill import distill
+from emoloop.rl.objectives.opd import OPD
 from emoloop.rl.objectives.sft import SFT
 from emoloop.settings import Settings
 from PIL import Image
@@ -40,6 +41,19 @@ class TurnsToNaN(SFT):
             if self.calls[0] > self.after:
                 loss = loss * torch.nan
         return loss, figures
+
+
+class WatchesSlow(OPD):
+    """On-policy distillation that also says how far the slow average is from the student."""
+
+    def slow_decay(self, step: int) -> float:
+        return 0.9
+
+    def loss(self, batch: Any, policy: Any, generator: torch.Generator) -> Any:
+        loss, figures = super().loss(batch, policy, generator)
+        slow, own = policy.slow_state(), policy.parameters()
+        drift = max(float((own[name].detach() - value).abs().max()) for name, value in slow.items())
+        return loss, {**figures, "drift": drift}
 
 
 class BadGradient(SFT):

@@ -1,9 +1,7 @@
 """A hundred thousand logged runs: statistics of the dataset and its first batch, in time and memory.
 
-The log has the real schema: events with full bodies, derived rows as the store writes them. It is filled by bulk
-inserts, because recording it event by event would be another benchmark; its first runs go through the store,
-to prove that the bulk rows are those that the store would have written. The measurement runs in a fresh
-process, so that peak memory is its own.
+The log is filled by bulk inserts of events, because recording them one by one would be another benchmark; the store
+then derives its tables from them. The measurement runs in a fresh process, so that peak memory is its own.
 """
 
 from __future__ import annotations
@@ -58,16 +56,7 @@ def main(
         if not home:
             shutil.rmtree(folder, ignore_errors=True)
     return {
-        "figures": {
-            "runs": measured["runs"],
-            "seconds": measured["seconds"],
-            "peak_mb": measured["peak_mb"],
-            "statistics_seconds": measured["statistics_seconds"],
-            "first_batch_seconds": measured["first_batch_seconds"],
-            "pairs": measured["pairs"],
-            "log_mb": size / 2**20,
-            "fill_seconds": filled,
-        },
+        "figures": {**measured, "log_mb": size / 2**20, "fill_seconds": filled},
         "settings": {"runs": runs, "rounds": rounds, "images": images, "phrases": phrases},
         "n": runs,
         "seeds": [0],
@@ -79,13 +68,16 @@ def measure(home: str, phrases: int) -> None:
     """Open the log, take statistics and a batch of every source, print what it took as JSON."""
     import resource
 
-    from ...rl.data.dataset import SOURCES, DataConfig, Dataset
+    from ...rl.config import DataConfig
+    from ...rl.data.dataset import Dataset
+    from ...rl.data.examples import SOURCES
+    from ...rl.rollouts import LogRollouts
     from ...settings import load_settings
     from ...traces.store import open_store
 
     start = time.perf_counter()
     with open_store(load_settings({"home": home}), read_only=True) as store:
-        dataset = Dataset(store, DataConfig(phrases=phrases))
+        dataset = Dataset(LogRollouts(store), DataConfig(phrases=phrases))
         counted = time.perf_counter()
         for source in SOURCES if phrases else SOURCES.keys() - {"phrases"}:
             examples = dataset.examples(source)
@@ -106,7 +98,7 @@ def measure(home: str, phrases: int) -> None:
 
 
 def _fill(folder: Path, runs: int, rounds: int, images: int) -> None:
-    from sqlalchemy import create_engine, insert, select
+    from sqlalchemy import create_engine, insert
 
     from ...settings import load_settings
     from ...traces import schema
@@ -114,107 +106,18 @@ def _fill(folder: Path, runs: int, rounds: int, images: int) -> None:
     from ...traces.store import open_store
 
     folder.mkdir(parents=True, exist_ok=True)
-    derived = {schema.runs: _run_row, schema.candidates: _candidate_rows}
-    few = min(runs, 3)
     with open_store(load_settings({"home": str(folder)})) as store:
-        store.append(*(event for number in range(few) for event in _events(number, rounds, images)))
-        with store.read() as connection:
-            for table, make in derived.items():
-                written = connection.execute(select(table).order_by(*table.primary_key)).mappings()
-                ours = [row for number in range(few) for row in make(number, rounds, images)]
-                assert [dict(row) for row in written] == ours, f"the rows of {table.name} are not the store's"
-    engine = create_engine(f"sqlite:///{folder / 'events.db'}")
-    for first in range(few, runs, _CHUNK):
-        numbers = range(first, min(first + _CHUNK, runs))
-        with engine.begin() as connection:
-            events = [
+        engine = create_engine(f"sqlite:///{folder / 'events.db'}")
+        for first in range(0, runs, _CHUNK):
+            rows = [
                 row_of(event.model_copy(update={"seq": seq}))
-                for number in numbers
+                for number in range(first, min(first + _CHUNK, runs))
                 for seq, event in enumerate(_events(number, rounds, images))
             ]
-            connection.execute(insert(schema.events), events)
-            for table, make in derived.items():
-                rows = [row for number in numbers for row in make(number, rounds, images)]
-                connection.execute(insert(table), rows)
-    engine.dispose()
-
-
-def _run_row(number: int, rounds: int, images: int) -> list[dict[str, Any]]:
-    """The run's row of `runs`, as the store derives it."""
-    from ...traces.derive import hash_prompt, outcome
-
-    rewards = {(r, i): _reward(number, r, i) for r in range(rounds) for i in range(images)}
-    best, gain, best_gain = outcome(rewards)
-    assert best is not None
-    time_ = _START + timedelta(seconds=number)
-    neutral = _prompt(number)
-    return [
-        {
-            "run_id": _run_id(number),
-            "status": "completed",
-            "stop_reason": "rounds_used",
-            "started": time_,
-            "updated": time_,
-            "finished": time_,
-            "prompt": neutral,
-            "prompt_hash": hash_prompt(neutral),
-            "seed": number,
-            "valence": _valence(number),
-            "arousal": _arousal(number),
-            "category": None,
-            "point_valence": _valence(number),
-            "point_arousal": _arousal(number),
-            "model": "miniature",
-            "adapter": None,
-            "events": 1 + rounds * (1 + 3 * images),
-            "rounds": rounds,
-            "images": rounds * images,
-            "missing": 0,
-            "best_round": best[0],
-            "best_index": best[1],
-            "best_sha256": _sha(number, *best),
-            "best_prompt": _prompt(number, best[0]),
-            "best_reward": rewards[best],
-            "gain": gain,
-            "best_gain": best_gain,
-        }
-    ]
-
-
-def _candidate_rows(number: int, rounds: int, images: int) -> list[dict[str, Any]]:
-    """The run's rows of `candidates`, as the store derives them."""
-    from ...traces.derive import hash_prompt
-
-    return [
-        {
-            "run_id": _run_id(number),
-            "round": round_,
-            "index": index,
-            "prompt": _prompt(number, round_),
-            "prompt_hash": hash_prompt(_prompt(number, round_)),
-            "negative_prompt": None,
-            "seed": number * 100 + round_ * 10 + index,
-            "sha256": _sha(number, round_, index),
-            "latents": None,
-            "model": "miniature",
-            "revision": "r" * 64,
-            "adapter": None,
-            "steps": 14,
-            "guidance": 3.0,
-            "height": 96,
-            "width": 96,
-            **_read(number, round_),
-            "category": None,
-            "alignment": 0.9,
-            "spread": None,
-            "reward": _reward(number, round_, index),
-            "reward_name": "emotion",
-            "reward_version": "1",
-            "missing": None,
-        }
-        for round_ in range(rounds)
-        for index in range(images)
-    ]
+            with engine.begin() as connection:
+                connection.execute(insert(schema.events), rows)
+        engine.dispose()
+        store.rebuild()
 
 
 def _reward(number: int, round_: int, index: int) -> float:

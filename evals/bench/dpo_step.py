@@ -219,10 +219,10 @@ class _Ours:
 
         from ...domain import EmotionTarget
         from ...rl.data.cache import Cache
-        from ...rl.data.dataset import Example
+        from ...rl.data.examples import Example
+        from ...rl.data.loader import Loader
         from ...rl.objectives import load_objective
         from ...rl.policy import Policy
-        from ...rl.trainer import Loader
         from ...tools.diffusion.conditioners import EmotionConditioner
         from ...tools.diffusion.families import family_of
 

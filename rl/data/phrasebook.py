@@ -23,7 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...domain import HIGH, LOW, UserError
+from ...domain import HIGH, LOW, Critique, EmotionTarget, UserError
+from ..config import DataConfig
+from ..rollouts import RolloutSource
+from .examples import mean_readings, usable
 
 #: A word is ordinary (in, the) when this share of the neutral prompts use it, and content when fewer do.
 _ORDINARY = 0.15
@@ -33,6 +36,12 @@ _WORDS = 1000
 
 #: The reader is fitted to so many rounds at most, and the choice made on so many prompts and targets.
 _ROUNDS, _PROMPTS, _TARGETS = 4000, 64, 64
+
+#: Phrases come from so many runs at most, and are told for so many targets in all: a large log needs fewer of each.
+_RUNS, _TOLD = 20_000, 20_000
+
+#: Runs whose rollouts are fetched at once.
+_CHUNK = 500
 
 _SEED = 0
 
@@ -187,6 +196,80 @@ def build(tried: Sequence[Tried], targets: NDArray[np.float64], size: int) -> Ph
         chosen.append(int(left.argmin()))
         nearest = np.minimum(nearest, misses[:, chosen[-1]])
     return every[chosen]
+
+
+def tell(
+    rollouts: RolloutSource,
+    config: DataConfig,
+    ids: NDArray[np.str_],
+    read: NDArray[np.int64],
+    held: NDArray[np.bool_],
+    wanted: NDArray[np.float64],
+) -> tuple[Phrasebook, list[tuple[int, float, float, int, float]]]:
+    """The examples of a phrasebook: first each run's own target, then others' in an order of chance.
+
+    Args:
+        rollouts: The source.
+        config: `phrases`, `phrase_targets` and `min_gain` count here.
+        ids: (R,) names of all runs.
+        read: Runs with readings.
+        held: (R,) whether a run is held out: those choose no phrases.
+        wanted: (R, 2) wanted valence and arousal, NaN where an axis is not wanted.
+
+    Returns:
+        The phrasebook, and (run, valence, arousal, phrase, expected gain) of each example.
+
+    Raises:
+        UserError: No run has the readings that it takes.
+    """
+    rng = np.random.default_rng(0)
+    if len(read) > _RUNS:
+        read = np.sort(rng.choice(read, _RUNS, replace=False))
+    tried: list[Tried] = []
+    base: dict[int, tuple[str, Critique]] = {}
+    for start in range(0, len(read), _CHUNK):
+        some = read[start : start + _CHUNK].tolist()
+        found = rollouts.fetch(ids[some].tolist())
+        for run in some:
+            mine = usable(found[str(ids[run])], config)
+            neutral, prompts = mine[0].request.prompt, {it.round: str(it.prompt) for it in mine}
+            for number, *means in mean_readings(mine):
+                if number == 0:
+                    base[run] = neutral, _read_as(means)
+                if not held[run]:
+                    tried.append(Tried(neutral, prompts[number], *means))
+    if not tried or not base:
+        lacking = "no run outside the held-out prompts" if base else "no run's round 0"
+        raise UserError(
+            f"data.phrases: {lacking} has readings: loosen --from or data.max_spread, or collect more"
+        )
+    book = build(tried, wanted[~held], config.phrases)
+    asked = np.array(sorted(base), dtype=np.int64)
+    neutral, which = np.unique([base[run][0] for run in asked.tolist()], return_inverse=True)
+    expected = book.expect(neutral.tolist())[which]
+    reward, out = rollouts.rescore(str(ids[asked[0]])), []
+    for slot in range(config.phrase_targets):
+        left = _TOLD - slot * len(asked)
+        if left <= 0:
+            break
+        targets = wanted[asked if slot == 0 else rng.integers(len(wanted), size=len(asked))]
+        best = book.misses(expected, targets[None])[0].argmin(1)
+        rows = zip(asked[:left].tolist(), targets[:left].tolist(), best[:left].tolist(), strict=True)
+        for row, (run, point, phrase) in enumerate(rows):
+            valence, arousal = (None if math.isnan(axis) else axis for axis in point)
+            if valence is None and arousal is None:
+                continue
+            target = EmotionTarget(valence=valence, arousal=arousal)
+            hit = _read_as([*expected[row, phrase].tolist(), float(book.alignment[phrase])])
+            gain = reward(hit, target) - reward(base[run][1], target)
+            if gain > config.min_gain:
+                out.append((run, *point, phrase, gain))
+    return book, out
+
+
+def _read_as(means: Sequence[float]) -> Critique:
+    valence, arousal, alignment = means
+    return Critique(valence=valence, arousal=arousal, category=None, alignment=alignment)
 
 
 def _words(text: str) -> set[str]:

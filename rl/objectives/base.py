@@ -88,24 +88,21 @@ class PolicyView(Protocol):
 
 
 class Objective(BaseModel, ABC):
-    """Base of all objectives; its fields are its knobs (`--set objective.NAME=VALUE`).
+    """Base of all objectives; its fields are its knobs (`--set objective.NAME=VALUE`)."""
 
-    Attributes:
-        coupled: True where the loss needs what only the sampler knew (SDE latents, log-probabilities, the
-            policy's version). Logged traces do not hold these.
-        hold_fraction: Share of rows, added to each batch, that hold the answer to the negative prompt at the
-            reference: guidance subtracts that answer, so letting it drift spoils every image.
-        hold_weight: Weight of those rows.
-        time_sampling: How training times are drawn: "logit_normal", "uniform" or "steps" (of a sampler).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     coupled: ClassVar[bool] = False
+    """True where the loss needs what only the sampler knew (SDE latents, log-probabilities, the policy's
+    version). Logged traces do not hold these."""
 
     hold_fraction: float = Field(default=0.15, ge=0, le=1)
+    """Share of rows, added to each batch, that hold the answer to the negative prompt at the reference:
+    guidance subtracts that answer, so letting it drift spoils every image."""
     hold_weight: float = Field(default=1.0, ge=0)
+    """Weight of those rows."""
     time_sampling: TimeSampling = "logit_normal"
+    """How training times are drawn: "logit_normal", "uniform" or "steps" (of a sampler)."""
 
     @property
     @abstractmethod

@@ -39,17 +39,15 @@ def dpo_loss(
 
 
 class DPO(Objective):
-    """Preference pairs under the neutral prompt.
-
-    Attributes:
-        beta: Diffusers' scale; 2000–5000 for epsilon models, about 100 for flows (Flow-GRPO).
-        draws: Noise and time of a pair come from so many fixed draws, and the reference's errors on them are
-            remembered: from the second meeting on, the reference costs nothing. 0 draws afresh each time.
-    """
+    """Preference pairs under the neutral prompt."""
 
     beta: float = Field(default=100.0, gt=0)
+    """Diffusers' scale; 2000–5000 for epsilon models, about 100 for flows (Flow-GRPO)."""
     draws: int = Field(default=0, ge=0)
+    """Noise and time of a pair come from so many fixed draws, and the reference's errors on them are
+    remembered: from the second meeting on, the reference costs nothing. 0 draws afresh each time."""
     hold_fraction: float = Field(default=0.0, ge=0, le=1)
+    """As `Objective.hold_fraction`; 0, since the pair's own reference holds the student already."""
 
     @property
     def required_keys(self) -> frozenset[str]:

@@ -52,21 +52,18 @@ def nft_loss(
 
 
 class NFT(Objective):
-    """Negative-aware fine-tuning on groups of rewarded images.
-
-    Attributes:
-        beta: Mixing strength; 1, or .1 for mixed rewards.
-        advantage_clip: 5 keeps r near 1/2 for most images; 1 to 2 sharpens.
-        kl_weight: λ.
-        decay_rate: The average's decay rises by this each step …
-        decay_max: … up to this.
-    """
+    """Negative-aware fine-tuning on groups of rewarded images."""
 
     beta: float = Field(default=1.0, gt=0)
+    """Mixing strength; 1, or .1 for mixed rewards."""
     advantage_clip: float = Field(default=2.0, gt=0)
+    """5 keeps r near 1/2 for most images; 1 to 2 sharpens."""
     kl_weight: float = Field(default=1e-4, ge=0)
+    """λ."""
     decay_rate: float = Field(default=0.001, ge=0)
+    """The average's decay rises by this each step …"""
     decay_max: float = Field(default=0.5, ge=0, lt=1)
+    """… up to this."""
 
     @property
     def required_keys(self) -> frozenset[str]:

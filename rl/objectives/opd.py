@@ -41,34 +41,32 @@ def opd_loss(
 
 
 class OPD(Objective):
-    """Loop distillation on the student's own states.
-
-    Attributes:
-        a_max: Gains above this count as this, so that a few lucky runs don't rule.
-        states: States used from each rollout.
-        rollout_steps: Sampler steps of a rollout; None takes the model's default.
-        guidance: Guidance of a rollout; None takes the model's default.
-        on_policy: Share of batches that use the student's own states; the rest use noised images of the
-            winning round, which cost no rollout and lie where the teacher's own images lie.
-        early: Share of a rollout's steps, from the noisy end, whose states are used. One neutral prompt and target
-            stand for many refined prompts, and on a state that shows what kind of image it is becoming only those
-            are right that would make it so: the others pull it towards an average. Early states show nothing
-            yet; later ones are better taken from logged images of the very prompt (`on_policy` below 1).
-        space: "velocity" weighs all times alike; "clean" compares the implied clean images (w = t²).
-        teacher: "reference" is what made the traces; "slow" is the student's own moving average, which hears
-            the refined prompt beside the target and so may pass the reference.
-        teacher_decay: Decay of that average.
-    """
+    """Loop distillation on the student's own states."""
 
     a_max: float = Field(default=1.0, gt=0)
+    """Gains above this count as this, so that a few lucky runs don't rule."""
     states: int = Field(default=3, ge=1)
+    """States used from each rollout."""
     rollout_steps: int | None = Field(default=None, ge=1)
+    """Sampler steps of a rollout; None takes the model's default."""
     guidance: float | None = Field(default=None, ge=0)
+    """Guidance of a rollout; None takes the model's default."""
     on_policy: float = Field(default=1.0, ge=0, le=1)
+    """Share of batches that use the student's own states; the rest use noised images of the winning
+    round, which cost no rollout and lie where the teacher's own images lie."""
     early: float = Field(default=1.0, gt=0, le=1)
+    """Share of a rollout's steps, from the noisy end, whose states are used. One neutral prompt and
+    target stand for many refined prompts, and on a state that shows what kind of image it is becoming
+    only those are right that would make it so: the others pull it towards an average. Early states show
+    nothing yet; later ones are better taken from logged images of the very prompt (`on_policy` below
+    1)."""
     space: Literal["velocity", "clean"] = "velocity"
+    """"velocity" weighs all times alike; "clean" compares the implied clean images (w = t²)."""
     teacher: Literal["reference", "slow"] = "reference"
+    """"reference" is what made the traces; "slow" is the student's own moving average, which hears the
+    refined prompt beside the target and so may pass the reference."""
     teacher_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of that average."""
 
     @property
     def required_keys(self) -> frozenset[str]:

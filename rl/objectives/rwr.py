@@ -26,13 +26,10 @@ def reward_weights(reward: Tensor, rewards: Tensor, temperature: float) -> Tenso
 
 
 class RWR(Objective):
-    """Regression on all images of a run, better ones weighing more.
-
-    Attributes:
-        temperature: T, in units of reward.
-    """
+    """Regression on all images of a run, better ones weighing more."""
 
     temperature: float = Field(default=0.1, gt=0)
+    """T, in units of reward."""
 
     @property
     def required_keys(self) -> frozenset[str]:

@@ -13,7 +13,9 @@ import pytest
 from emoloop.cli import app
 from emoloop.domain import Critique, EmotionTarget, UserError
 from emoloop.events import Critiqued
-from emoloop.rl.data.dataset import DataConfig, Dataset
+from emoloop.rl.config import DataConfig
+from emoloop.rl.data.dataset import Dataset
+from emoloop.rl.rollouts import LogRollouts
 from emoloop.traces.exchange.export import export_pickapic
 from emoloop.traces.exchange.intake import import_pickapic
 from emoloop.traces.exchange.reflection import export_reflection
@@ -31,13 +33,15 @@ def png(seed: int) -> bytes:
 def test_exported_pairs_come_back_as_preferences(tmp_path: Path) -> None:
     with open_store(write_log(tmp_path / "one", 4)) as store:
         assert export_pickapic(store, None, tmp_path / "pairs") == 4
-        before = Dataset(store, DataConfig(held_out=0, kinds=("rounds",))).examples("preferences")
+        before = Dataset(LogRollouts(store), DataConfig(held_out=0, kinds=("rounds",))).examples(
+            "preferences"
+        )
         expected = {(e.prompt, e.target.point, e.winner, e.loser) for e in before.fetch(range(len(before)))}
     with open_store(settings_for(tmp_path / "two")) as store:
         assert import_pickapic(store, tmp_path / "pairs") == 4
         assert import_pickapic(store, tmp_path / "pairs") == 4
         assert len(store.runs()) == 4
-        dataset = Dataset(store, DataConfig(held_out=0, kinds=("rounds", "within")))
+        dataset = Dataset(LogRollouts(store), DataConfig(held_out=0, kinds=("rounds", "within")))
         after = dataset.examples("preferences")
         assert {
             (e.prompt, e.target.point, e.winner, e.loser) for e in after.fetch(range(len(after)))
@@ -60,7 +64,7 @@ def test_foreign_pairs_need_a_target_and_may_name_a_model(tmp_path: Path) -> Non
     taken = runner.invoke(app, ["traces", "import", str(file), "--emotion", "awe", "--model", "mine", *home])
     assert taken.exit_code == 0 and "2 pairs" in taken.output
     with open_store(settings_for(tmp_path / "home")) as store:
-        dataset = Dataset(store, DataConfig(held_out=0))
+        dataset = Dataset(LogRollouts(store), DataConfig(held_out=0))
         pairs = dataset.examples("preferences").fetch(range(2))
         by_prompt = {pair.prompt: pair for pair in pairs}
         assert by_prompt["a dog"].winner == store.blobs.put_image(noise_image(1))

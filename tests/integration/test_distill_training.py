@@ -23,8 +23,9 @@ from emoloop.domain import EmotionTarget, UserError
 from emoloop.rl import checkpoint, trainer
 from emoloop.rl.config import load_config
 from emoloop.rl.data.dataset import Examples
+from emoloop.rl.data.loader import Order
 from emoloop.rl.distill import Distilled, distill
-from emoloop.rl.trainer import DistillError, Order
+from emoloop.rl.trainer import DistillError
 from emoloop.rl.warm_start import BATCH
 from emoloop.settings import Settings
 from emoloop.tools.diffusion.adapter import load_artifact
@@ -108,6 +109,7 @@ def test_each_objective_leaves_an_artifact_that_works(
     )
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(
     ("objective", "own", "kills"),
     [
@@ -124,10 +126,12 @@ def test_killed_and_resumed_equals_undisturbed_to_the_bit(
     more += own
     run(world, tmp_path / "undisturbed", objective, *more)
     out = tmp_path / "killed"
-    # Not forked: a fork inherits locks of torch's threads, which the parent has long used.
-    spawn = multiprocessing.get_context("spawn")
+    # Forked from a server that has the imports and nothing else: a fork of this process would inherit locks of
+    # torch's threads, and each fresh one would import for seconds.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["emoloop.rl.distill"])
     for at in kills:
-        child = spawn.Process(
+        child = server.Process(
             target=distill_helpers.distil_until_killed,
             args=(world[0], objective, [*QUICK, *more], out, at),
         )
@@ -314,8 +318,65 @@ def test_round_two_starts_from_round_one(world: tuple[Settings, Path], tmp_path:
     result = run(second, tmp_path / "two", "opd", *more, resume=True)
     assert result.outcome.steps == 6
     assert weights(tmp_path / "two") != weights(tmp_path / "one")
+    record = json.loads((tmp_path / "two/training.json").read_text())
+    assert record["base"]["adapter"] == adapter.id and record["base"]["model"] == str(world[1])
     with pytest.raises(UserError, match="made without an adapter"):
         run(world, tmp_path / "three", "opd", f"policy.previous={tmp_path / 'one'}")
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "meta", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(
+    device: str, world: tuple[Settings, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"train\.device {device}"):
+        run(world, tmp_path / "out", "sft", f"train.device={device}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_refused_takes_no_folder(world: tuple[Settings, Path], tmp_path: Path) -> None:
+    for knob in ("train.seed=-1", "train.betas=[0.9,1.5]", "train.lr=.inf", "train.text_steps=2"):
+        with pytest.raises(UserError):
+            run(world, tmp_path / "out", "sft", knob)
+    assert run(world, tmp_path / "out", "sft", "train.steps=1").outcome.reason == "finished"
+
+
+def test_a_split_that_holds_nothing_out_is_told(world: tuple[Settings, Path], tmp_path: Path) -> None:
+    told: list[str] = []
+    more = ["data.held_out=0.01", "guard.every=1", "train.steps=1"]
+    found = run(world, tmp_path / "out", "sft", *more, warn=told.append)
+    (note,) = told
+    assert re.match(r"none of the \d+ neutral prompts is held out \(data\.held_out=0\.01\)", note)
+    assert found.notes == json.loads((tmp_path / "out/training.json").read_text())["notes"] == told
+    run(world, tmp_path / "held", "sft", "guard.every=1", "guard.prompts=1", "guard.seeds=2", "train.steps=1",
+        warn=told.append)  # fmt: skip
+    assert len(told) == 1
+
+
+def test_the_held_out_loss_has_no_dropout(
+    world: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, set[float]]] = []
+    loss = distill_helpers.SFT.loss
+
+    def watched(self: Any, batch: Any, policy: Any, generator: Any) -> Any:
+        rates = {it.p for it in policy.trained.modules() if isinstance(it, torch.nn.Dropout)}
+        seen.append((torch.is_grad_enabled(), rates & {0.5}))
+        return loss(self, batch, policy, generator)
+
+    monkeypatch.setattr(distill_helpers.SFT, "loss", watched)
+    run(world, tmp_path / "out", "sft", "policy.dropout=0.5", "guard.every=1", "guard.prompts=1", "guard.seeds=2",
+        "train.steps=1")  # fmt: skip
+    assert seen == [(False, set()), (True, {0.5}), (False, set())]
+
+
+def test_after_a_start_on_text_the_slow_teacher_is_the_student(
+    world: tuple[Settings, Path], tmp_path: Path
+) -> None:
+    def same(step: int, steps: int, figures: dict[str, float]) -> None:
+        assert figures["drift"] == 0
+
+    more = ["data.phrases=2", "train.text_steps=3", "train.steps=1", "train.ema=0.5"]
+    run(world, tmp_path / "out", "distill_helpers:WatchesSlow", *more, watch=same)
 
 
 def test_wrong_input_is_one_clear_line(world: tuple[Settings, Path], tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from emoloop.domain import Critique, EmotionTarget, UserError
-from emoloop.rl.config import load_config
-from emoloop.rl.data.dataset import DataConfig, Dataset, source_for
+from emoloop.rl.config import DataConfig, load_config
+from emoloop.rl.data.dataset import Dataset
+from emoloop.rl.data.examples import source_for
 from emoloop.rl.data.phrasebook import PromptReader, Tried, addition, build
 from emoloop.rl.distill import objective_of
+from emoloop.rl.rollouts import LogRollouts
 from emoloop.tools.reward import load_reward
 from emoloop.traces.store import open_store
 from rl_log import run_events, settings_for
@@ -109,8 +111,10 @@ def test_each_prompt_is_told_what_was_added_to_others(tmp_path: Path) -> None:
 
             target = EmotionTarget(valence=1.5, arousal=round(-1 + 0.05 * run, 2))
             store.append(*run_events(store, run, prompt=neutral, target=target, reading=reading))
-        plain = Dataset(store, DataConfig(held_out=0.2))
-        dataset = Dataset(store, DataConfig(held_out=0.2, phrases=3, phrase_targets=5, min_gain=0.05))
+        plain = Dataset(LogRollouts(store), DataConfig(held_out=0.2))
+        dataset = Dataset(
+            LogRollouts(store), DataConfig(held_out=0.2, phrases=3, phrase_targets=5, min_gain=0.05)
+        )
     assert plain.statistics.phrasebook == {} and not len(plain.examples("phrases", "held_out"))
     assert dataset.statistics.data_hash == plain.statistics.data_hash
     assert dataset.statistics.sources | {"phrases": {}} == plain.statistics.sources | {"phrases": {}}
@@ -137,8 +141,8 @@ def test_each_prompt_is_told_what_was_added_to_others(tmp_path: Path) -> None:
 
 
 def test_of_a_large_log_a_part_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emoloop.rl.data.dataset._PHRASED", 30)
-    monkeypatch.setattr("emoloop.rl.data.dataset._PHRASE_TARGETS", 40)
+    monkeypatch.setattr("emoloop.rl.data.phrasebook._RUNS", 30)
+    monkeypatch.setattr("emoloop.rl.data.phrasebook._TOLD", 40)
     settings = settings_for(tmp_path)
     with open_store(settings) as store:
         for run, neutral in enumerate(NEUTRAL):
@@ -148,7 +152,7 @@ def test_of_a_large_log_a_part_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 
             target = EmotionTarget(valence=1.5, arousal=0.5)
             store.append(*run_events(store, run, prompt=neutral, target=target, reading=reading))
-        dataset = Dataset(store, DataConfig(held_out=0, phrases=3))
+        dataset = Dataset(LogRollouts(store), DataConfig(held_out=0, phrases=3))
         shown = dataset.examples("phrases").fetch(range(len(dataset.examples("phrases"))))
     assert len(shown) == 40 and len({it.run_id for it in shown}) == 30
 
@@ -158,11 +162,11 @@ def test_a_log_without_what_a_phrasebook_reads_says_what_it_lacks(tmp_path: Path
         for run in range(6):
             store.append(*run_events(store, run, reward=lambda run, round_, index: 0.2 if round_ else None))
         with pytest.raises(UserError, match="no run's round 0 has readings"):
-            Dataset(store, DataConfig(held_out=0, phrases=3))
+            Dataset(LogRollouts(store), DataConfig(held_out=0, phrases=3))
     with open_store(settings_for(tmp_path / "other")) as store:
         store.append(*run_events(store, 0))
         with pytest.raises(UserError, match="no run outside the held-out prompts has readings"):
-            Dataset(store, DataConfig(held_out=0.999, phrases=3))
+            Dataset(LogRollouts(store), DataConfig(held_out=0.999, phrases=3))
 
 
 def test_phrases_have_no_images_to_learn_from() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from emoloop.cli import app
 from emoloop.cli.distill import parse_filter
 from emoloop.domain import UserError
-from emoloop.rl.config import PRESETS, commented, flat, load_config
-from emoloop.rl.objectives import OBJECTIVES
+from emoloop.rl.config import PRESETS, DistillConfig, commented, flat, load_config
+from emoloop.rl.objectives import OBJECTIVES, load_objective
+from pydantic import BaseModel, ValidationError
 from rl_log import write_log
 from typer.testing import CliRunner
 
@@ -99,3 +102,36 @@ def test_filters_of_runs() -> None:
     for words in ("gain", "color=red", "since=soon", "limit=many"):
         with pytest.raises(UserError, match="--from"):
             parse_filter([words])
+
+
+def test_every_number_has_a_range_and_none_may_be_infinite() -> None:
+    models: list[BaseModel] = [it for it in DistillConfig().__dict__.values() if isinstance(it, BaseModel)]
+    models += [load_objective(name) for name in OBJECTIVES]
+    checked = 0
+    for model in models:
+        for name, field in type(model).model_fields.items():
+            if not {int, float} & {field.annotation, *get_args(field.annotation)}:
+                continue
+            checked += 1
+            bounded = any(hasattr(it, "ge") or hasattr(it, "gt") for it in field.metadata)
+            # Only a gain may be of either sign.
+            assert bounded or name == "min_gain", name
+            for value in (math.nan, math.inf, -math.inf):
+                with pytest.raises(ValidationError):
+                    type(model).model_validate({name: value})
+    assert checked > 50
+
+
+@pytest.mark.parametrize(
+    "knob", ["train.seed=-1", "train.betas=[0.9,1.5]", "train.lr=.nan", "data.min_gain=.inf"]
+)
+def test_knobs_out_of_range_are_named(knob: str) -> None:
+    with pytest.raises(UserError, match=knob.split("=")[0].replace(".", r"\.")):
+        load_config("sft", sets=[knob])
+
+
+def test_a_file_in_another_encoding_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes("# caf\u00e9\ntrain: {steps: 1}\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"mine\.yaml is not UTF-8 \(byte 5\)"):
+        load_config("sft", file=file)

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from emoloop.domain import Critique, Emotion, EmotionTarget, UserError
 from emoloop.events import Critiqued, HumanFeedback
-from emoloop.rl.data.dataset import DataConfig, Dataset, held_out, source_for
+from emoloop.rl.config import DataConfig
+from emoloop.rl.data.dataset import Dataset
+from emoloop.rl.data.examples import source_for
+from emoloop.rl.data.split import held_out
+from emoloop.rl.rollouts import LogRollouts
 from emoloop.tools.reward import load_reward
 from emoloop.traces.rows import RunFilter
 from emoloop.traces.store import open_store
@@ -21,9 +25,11 @@ def test_the_gain_leaves_out_the_image_that_won(tmp_path: Path) -> None:
     rewards = {(0, 0): 0.0, (0, 1): 0.2, (0, 2): 0.1, (1, 0): 0.4, (1, 1): 1.0, (1, 2): 0.6}
     settings = write_log(tmp_path, 1, reward=lambda run, round_, index: rewards[round_, index])
     with open_store(settings) as store:
-        (pair,) = Dataset(store, ALL).examples("pairs").fetch([0])
+        (pair,) = Dataset(LogRollouts(store), ALL).examples("pairs").fetch([0])
         assert pair.advantage == pytest.approx(0.5 - 0.1)
-        (biased,) = Dataset(store, DataConfig(held_out=0, gate="all")).examples("pairs").fetch([0])
+        (biased,) = (
+            Dataset(LogRollouts(store), DataConfig(held_out=0, gate="all")).examples("pairs").fetch([0])
+        )
         assert biased.advantage == pytest.approx(2.0 / 3 - 0.1)
     assert pair.prompt == "a dog" and pair.refined == "a dog bright 1"
 
@@ -36,7 +42,7 @@ def test_which_rewritten_prompts_teach(tmp_path: Path) -> None:
     with open_store(write_log(tmp_path, 1, rounds=3, reward=reward)) as store:
 
         def gains(**how: object) -> list[float]:
-            examples = Dataset(store, DataConfig(held_out=0, **how)).examples("pairs")  # type: ignore[arg-type]
+            examples = Dataset(LogRollouts(store), DataConfig(held_out=0, **how)).examples("pairs")  # type: ignore[arg-type]
             return [pair.advantage or 0 for pair in examples.fetch(range(len(examples)))]
 
         assert gains() == pytest.approx([0.8, 0.2])
@@ -53,7 +59,7 @@ def test_in_hindsight_a_prompt_teaches_what_it_hit(tmp_path: Path) -> None:
     asked = EmotionTarget(valence=-2.0, arousal=2.0)
     with open_store(write_log(tmp_path, 1, reading=reading, target=asked)) as store:
         every = DataConfig(held_out=0, told="read", gate="all")
-        (pair,) = Dataset(store, every).examples("pairs").fetch([0])
+        (pair,) = Dataset(LogRollouts(store), every).examples("pairs").fetch([0])
         assert pair.wanted == asked
         assert pair.target.point == pytest.approx((1.3, -0.6))
         reward = load_reward("emotion")
@@ -69,13 +75,13 @@ def test_in_hindsight_a_prompt_teaches_what_it_hit(tmp_path: Path) -> None:
     with open_store(
         write_log(tmp_path / "one", 1, reading=reading, target=EmotionTarget(valence=-2.0))
     ) as store:
-        (pair,) = Dataset(store, every).examples("pairs").fetch([0])
+        (pair,) = Dataset(LogRollouts(store), every).examples("pairs").fetch([0])
         assert pair.target.point == pytest.approx((1.3, None))
 
 
 def test_each_source_holds_what_it_says(tmp_path: Path) -> None:
     with open_store(write_log(tmp_path, 6)) as store:
-        dataset = Dataset(store, ALL)
+        dataset = Dataset(LogRollouts(store), ALL)
         row = {(r.run_id, r.round, r.index): r for r in store.candidates()}
         by_sha = {r.sha256: r for r in row.values()}
         (best,) = dataset.examples("bests").fetch([2])
@@ -92,7 +98,9 @@ def test_each_source_holds_what_it_says(tmp_path: Path) -> None:
         for group in dataset.examples("groups").fetch(range(6)):
             assert len(group.rewards) == 3 and group.reward in group.rewards
             assert by_sha[group.image].round == 0
-        (whole,) = Dataset(store, DataConfig(held_out=0, group="all")).examples("groups").fetch([0])
+        (whole,) = (
+            Dataset(LogRollouts(store), DataConfig(held_out=0, group="all")).examples("groups").fetch([0])
+        )
         assert len(whole.rewards) == 6
 
 
@@ -102,7 +110,7 @@ def test_runs_of_one_prompt_with_other_targets_are_compared(tmp_path: Path) -> N
         for run, valence in enumerate((2.0, -2.0, 1.8)):
             target = EmotionTarget(valence=valence)
             store.append(*run_events(store, run, prompt="a dog", target=target))
-        dataset = Dataset(store, DataConfig(held_out=0, kinds=("across",)))
+        dataset = Dataset(LogRollouts(store), DataConfig(held_out=0, kinds=("across",)))
         pairs = dataset.examples("preferences").fetch(range(2))
         assert {(p.target.valence, p.kind) for p in pairs} == {(2.0, "across"), (-2.0, "across")}
         assert dataset.statistics.kinds == {"rounds": 0, "within": 0, "across": 2, "human": 0}
@@ -113,7 +121,7 @@ def test_missing_rewards_are_left_out_not_counted_as_zero(tmp_path: Path) -> Non
         return None if index == 1 else 1.0 + round_ + index / 10
 
     with open_store(write_log(tmp_path, 1, reward=reward)) as store:
-        dataset = Dataset(store, ALL)
+        dataset = Dataset(LogRollouts(store), ALL)
         (pair,) = dataset.examples("pairs").fetch([0])
         assert pair.advantage == pytest.approx(2.0 - 1.1)
         assert dataset.statistics.missing == 2 and dataset.statistics.rewarded == 4
@@ -127,21 +135,21 @@ def test_why_runs_give_no_pair(tmp_path: Path) -> None:
         store.append(*run_events(store, 2, reward=lambda run, round_, index: 0.5 + (round_ and index) * 0.01))
         store.append(*run_events(store, 3))
         store.append(*run_events(store, 4, rounds=1))
-        dataset = Dataset(store, DataConfig(held_out=0, min_gain=0.05, refined="winner"))
+        dataset = Dataset(LogRollouts(store), DataConfig(held_out=0, min_gain=0.05, refined="winner"))
         assert dataset.statistics.dropped == {
             "gain too small": 1,
             "one image a round: none is left to measure the gain with": 1,
             "round 0 won": 2,
         }
         assert len(dataset.examples("pairs")) == 1
-        dataset = Dataset(store, DataConfig(held_out=0, min_gain=0.05))
+        dataset = Dataset(LogRollouts(store), DataConfig(held_out=0, min_gain=0.05))
         assert dataset.statistics.dropped == {
             "gain too small": 2,
             "no rewrite": 1,
             "one image a round: none is left to measure the gain with": 1,
         }
         with pytest.raises(UserError, match=r"5 runs give no pairs to train on .*too small.*loosen"):
-            Dataset(store, DataConfig(held_out=0, min_gain=5)).examples("pairs")
+            Dataset(LogRollouts(store), DataConfig(held_out=0, min_gain=5)).examples("pairs")
 
 
 def test_candidates_on_which_critics_differ_are_left_out(tmp_path: Path) -> None:
@@ -151,9 +159,9 @@ def test_candidates_on_which_critics_differ_are_left_out(tmp_path: Path) -> None
         sha = next(r.sha256 for r in store.candidates("run-0000"))
         second = Critique(valence=2.0, arousal=0.0, alignment=1.0)
         store.append(Critiqued(**place, sha256=sha, critique=second, model="other", prompt_version="1"))
-        assert Dataset(store, DataConfig(held_out=0, max_spread=0.5)).statistics.rewarded == 11
+        assert Dataset(LogRollouts(store), DataConfig(held_out=0, max_spread=0.5)).statistics.rewarded == 11
         with pytest.raises(UserError, match="no pairs"):
-            Dataset(store, DataConfig(held_out=0, max_spread=0.05)).examples("pairs")
+            Dataset(LogRollouts(store), DataConfig(held_out=0, max_spread=0.05)).examples("pairs")
 
 
 def test_a_person_stands_above_the_model(tmp_path: Path) -> None:
@@ -163,7 +171,7 @@ def test_a_person_stands_above_the_model(tmp_path: Path) -> None:
         low, high = rows[0], rows[4]
         for place, (row, rating) in enumerate(((low, 5.0), (high, 1.0))):
             store.append(HumanFeedback(run_id="run-0000", index=place, sha256=row.sha256, rating=rating))
-        (pair,) = Dataset(store, ALL).examples("preferences").fetch([0])
+        (pair,) = Dataset(LogRollouts(store), ALL).examples("preferences").fetch([0])
         assert (pair.kind, pair.winner, pair.loser) == ("human", low.sha256, high.sha256)
         # A person who reads the wanted emotion from an image of round 0 makes it the best one.
         target = store.runs()[0].target
@@ -172,7 +180,7 @@ def test_a_person_stands_above_the_model(tmp_path: Path) -> None:
                 run_id="run-0000", index=7, sha256=low.sha256, valence=target.valence, arousal=target.arousal
             )
         )
-        (best,) = Dataset(store, ALL).examples("bests").fetch([0])
+        (best,) = Dataset(LogRollouts(store), ALL).examples("bests").fetch([0])
         assert best.winner == low.sha256
 
 
@@ -186,7 +194,7 @@ def test_a_later_word_leaves_what_was_said_of_other_axes(tmp_path: Path) -> None
             (rows[4], {"valence": -3.0}),
         )):  # fmt: skip
             store.append(HumanFeedback(run_id="run-0000", index=number, sha256=row.sha256, **said))  # type: ignore[arg-type]
-        (pair,) = Dataset(store, ALL).examples("preferences").fetch([0])
+        (pair,) = Dataset(LogRollouts(store), ALL).examples("preferences").fetch([0])
         assert (pair.kind, pair.winner, pair.loser) == ("human", rows[0].sha256, rows[4].sha256)
 
 
@@ -200,7 +208,7 @@ def test_a_persons_reading_is_rewarded_by_the_runs_own_reward(tmp_path: Path) ->
     ) as store:  # fmt: skip
         sha = next(store.candidates("run-0000")).sha256
         store.append(HumanFeedback(run_id="run-0000", sha256=sha, valence=2.5, arousal=0.0))
-        groups = Dataset(store, ALL).examples("groups").fetch(range(2))
+        groups = Dataset(LogRollouts(store), ALL).examples("groups").fetch(range(2))
         assert [max(it.rewards) for it in groups] == [3.5, pytest.approx(0.1, abs=0.2)]
 
 
@@ -208,16 +216,16 @@ def test_a_reward_is_looked_for_only_where_a_person_read_a_picked_run(tmp_path: 
     with open_store(write_log(tmp_path, 2, reward_name="myr", reward_path="nowhere:Reward")) as store:
         sha = next(store.candidates("run-0000")).sha256
         store.append(HumanFeedback(run_id="run-0000", sha256=sha, comment="nice", rating=4.0))
-        assert Dataset(store, ALL).statistics.runs == 2
+        assert Dataset(LogRollouts(store), ALL).statistics.runs == 2
         store.append(HumanFeedback(run_id="run-0000", index=1, sha256=sha, valence=1.0))
-        assert Dataset(store, ALL, RunFilter(run_ids=("run-0001",))).statistics.runs == 1
+        assert Dataset(LogRollouts(store, RunFilter(run_ids=("run-0001",))), ALL).statistics.runs == 1
         with pytest.raises(UserError, match=r"reward myr v1 is not found .*\(nowhere:Reward\): make it"):
-            Dataset(store, ALL)
+            Dataset(LogRollouts(store), ALL)
 
 
 def test_the_split_goes_by_neutral_prompt_and_stays(tmp_path: Path) -> None:
     with open_store(write_log(tmp_path, 40)) as store:
-        dataset = Dataset(store, DataConfig(held_out=0.4))
+        dataset = Dataset(LogRollouts(store), DataConfig(held_out=0.4))
         sides = {
             split: {
                 e.prompt
@@ -236,7 +244,7 @@ def test_the_split_goes_by_neutral_prompt_and_stays(tmp_path: Path) -> None:
 def test_the_data_hash_follows_the_data(tmp_path: Path) -> None:
     def hash_of(home: Path, **how: object) -> str:
         with open_store(write_log(home, 3, **how)) as store:
-            return Dataset(store, ALL).statistics.data_hash
+            return Dataset(LogRollouts(store), ALL).statistics.data_hash
 
     same = hash_of(tmp_path / "a")
     assert same == hash_of(tmp_path / "b")
@@ -245,49 +253,49 @@ def test_the_data_hash_follows_the_data(tmp_path: Path) -> None:
         seen = [same]
         for number, said in enumerate(({"rating": 1.0}, {"rating": 2.0}, {"valence": 1.0})):
             store.append(HumanFeedback(run_id="run-0000", index=number, sha256=sha, **said))  # type: ignore[arg-type]
-            seen.append(Dataset(store, ALL).statistics.data_hash)
+            seen.append(Dataset(LogRollouts(store), ALL).statistics.data_hash)
         assert len(set(seen)) == 4
     assert same != hash_of(tmp_path / "c", reward=lambda *place: default_reward(*place) + 0.001)  # type: ignore[operator]
 
 
 def test_the_filter_picks_runs(tmp_path: Path) -> None:
     with open_store(write_log(tmp_path, 8)) as store:
-        assert Dataset(store, ALL, RunFilter(prompt="boat")).statistics.runs == 1
-        assert Dataset(store, ALL, RunFilter(limit=3)).statistics.runs == 3
+        assert Dataset(LogRollouts(store, RunFilter(prompt="boat")), ALL).statistics.runs == 1
+        assert Dataset(LogRollouts(store, RunFilter(limit=3)), ALL).statistics.runs == 3
         with pytest.raises(UserError, match="answers to --from"):
-            Dataset(store, ALL, RunFilter(prompt="zebra"))
+            Dataset(LogRollouts(store, RunFilter(prompt="zebra")), ALL)
 
 
 def test_a_run_that_still_runs_is_left_out(tmp_path: Path) -> None:
     with open_store(write_log(tmp_path, 2)) as store:
         store.append(*run_events(store, 2)[:-1])
         assert len(store.runs()) == 3
-        assert Dataset(store, ALL).statistics.runs == 2
+        assert Dataset(LogRollouts(store), ALL).statistics.runs == 2
 
 
 def test_wrong_logs_are_refused_in_one_line(tmp_path: Path) -> None:
     with open_store(settings_for(tmp_path / "empty")) as store, pytest.raises(UserError, match="is empty"):
-        Dataset(store)
+        Dataset(LogRollouts(store))
     with (
         open_store(write_log(tmp_path / "missing", 2, reward=lambda *place: None)) as store,
         pytest.raises(UserError, match=r"all critiques are missing .the critic timed out"),
     ):
-        Dataset(store)
+        Dataset(LogRollouts(store))
     with open_store(settings_for(tmp_path / "mixed")) as store:
         store.append(*run_events(store, 0), *run_events(store, 1, model="other"))
         with pytest.raises(UserError, match=r"2 base models \(other@r1; tiny@r1\)"):
-            Dataset(store)
-        assert Dataset(store, where=RunFilter(model="tiny")).base.model == "tiny"
+            Dataset(LogRollouts(store))
+        assert Dataset(LogRollouts(store, RunFilter(model="tiny"))).base.model == "tiny"
     with open_store(settings_for(tmp_path / "adapters")) as store:
         store.append(*run_events(store, 0), *run_events(store, 1, adapter="abcdef0123"))
         with pytest.raises(UserError, match="adapter abcdef01"):
-            Dataset(store)
-        assert Dataset(store, where=RunFilter(adapter="none")).base.adapter is None
-        assert Dataset(store, where=RunFilter(adapter="abcd")).base.adapter == "abcdef0123"
+            Dataset(LogRollouts(store))
+        assert Dataset(LogRollouts(store, RunFilter(adapter="none"))).base.adapter is None
+        assert Dataset(LogRollouts(store, RunFilter(adapter="abcd"))).base.adapter == "abcdef0123"
     with open_store(settings_for(tmp_path / "rewards")) as store:
         store.append(*run_events(store, 0), *run_events(store, 1, reward_name="other"))
         with pytest.raises(UserError, match="different rewards"):
-            Dataset(store)
+            Dataset(LogRollouts(store))
 
 
 def test_sources_by_keys() -> None:

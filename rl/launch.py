@@ -1,0 +1,80 @@
+"""The processes that train: their device and precision, and the signals that ask them to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..domain import UserError
+from .config import DistillConfig
+
+
+def make_accelerator(config: DistillConfig, folder: Path) -> Any:
+    """One process, or all that `accelerate launch` started.
+
+    Raises:
+        UserError: The wanted device is not there, or precision does not go with it.
+    """
+    from accelerate import Accelerator
+
+    knobs = config.train
+    precision = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}[knobs.precision]
+    wanted = None if knobs.device == "auto" else _device(knobs.device)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            cpu=knobs.device == "cpu",
+            log_with="tensorboard" if knobs.tensorboard else None,
+            project_dir=folder,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"train.precision {knobs.precision} on this device: {reason}") from error
+    if wanted is not None and accelerator.device.type != wanted.type:
+        raise UserError(
+            f"train.device {knobs.device}: accelerate takes {accelerator.device} here; set train.device=auto, "
+            "or say otherwise by `accelerate config`"
+        )
+    return accelerator
+
+
+def _device(name: str) -> torch.device:
+    """A device that answers; an index becomes the current one, which accelerate takes."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+        if device.index is not None and device.type != "cpu":
+            torch.accelerator.set_device_index(device.index)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"train.device {name} is not on this machine ({reason}): set train.device to auto, cpu, cuda or cuda:N"
+        ) from error
+    return device
+
+
+@contextmanager
+def listening() -> Iterator[list[int]]:
+    """Gather the first Ctrl-C or SIGTERM instead of dying of it: half an optimizer step cannot be resumed."""
+    heard: list[int] = []
+
+    def hear(number: int, frame: Any) -> None:
+        heard.append(number)
+        if len(heard) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
