@@ -33,6 +33,8 @@ class GeneratorSettings(_Section):
     model: str = "miniature"
     #: An OpenAI-images endpoint (vLLM-Omni, SGLang) instead of a pipeline in this process.
     base_url: str | None = None
+    #: That endpoint's bearer token; never logged.
+    api_key: str = Field(default="none", repr=False)
     #: LoRA folder or file, or a distilled artifact.
     adapter: str | None = None
     #: How strongly the adapter speaks: 0 is the base model.

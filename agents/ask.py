@@ -20,12 +20,15 @@ from langchain_core.runnables import Runnable
 from pydantic import BaseModel, ValidationError
 
 from ..domain import Missing, UserError
-from .schemas import response_format
+from .schemas import cleaned, response_format
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
-#: How much of an unreadable answer is kept.
-_RAW_LIMIT = 2000
+#: Characters of an answer that are read, and how much of an unreadable one is kept.
+_READ_LIMIT, _RAW_LIMIT = 65_536, 2000
+
+#: Braces that begin no object before the search ends: it must not become quadratic.
+_FALSE_STARTS = 200
 
 #: Chat model classes that take OpenAI's `response_format`, with all that derive from them; by name, because
 #: importing them to ask would load what the user may not have.
@@ -66,7 +69,7 @@ def takes_schema(model: Any) -> bool:
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An exception as one line: its type and what it says."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")[:limit]
+    return f"{type(error).__name__}: {' '.join(cleaned(str(error)).split())}".rstrip(": ")[:limit]
 
 
 class Asker:
@@ -136,9 +139,10 @@ class Asker:
             for key, value in (message.usage_metadata or {}).items():
                 if isinstance(value, int):
                     usage[key] = usage.get(key, 0) + value
-            raw = str(message.text)
+            text = str(message.text)
+            raw = cleaned(text[:_RAW_LIMIT])
             try:
-                return Reply(read(raw, kind), usage, time.perf_counter() - started)
+                return Reply(read(text, kind), usage, time.perf_counter() - started)
             except ValueError as error:
                 problem = str(error)
             if message.response_metadata.get("finish_reason") == "length":
@@ -148,9 +152,7 @@ class Asker:
                 AIMessage(raw or "(nothing)"),
                 HumanMessage(f"That cannot be used: {problem}. Answer again with the JSON object only."),
             ]
-        missing = Missing(
-            reason=f"no usable answer after a second try: {problem}", raw=raw[:_RAW_LIMIT] if raw else raw
-        )
+        missing = Missing(reason=f"no usable answer after a second try: {problem}", raw=raw)
         return Reply(missing, usage, time.perf_counter() - started)
 
     async def _call(self, model: Any, messages: list[BaseMessage]) -> AIMessage:
@@ -171,13 +173,17 @@ def read(text: str, kind: type[Answer]) -> Answer:
     Raises:
         ValueError: There is none, in words that help the model to do better.
     """
+    if len(text) > _READ_LIMIT:
+        raise ValueError(f"it is {len(text)} characters long, at most {_READ_LIMIT} are read")
     decoder = json.JSONDecoder(strict=False)
+    false_starts = 0
     found: list[dict[str, Any]] = []
     start = text.find("{")
-    while start >= 0:
+    while start >= 0 and false_starts < _FALSE_STARTS:
         try:
             value, end = decoder.raw_decode(text, start)
-        except ValueError:
+        except (ValueError, RecursionError):
+            false_starts += 1
             start = text.find("{", start + 1)
             continue
         found.append(value)
@@ -187,7 +193,7 @@ def read(text: str, kind: type[Answer]) -> Answer:
         try:
             return kind.model_validate(value)
         except ValidationError as error:
-            problem = "; ".join(_complaint(detail) for detail in error.errors()[:3])
+            problem = cleaned("; ".join(_complaint(detail) for detail in error.errors()[:3]))[:500]
     raise ValueError(problem)
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, StringConstraints, field_validator
 
 from ..domain import HIGH, LOW, Critique, Emotion, EmotionTarget
 
@@ -91,8 +91,28 @@ def _clipped(number: float, low: float, high: float) -> float:
     return min(max(number, low), high)
 
 
+#: Terminal sequences; then lone surrogates, controls other than tab and line ends, and marks that reverse text.
+_UNSAFE = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?)"
+    r"|[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
+
+#: Text beside the prompt. The schemas allow 400 characters at most; a model without a grammar may say more.
+_Said = Annotated[str, StringConstraints(max_length=4000)]
+
+
+def cleaned(text: str) -> str:
+    """What a model wrote, without what no prompt, log or terminal may get."""
+    return _UNSAFE.sub("", text)
+
+
 class _Answer(BaseModel):
     model_config = ConfigDict(extra="ignore")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _clean(cls, value: Any) -> Any:
+        return cleaned(value) if isinstance(value, str) else value
 
 
 class CriticAnswer(_Answer):
@@ -107,12 +127,12 @@ class CriticAnswer(_Answer):
         suggestion: What would help.
     """
 
-    analysis: str = Field(default="")
+    analysis: _Said = ""
     valence: float
     arousal: float
     category: Emotion
     alignment: float
-    suggestion: str = Field(default="")
+    suggestion: _Said = ""
 
     @field_validator("valence", "arousal", mode="before")
     @classmethod
@@ -146,14 +166,14 @@ class RewriterAnswer(_Answer):
         prompt: The new prompt, on one line; may be empty or too long, which the rewriter judges.
     """
 
-    why: str = ""
-    changes: str = ""
+    why: _Said = ""
+    changes: _Said = ""
     prompt: str
 
     @field_validator("why", "changes", mode="before")
     @classmethod
     def _join(cls, value: Any) -> Any:
-        return "; ".join(map(str, value)) if isinstance(value, list) else value
+        return cleaned("; ".join(map(str, value))) if isinstance(value, list) else value
 
     @field_validator("prompt")
     @classmethod

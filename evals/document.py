@@ -103,7 +103,9 @@ def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
         "verdict": analysis.verdict(gains),
         "comparisons": table.comparisons(),
         "flags": analysis.flags(table, trained),
-        "settings": ready.settings.model_dump(mode="json", exclude={"lvlm": {"api_key"}}),
+        "settings": ready.settings.model_dump(
+            mode="json", exclude={"lvlm": {"api_key"}, "generator": {"api_key"}}
+        ),
         "versions": {**versions(*_LIBRARIES), "python": platform.python_version()},
         "generators": outcome.generators,
         "identity": outcome.identity,

@@ -87,7 +87,7 @@ class Parts:
     def snapshot(self, options: dict[str, Any]) -> dict[str, Any]:
         """The settings as a run's first event holds them: resolved, without secrets."""
         dumped = self.settings.model_dump(
-            mode="json", exclude={"home": True, "traces": True, "lvlm": {"api_key"}}
+            mode="json", exclude={"home": True, "traces": True, "lvlm": {"api_key"}, "generator": {"api_key"}}
         )
         dumped["loop"].update(options)
         return {**dumped, "objects": list(self.objects)} if self.objects else dumped

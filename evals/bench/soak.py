@@ -121,5 +121,7 @@ def main(
 
     with tempfile.TemporaryDirectory(prefix="emoloop-soak-") as folder:
         figures = asyncio.run(run(Path(folder)))
-    described = settings.model_dump(mode="json", exclude={"lvlm": {"api_key"}, "home": True})
+    described = settings.model_dump(
+        mode="json", exclude={"lvlm": {"api_key"}, "generator": {"api_key"}, "home": True}
+    )
     return {"bench": "soak", "figures": figures, "n": n, "runs": runs, "seed": seed, "settings": described}

@@ -280,6 +280,35 @@ async def test_samples_are_averaged_and_bad_ones_left_out():
     assert (critique.valence, critique.samples, critique.valence_spread) == (1.5, 2, 0.5)
 
 
+@pytest.mark.parametrize("text", ['{"a":' * 10_000, "{" * 60_000, "{" * 200_000, "x" * 70_000])
+async def test_an_answer_of_any_size_and_depth_is_a_missing_critique(text):
+    critique = await Critic(Scripted(fail=lambda *_: text)).critique(PICTURE, "a dog", TARGET)
+    assert isinstance(critique, Missing)
+    assert len(critique.raw or "") <= 2000
+
+
+async def test_a_far_too_long_analysis_is_not_kept():
+    long = critic_answer(analysis="x" * 5000)
+    critique = await Critic(Scripted(fail=lambda *_: long)).critique(PICTURE, "a dog", TARGET)
+    assert isinstance(critique, Missing)
+    assert "4000 characters" in critique.reason
+
+
+async def test_what_a_model_writes_is_cleaned():
+    dirty = "a \x1b[31mred\x1b[0m\x00 dog \ud83d\u202e \N{DOG FACE}"
+    critique = await Critic(Scripted(fail=lambda *_: critic_answer(analysis=dirty))).critique(
+        PICTURE, "a dog", TARGET
+    )
+    assert isinstance(critique, Critique)
+    assert critique.analysis == "a red dog  \N{DOG FACE}"
+    answer = json.dumps({"why": "w", "changes": [dirty], "prompt": dirty})
+    rewrite = await Rewriter(Scripted(fail=lambda *_: answer)).rewrite("a dog", TARGET)
+    assert (rewrite.prompt, rewrite.changes) == ("a red dog \N{DOG FACE}", "a red dog  \N{DOG FACE}")
+    missing = await Critic(Scripted(fail=lambda *_: "no \x1b[31m\ud83d")).critique(PICTURE, "a dog", TARGET)
+    assert isinstance(missing, Missing)
+    assert missing.raw == "no "
+
+
 def test_who_takes_a_schema():
     class BaseChatOpenAI: ...
 

@@ -109,3 +109,33 @@ def test_wrong_settings_are_one_line():
         load_generator(GeneratorSettings(base_url="images.test"))
     with pytest.raises(UserError, match="adapter works in this process only"):
         load_generator(GeneratorSettings(base_url=URL, adapter="x"))
+
+
+async def test_the_key_is_sent_and_no_proxy_is_asked_for_this_machine(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    settings = GeneratorSettings(
+        model="m", base_url="http://127.0.0.1:1/v1", api_key="k-1\n", width=8, height=8
+    )
+    assert "k-1" not in repr(settings)
+    local = images_api.ImagesApiGenerator(settings)
+    assert local._client.headers["authorization"] == "Bearer k-1"
+    assert not local._client._mounts
+    await local.aclose()
+
+
+async def test_an_answer_is_bounded_and_so_is_its_picture(monkeypatch):
+    def handler(request: httpx.Request) -> httpx.Response:
+        if json.loads(request.content)["seed"] == 2:
+            return httpx.Response(200, content=b" " * (2**24 + 4096))
+        stream = io.BytesIO()
+        Image.new("1", (4000, 4000)).save(stream, "PNG")
+        return httpx.Response(
+            200, json={"data": [{"b64_json": base64.b64encode(stream.getvalue()).decode()}]}
+        )
+
+    source = generator(handler)
+    with pytest.raises(GenerationError, match="far larger than was asked for"):
+        await source.generate([ImageRequest("a dog", 1)])
+    with pytest.raises(GenerationError, match="is longer than"):
+        await source.generate([ImageRequest("a dog", 2)])
+    await source.aclose()

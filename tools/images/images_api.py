@@ -10,12 +10,14 @@ import asyncio
 import base64
 import binascii
 import io
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
 from ...domain import UserError
@@ -43,14 +45,12 @@ class ImagesApiGenerator:
         self,
         settings: GeneratorSettings,
         *,
-        api_key: str = "none",
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """Prepare the client; nothing is sent yet.
 
         Args:
             settings: `base_url` ends before `/images/generations`; `model` is the served model's name.
-            api_key: Bearer token.
             transport: Replaces the network, for tests.
 
         Raises:
@@ -72,7 +72,11 @@ class ImagesApiGenerator:
         self._guidance = _GUIDANCE if settings.guidance is None else settings.guidance
         self._slots = asyncio.Semaphore(_CONCURRENCY)
         self._client = httpx.AsyncClient(
-            headers={"authorization": f"Bearer {api_key}"}, timeout=_TIMEOUT, transport=transport
+            headers={"authorization": f"Bearer {settings.api_key.strip()}"},
+            timeout=_TIMEOUT,
+            transport=transport,
+            # No proxy leads to this machine.
+            trust_env=urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"),
         )
 
     async def generate(self, requests: Sequence[ImageRequest]) -> list[GeneratedImage]:
@@ -123,7 +127,7 @@ class ImagesApiGenerator:
         async with self._slots:
             start = time.perf_counter()
             answer = await self._post(body)
-            image = await asyncio.to_thread(_decode, answer)
+            image = await asyncio.to_thread(_decode, answer, 4 * self._width * self._height)
         return GeneratedImage(
             image,
             request,
@@ -150,7 +154,7 @@ class ImagesApiGenerator:
         )
         async for attempt in retrying:
             with attempt:
-                response = await self._client.post(self._url, json=body)
+                response = await self._receive(body)
                 if response.is_error:
                     reason = " ".join(response.text.split())[:200]
                     raise httpx.HTTPStatusError(
@@ -158,7 +162,17 @@ class ImagesApiGenerator:
                         request=response.request,
                         response=response,
                     )
-                return response.json()
+                return json.loads(response.content)
+
+    async def _receive(self, body: dict[str, Any]) -> httpx.Response:
+        """The answer, unpacked; one that no picture of this size needs is not read to its end."""
+        most, content = 2**24 + 8 * self._width * self._height, bytearray()
+        async with self._client.stream("POST", self._url, json=body) as response:
+            async for part in response.aiter_bytes(65_536):
+                content += part
+                if len(content) > most:
+                    raise RuntimeError(f"the image server's answer is longer than {most} bytes")
+        return httpx.Response(response.status_code, content=bytes(content), request=response.request)
 
 
 def _transient(error: BaseException) -> bool:
@@ -167,12 +181,14 @@ def _transient(error: BaseException) -> bool:
     return isinstance(error, httpx.TransportError)
 
 
-def _decode(answer: Any) -> Image.Image:
+def _decode(answer: Any, pixels: int) -> Image.Image:
     try:
         data = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
         with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > pixels:  # known before anything is unpacked
+                raise OSError(f"it is {image.width}x{image.height}, far larger than was asked for")
             return image.convert("RGB")
-    except (KeyError, IndexError, TypeError, binascii.Error, UnidentifiedImageError, OSError) as error:
+    except (KeyError, IndexError, TypeError, binascii.Error, OSError, Image.DecompressionBombError) as error:
         raise RuntimeError(
             f"the image server's answer holds no image ({type(error).__name__}: {error})"
         ) from error
