@@ -95,7 +95,7 @@ async def open_kit(
                 rounds=suite.rounds,
                 generator=generator,
                 critic=parts.critic,
-                rewriter=parts.rewriter,
+                rewriter=parts.rewriter(ours.loop.rewriter),
                 reward=parts.reward,
                 recorder=parts.recorder,
                 loop=loop,
@@ -118,7 +118,7 @@ def _identity(settings: Settings, parts: Parts, own: bool) -> dict[str, Any]:
         "lvlm": {
             "model": model,
             "name": parts.critic.model,
-            "prompts": [parts.critic.prompt.id, parts.rewriter.prompt.id],
+            "prompts": [parts.critic.prompt.id, parts.rewriter(settings.loop.rewriter).prompt_id],
             "samples": parts.critic.samples,
             "temperature": settings.lvlm.temperature,
             "max_tokens": settings.lvlm.max_tokens,
