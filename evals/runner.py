@@ -270,8 +270,8 @@ async def read(
                 found[key] = Reading.model_validate(known)
         new = [key for key in items if key not in found]
         if progress:
-            progress.begin(f"readings by {reader.name}", len(items))
-            progress.step(len(found))
+            # Judge and guard may have one name; what is known already is no work.
+            progress.begin(f"readings by {reader.name}", len(new))
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
             for key, reading in zip(part, await reader.read([items[key] for key in part]), strict=True):

@@ -89,7 +89,7 @@ def load_rewriter(spec: str, asker: Asker, prompt: str = "rewriter") -> Rewriter
         UserError: Unknown, not importable, or not a rewriter.
     """
     found: Any = resolve(spec, REWRITERS, "rewriter")
-    made = found(asker, prompt) if callable(found) else found
+    made: Any = found(asker, prompt) if callable(found) else found
     missing = [key for key in ("name", "model", "prompt_id", "rewrite") if not hasattr(made, key)]
     if missing:
         raise UserError(f"rewriter {spec!r} has no {', '.join(missing)}")
