@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +20,6 @@ from langchain_core.runnables import Runnable
 from pydantic import BaseModel, ValidationError
 
 from ..domain import Missing, UserError
-from ..events import Recorder
 from .schemas import response_format
 
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -71,12 +69,6 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")[:limit]
 
 
-def span(recorder: Recorder | None, name: str, **attributes: Any) -> AbstractContextManager[Any]:
-    """The recorder's span, or nothing where there is no recorder."""
-    known = {key.replace("__", "."): value for key, value in attributes.items() if value is not None}
-    return recorder.span(name, known) if recorder is not None else nullcontext()
-
-
 class Asker:
     """Asks one model; the slots are shared by all who use the model.
 
@@ -111,7 +103,6 @@ class Asker:
         schema: dict[str, Any],
         *,
         seed: int | None = None,
-        recorder: Recorder | None = None,
     ) -> Reply[Answer]:
         """One question, at most two attempts.
 
@@ -121,7 +112,6 @@ class Asker:
             schema_name: Name of the schema for the server.
             schema: JSON schema of the answer.
             seed: For models that sample; given only to those that take a schema, since others may refuse it.
-            recorder: Where a `chat` span goes.
 
         Raises:
             UserError: The model's own setting is wrong; all else ends as a `Missing`.
@@ -136,7 +126,7 @@ class Asker:
         problem = ""
         for _attempt in range(2):
             try:
-                message = await self._call(model, messages, recorder)
+                message = await self._call(model, messages)
             except UserError:
                 raise
             except Exception as error:
@@ -163,20 +153,9 @@ class Asker:
         )
         return Reply(missing, usage, time.perf_counter() - started)
 
-    async def _call(self, model: Any, messages: list[BaseMessage], recorder: Recorder | None) -> AIMessage:
-        with span(
-            recorder, f"chat {self.name}", gen_ai__operation__name="chat", gen_ai__request__model=self.name
-        ) as opened:
-            async with self.slots, asyncio.timeout(self.timeout):
-                message = await model.ainvoke(messages)
-            if opened is not None and message.usage_metadata:
-                opened.set_attributes(
-                    {
-                        "gen_ai.usage.input_tokens": message.usage_metadata["input_tokens"],
-                        "gen_ai.usage.output_tokens": message.usage_metadata["output_tokens"],
-                    }
-                )
-            return message
+    async def _call(self, model: Any, messages: list[BaseMessage]) -> AIMessage:
+        async with self.slots, asyncio.timeout(self.timeout):
+            return await model.ainvoke(messages)
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, TimeoutError) and not str(error):

@@ -13,10 +13,9 @@ from langchain_core.language_models import BaseChatModel
 from PIL import Image
 
 from ..domain import Critique, EmotionTarget, Missing
-from ..events import Recorder
 from ..tools.lvlm.chat import image_url
 from ..tools.reward import Reward
-from .ask import Asker, Reply, one_line, span
+from .ask import Asker, Reply, one_line
 from .prompt import load_prompt
 from .schemas import CRITIC_SCHEMA, CriticAnswer, average, target_text
 
@@ -81,7 +80,6 @@ class Critic:
         image: Image.Image,
         prompt: str,
         target: EmotionTarget,
-        recorder: Recorder | None = None,
         *,
         seed: int = 0,
     ) -> Critique | Missing:
@@ -91,45 +89,30 @@ class Critic:
             image: The picture, RGB.
             prompt: The neutral prompt.
             target: The wanted emotion; the suggestion aims at it.
-            recorder: Where spans go.
             seed: For a model that samples.
 
         Returns:
             The critique, or a `Missing` with the reason; never a made-up number.
         """
-        return (await self.read(image, prompt, target, recorder, seed=seed)).critique
+        return (await self.read(image, prompt, target, seed=seed)).critique
 
     async def read(
         self,
         image: Image.Image,
         prompt: str,
         target: EmotionTarget,
-        recorder: Recorder | None = None,
         *,
         seed: int = 0,
     ) -> Reading:
         """As `critique`, with what it cost."""
-        with span(
-            recorder,
-            "invoke_agent critic",
-            gen_ai__operation__name="invoke_agent",
-            gen_ai__agent__name="critic",
-        ):
-            url = await asyncio.to_thread(image_url, image)
-            messages = self.prompt.messages((url,), prompt=prompt, target=target_text(target))
-            replies: list[Reply[CriticAnswer]] = await asyncio.gather(
-                *(
-                    self.asker.ask(
-                        messages,
-                        CriticAnswer,
-                        "critique",
-                        CRITIC_SCHEMA,
-                        seed=_mix(seed, sample),
-                        recorder=recorder,
-                    )
-                    for sample in range(self.samples)
-                )
+        url = await asyncio.to_thread(image_url, image)
+        messages = self.prompt.messages((url,), prompt=prompt, target=target_text(target))
+        replies: list[Reply[CriticAnswer]] = await asyncio.gather(
+            *(
+                self.asker.ask(messages, CriticAnswer, "critique", CRITIC_SCHEMA, seed=_mix(seed, sample))
+                for sample in range(self.samples)
             )
+        )
         usage: dict[str, int] = {}
         for reply in replies:
             for key, value in reply.usage.items():

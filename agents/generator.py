@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..events import ImageGenerated, Recorder
-from .ask import span
 
 if TYPE_CHECKING:
     from ..tools.images.generator import Generator, ImageRequest
@@ -44,15 +43,8 @@ async def paint(
     Raises:
         Exception: What the generator or the disk raised; nothing is logged then.
     """
-    with span(
-        recorder,
-        "generate_content",
-        gen_ai__operation__name="generate_content",
-        gen_ai__output__type="image",
-        gen_ai__request__seed=request.seed,
-    ):
-        [made] = await generator.generate([request])
-        sha256 = await recorder.put_image(made.image)
+    [made] = await generator.generate([request])
+    sha256 = await recorder.put_image(made.image)
     known = {key: value for key, value in made.provenance.items() if key in _FIELDS}
     event = ImageGenerated(
         run_id=run_id,

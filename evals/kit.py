@@ -166,7 +166,7 @@ class Kit:
 
         async def make() -> dict[str, Any]:
             image = await self.recorder.get_image(sha256)
-            reading = await self.critic.read(image, request.prompt, request.target, self.recorder, seed=seed)
+            reading = await self.critic.read(image, request.prompt, request.target, seed=seed)
             if isinstance(reading.critique, Missing):
                 raise _NotRead(reading.critique)
             return {"critique": reading.critique.model_dump(mode="json"), "usage": reading.usage}

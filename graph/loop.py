@@ -25,7 +25,7 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command
 
-from ..agents.ask import Asker, span
+from ..agents.ask import Asker
 from ..agents.critic import Critic
 from ..agents.rewriters import Rewriter, load_rewriter
 from ..domain import Critique, EmotionTarget, RunResult, RunStatus, UserError
@@ -350,21 +350,14 @@ class Loop:
 
     async def _drive(self, begin: Any, run_id: str, context: Context | None) -> AsyncIterator[Progress]:
         review: Any = None
-        with span(
-            self.recorder,
-            "invoke_workflow emoloop",
-            gen_ai__operation__name="invoke_workflow",
-            gen_ai__workflow__name="emoloop",
-            gen_ai__conversation__id=run_id,
+        # Each step is saved before the next one begins: the default keeps an unbounded backlog.
+        async for mode, chunk in self.graph.astream(
+            begin, _config(run_id), context=context, stream_mode=["custom", "updates"], durability="sync"
         ):
-            # Each step is saved before the next one begins: the default keeps an unbounded backlog.
-            async for mode, chunk in self.graph.astream(
-                begin, _config(run_id), context=context, stream_mode=["custom", "updates"], durability="sync"
-            ):
-                if mode == "custom":
-                    yield PROGRESS.validate_python(chunk)
-                elif isinstance(chunk, dict) and "__interrupt__" in chunk:
-                    review = chunk["__interrupt__"][0].value
+            if mode == "custom":
+                yield PROGRESS.validate_python(chunk)
+            elif isinstance(chunk, dict) and "__interrupt__" in chunk:
+                review = chunk["__interrupt__"][0].value
         if review is not None:
             yield ReviewWanted(run_id=run_id, review=review)
         else:

@@ -22,7 +22,7 @@ from langgraph.types import interrupt
 from ..agents.ask import one_line
 from ..agents.critic import Critic, valued
 from ..agents.generator import paint
-from ..agents.rewriters import KEPT, Rewriter, SimpleRewriter
+from ..agents.rewriters import KEPT, Rewriter
 from ..domain import (
     Candidate,
     Critique,
@@ -360,9 +360,7 @@ class Nodes:
         read: list[Critiqued] = []
         if not isinstance(critique, Critique):
             image = await parts.recorder.get_image(candidate.sha256)
-            reading = await parts.critic.read(
-                image, state["prompt"], target, parts.recorder, seed=candidate.seed
-            )
+            reading = await parts.critic.read(image, state["prompt"], target, seed=candidate.seed)
             if (
                 reading.error is not None
                 and not parts.patient
@@ -455,8 +453,6 @@ class Nodes:
         parts, run_id = self.parts, state["run_id"]
         rounds = (await self._history(run_id))[:number]
         rewriter = parts.rewriter(state["options"]["rewriter"])
-        if isinstance(rewriter, SimpleRewriter):
-            rewriter.recorder = parts.recorder
         rewrite = await rewriter.rewrite(
             state["prompt"],
             read_target(state["target"]),

@@ -12,8 +12,7 @@ from typing import Any
 from langchain_core.language_models import BaseChatModel
 
 from ...domain import Candidate, Critique, EmotionTarget, Missing, Round
-from ...events import Recorder
-from ..ask import Asker, span
+from ..ask import Asker
 from ..prompt import load_prompt
 from ..schemas import PROMPT_LIMIT, REWRITER_SCHEMA, RewriterAnswer, target_text
 from .base import KEPT, Rewrite
@@ -28,9 +27,6 @@ class SimpleRewriter:
     """
 
     name = "simple"
-
-    #: Where spans go.
-    recorder: Recorder | None = None
 
     def __init__(self, model: BaseChatModel | Asker, prompt: str = "rewriter"):
         self.asker = model if isinstance(model, Asker) else Asker(model)
@@ -64,15 +60,7 @@ class SimpleRewriter:
             comment=comment,
             limit=limit,
         )
-        with span(
-            self.recorder,
-            "invoke_agent rewriter",
-            gen_ai__operation__name="invoke_agent",
-            gen_ai__agent__name="rewriter",
-        ):
-            reply = await self.asker.ask(
-                messages, RewriterAnswer, "rewrite", _schema(limit), seed=seed, recorder=self.recorder
-            )
+        reply = await self.asker.ask(messages, RewriterAnswer, "rewrite", _schema(limit), seed=seed)
         answer = reply.answer
         if isinstance(answer, Missing):
             refused = answer.reason

@@ -10,8 +10,6 @@ from emoloop.evals.report import write_report
 from eval_rows import document_of, outcome_of
 from PIL import Image
 
-pytestmark = pytest.mark.browser
-
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
 )

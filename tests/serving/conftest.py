@@ -1,5 +1,6 @@
 """One vLLM server for all tests of this folder; skipped where vLLM is not installed."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,8 @@ from emoloop.tools import presets
 from emoloop.tools.vllm.server import VLLMServer, find_python
 
 
-def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.serving)
-
-
 @pytest.fixture(scope="session")
 def python():
-    import os
-
     try:
         return find_python(os.environ.get("EMOLOOP_LVLM__VLLM_PYTHON"))
     except UserError as error:
