@@ -98,6 +98,12 @@ class LoopSettings(_Section):
     patience: int = Field(default=2, ge=1)
     #: A name in `tools.reward.REWARDS` or a dotted path ("my_pkg.my_mod:MyReward").
     reward: str = "emotion"
+    #: A name in `agents.rewriters.REWRITERS` or a dotted path ("my_pkg.my_mod:MyRewriter").
+    rewriter: str = "simple"
+    #: Round 0 already paints a rewrite of the neutral prompt, made without feedback.
+    rewrite_first: bool = False
+    #: Use all rounds whatever was reached; the best candidate over all of them wins.
+    exhaust: bool = False
     #: Pause before each rewrite for a person (`interrupt()`).
     review: bool = False
     #: Seconds for one node before it is retried.

@@ -11,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import csv
 import hashlib
+import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..domain import PROTOTYPES, Critique, Emotion, EmotionTarget, UserError
+from ..domain import HIGH, LOW, PROTOTYPES, Critique, Emotion, EmotionTarget, UserError
 from ..settings import Settings
 from ..tools.registry import resolve
 from ..tools.threads import apart
@@ -104,7 +105,9 @@ class PixelJudge:
 
     def __init__(self, reader: PixelReader, name: str, batch: int = 64) -> None:
         self.reader, self.name, self.batch = reader, name, batch
-        self.version = str(getattr(reader, "version", None) or _weights(reader))
+        # What it reads follows from its weights and from the rule that turns them into numbers.
+        told = getattr(reader, "version", None)
+        self.version = "-".join(str(part) for part in (told, _weights(reader)) if part is not None) or "1"
         kind = type(reader)
         self.models = frozenset({name, f"{kind.__module__}:{kind.__qualname__}"})
 
@@ -154,11 +157,11 @@ class PixelJudge:
         return found
 
 
-def _weights(reader: Any) -> str:
+def _weights(reader: Any) -> str | None:
     """A hash of the reader's `model`, so that readings by other weights are not taken for its own."""
     state = getattr(getattr(reader, "model", None), "state_dict", None)
     if state is None:
-        return "1"
+        return None
     total = hashlib.sha256()
     for name, tensor in sorted(state().items()):
         total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -212,6 +215,43 @@ class LVLMJudge:
         )
 
 
+#: Columns of ratings that are read, with the ends of their scale.
+_RATED: dict[str, tuple[float, float] | None] = {
+    "valence": (LOW, HIGH),
+    "arousal": (LOW, HIGH),
+    "alignment": (0.0, 1.0),
+    "category": None,
+}
+
+
+def _rating(row: dict[str, Any]) -> Reading:
+    """One line of ratings; an empty cell is no rating.
+
+    Raises:
+        ValueError: A value that is none, in words.
+    """
+    if not (row.get("sha256") or "").strip():
+        raise ValueError("no sha256")
+    if "" in row:
+        raise ValueError("more values than columns")
+    found: dict[str, Any] = {}
+    for name, scale in _RATED.items():
+        text = (row.get(name) or "").strip()
+        if not text:
+            continue
+        if scale is None:
+            found[name] = Emotion(text.lower())
+            continue
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(f"{name} {text!r} is no number") from None
+        if not scale[0] <= value <= scale[1]:
+            raise ValueError(f"{name} {text} lies outside [{scale[0]:g}, {scale[1]:g}]")
+        found[name] = value
+    return Reading(**found)
+
+
 class HumanJudge:
     """Ratings by people: a CSV with `sha256` and any of `valence`, `arousal`, `category`, `alignment`.
 
@@ -236,21 +276,25 @@ class HumanJudge:
         raw = path.read_bytes()
         self.name, self.version = f"human ratings ({path.name})", hash_of(raw)
         self.ratings: dict[str, list[Reading]] = {}
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = csv.DictReader(stream)
-            if "sha256" not in (rows.fieldnames or []):
-                raise UserError(f"{path}: no column sha256 (found: {', '.join(rows.fieldnames or [])})")
-            for line, row in enumerate(rows, start=2):
+        try:
+            rows = csv.DictReader(io.StringIO(raw.decode("utf-8-sig"), newline=""), restkey="", strict=True)
+            columns = rows.fieldnames or []
+            if "sha256" not in columns:
+                raise UserError(f"{path}: no column sha256 (found: {', '.join(columns)})")
+            if unknown := [name for name in columns if name not in ("sha256", *_RATED)]:
+                raise UserError(
+                    f"{path}, line 1: unknown column {unknown[0]!r}: known are sha256, {', '.join(_RATED)}"
+                )
+            for row in rows:
                 try:
-                    reading = Reading(
-                        valence=_number(row.get("valence") or None),
-                        arousal=_number(row.get("arousal") or None),
-                        alignment=_number(row.get("alignment") or None),
-                        category=Emotion(row["category"].strip().lower()) if row.get("category") else None,
-                    )
+                    rating = _rating(row)
                 except ValueError as error:
-                    raise UserError(f"{path}, line {line}: {str(error).splitlines()[0]}") from error
-                self.ratings.setdefault(row["sha256"].strip(), []).append(reading)
+                    raise UserError(f"{path}, line {rows.line_num}: {error}") from error
+                self.ratings.setdefault(row["sha256"].strip(), []).append(rating)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as CSV UTF-8") from error
+        except csv.Error as error:
+            raise UserError(f"{path}: not CSV ({error})") from error
 
     async def read(self, items: Sequence[Item]) -> list[Reading | None]:
         """See `Judge`; an image that nobody rated has no reading."""
@@ -468,23 +512,9 @@ def reward_sources(settings: Settings, adapters: Sequence[Path]) -> set[str]:
     for adapter in adapters:
         file = adapter / "training.json"
         if file.is_file():
-            sources |= set(_rewarding(json.loads(file.read_text(encoding="utf-8"))))
+            trained = json.loads(file.read_text(encoding="utf-8"))
+            sources |= {trained.get("reward", {}).get("name"), *trained.get("critics", [])} - {None}
     return sources
-
-
-def _rewarding(document: Any, inside: bool = False) -> Iterator[str]:
-    # Every string below a key that speaks of rewards or critics, whatever the shape of the file.
-    if isinstance(document, str) and inside:
-        yield document
-    elif isinstance(document, dict):
-        for key, value in document.items():
-            here = inside or "reward" in key or "critic" in key
-            if here and isinstance(value, int | float):
-                yield key
-            yield from _rewarding(value, here)
-    elif isinstance(document, list):
-        for value in document:
-            yield from _rewarding(value, inside)
 
 
 def conflict(judge: Judge, sources: set[str]) -> str | None:

@@ -25,7 +25,7 @@ from .suites import Request
 
 if TYPE_CHECKING:
     from ..agents.critic import Critic
-    from ..agents.rewriter import Rewriter
+    from ..agents.rewriters import Rewriter
     from ..graph.loop import Loop
     from ..tools.images.base import Generator, UnknownWord
     from ..tools.reward import Reward
@@ -186,7 +186,7 @@ class Kit:
         key = digest("rewrite", self.identity["lvlm"], request.prompt, _plain(request.target))
 
         async def make() -> dict[str, Any]:
-            made = await self.rewriter.rewrite(request.prompt, request.target, (), seed=seed)
+            made = await self.rewriter.rewrite(request.prompt, request.target, seed=seed)
             if made.refused is not None:
                 raise RuntimeError(f"no rewrite: {made.refused}")
             revision = Revision(round=0, prompt=made.prompt, changes=made.changes, why=made.why)
@@ -246,7 +246,7 @@ class Take:
                 changes=revision.changes,
                 why=revision.why,
                 model=self.kit.rewriter.model,
-                prompt_version=self.kit.rewriter.prompt.id,
+                prompt_version=self.kit.rewriter.prompt_id,
                 usage=usage,
             )
         )

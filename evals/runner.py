@@ -96,7 +96,7 @@ async def open_kit(
                 rounds=suite.rounds,
                 generator=generator,
                 critic=parts.critic,
-                rewriter=parts.rewriter,
+                rewriter=parts.rewriter(ours.loop.rewriter),
                 reward=parts.reward,
                 recorder=parts.recorder,
                 loop=loop,
@@ -119,7 +119,7 @@ def _identity(settings: Settings, parts: Parts, own: bool) -> dict[str, Any]:
         "lvlm": {
             "model": model,
             "name": parts.critic.model,
-            "prompts": [parts.critic.prompt.id, parts.rewriter.prompt.id],
+            "prompts": [parts.critic.prompt.id, parts.rewriter(settings.loop.rewriter).prompt_id],
             "samples": parts.critic.samples,
             "temperature": settings.lvlm.temperature,
             "max_tokens": settings.lvlm.max_tokens,
@@ -271,8 +271,8 @@ async def read(
                 found[key] = Reading.model_validate(known)
         new = [key for key in items if key not in found]
         if progress:
-            progress.begin(f"readings by {reader.name}", len(items))
-            progress.step(len(found))
+            # Judge and guard may have one name; what is known already is no work.
+            progress.begin(f"readings by {reader.name}", len(new))
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
             for key, reading in zip(part, await reader.read([items[key] for key in part]), strict=True):

@@ -177,9 +177,11 @@ def load_suite(name: str | Path) -> Suite:
     if not path.is_file():
         raise UserError(f"no suite {str(name)!r}: neither one of {', '.join(shipped())} nor a YAML file")
     try:
-        suite = Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        suite = Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8-sig")))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "suite"

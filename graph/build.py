@@ -45,14 +45,18 @@ def build_graph(
     graph.add_node("rewrite", nodes.rewrite)
     graph.add_node("finish", nodes.finish)
     graph.add_edge(START, "start")
-    graph.add_edge("start", "generate")
+    graph.add_conditional_edges("start", _first, ["rewrite", "generate"])
     graph.add_conditional_edges("generate", _or_finish("critique"), ["critique", "finish"])
     graph.add_conditional_edges("critique", _after_critique, ["review", "rewrite", "finish"])
     graph.add_conditional_edges("review", _or_finish("rewrite"), ["rewrite", "finish"])
     graph.add_edge("rewrite", "generate")
     graph.add_edge("finish", END)
     compiled: Any = graph.compile(checkpointer=checkpointer, name="emoloop")
-    return compiled.with_config(recursion_limit=_STEPS_PER_ROUND * _most_rounds() + 2)
+    return compiled.with_config(recursion_limit=_STEPS_PER_ROUND * _most_rounds() + 3)
+
+
+def _first(state: State) -> str:
+    return "rewrite" if state["options"]["rewrite_first"] else "generate"
 
 
 def _or_finish(onward: str) -> Any:

@@ -105,14 +105,20 @@ def fingerprint(loop: Loop, seed: int) -> str:
     made = parts.generator.describe()
     keys = ("model", "revision", "adapter", "steps", "guidance", "height", "width", "negative_prompt")
     lvlm = loop.settings.lvlm
+    # Named only where they are not the default, so that a collection begun before they existed goes on.
+    newer = {"rewriter", "rewrite_first", "exhaust"} - loop.settings.loop.model_dump(
+        exclude_defaults=True
+    ).keys()
     facts = {
         "seed": seed,
         "generator": {key: made.get(key) for key in keys},
         "adapter_scale": loop.settings.generator.adapter_scale,
         "lvlm": [parts.critic.model, lvlm.temperature, lvlm.samples],
-        "prompts": [parts.critic.prompt.id, parts.rewriter.prompt.id],
+        "prompts": [parts.critic.prompt.id, parts.rewriter(loop.settings.loop.rewriter).prompt_id],
         "reward": [parts.reward.name, parts.reward.version],
-        "loop": loop.settings.loop.model_dump(mode="json", exclude={"node_timeout", "review", "reward"}),
+        "loop": loop.settings.loop.model_dump(
+            mode="json", exclude={"node_timeout", "review", "reward", *newer}
+        ),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

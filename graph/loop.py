@@ -14,7 +14,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +27,7 @@ from langgraph.types import Command
 
 from ..agents.ask import Asker
 from ..agents.critic import Critic
-from ..agents.rewriter import Rewriter
+from ..agents.rewriters import Rewriter, load_rewriter
 from ..domain import Critique, EmotionTarget, RunResult, RunStatus, UserError
 from ..events import Critiqued, Event, ImageGenerated, Rewarded, RunFinished, RunStarted
 from ..settings import GeneratorSettings, LVLMSettings, Settings, load_settings, lvlm_settings, merged
@@ -182,6 +182,7 @@ class Loop:
             model = await asyncio.to_thread(_load_lvlm, settings)
             stack.push_async_callback(asyncio.to_thread, model.close)
         critic, rewriter = await asyncio.to_thread(_agents, model, own, settings)
+        await asyncio.to_thread(rewriter, settings.loop.rewriter)
         recorder = await asyncio.to_thread(open_recorder, settings)
         stack.push_async_callback(recorder.aclose)
         return Parts(
@@ -462,7 +463,7 @@ def _load_lvlm(settings: Settings) -> Any:
     return load_lvlm(settings.lvlm)
 
 
-def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Rewriter]:
+def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Callable[[str], Rewriter]]:
     lvlm = settings.lvlm
     wanted: dict[str, Any] = {}
     if own:
@@ -475,7 +476,8 @@ def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Rewriter
     slots = max(lvlm.concurrency, 2 * getattr(model, "batch_size", 0))
     asker = Asker(model, slots, timeout, name)
     critic = Critic(asker, lvlm.critic_prompt or wanted.get("critic_prompt", "critic"), lvlm.samples)
-    return critic, Rewriter(asker, lvlm.rewriter_prompt or wanted.get("rewriter_prompt", "rewriter"))
+    prompt = lvlm.rewriter_prompt or wanted.get("rewriter_prompt", "rewriter")
+    return critic, cache(lambda name: load_rewriter(name, asker, prompt))
 
 
 def _check_home(home: Path) -> None:

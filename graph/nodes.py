@@ -11,6 +11,7 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -21,7 +22,7 @@ from langgraph.types import interrupt
 from ..agents.ask import one_line
 from ..agents.critic import Critic, valued
 from ..agents.generator import paint
-from ..agents.rewriter import KEPT, Rewriter
+from ..agents.rewriters import KEPT, Rewriter
 from ..domain import (
     Candidate,
     Critique,
@@ -67,7 +68,7 @@ class Parts:
     Attributes:
         generator: Makes the pictures.
         critic: Reads them.
-        rewriter: Writes the next prompt.
+        rewriter: Gives the rewriter of a name in settings.
         reward: Values a reading.
         recorder: The log.
         settings: The resolved settings.
@@ -77,7 +78,7 @@ class Parts:
 
     generator: Generator
     critic: Critic
-    rewriter: Rewriter
+    rewriter: Callable[[str], Rewriter]
     reward: Reward
     recorder: StoreRecorder
     settings: Settings
@@ -110,6 +111,7 @@ class Nodes:
         """Check the request, name the run and log it; or find the run that it continues."""
         prompt, target = check_request(self.parts, state["prompt"], state["target"])
         options = (runtime.context or Context()).over(self.parts.settings.loop)
+        await asyncio.to_thread(self.parts.rewriter, options["rewriter"])
         seed = read_seed(state.get("seed"))
         asked = target.model_dump(mode="json", exclude_none=True)
         run_id, started = await self._find(runtime, prompt, asked, seed)
@@ -297,6 +299,7 @@ class Nodes:
             rounds=options["rounds"],
             tolerance=options["tolerance"],
             patience=options["patience"],
+            exhaust=options["exhaust"],
         )
         best = policy.best_of(rounds)
         rewards = [c.reward for c in current.candidates if c.reward is not None]
@@ -430,7 +433,8 @@ class Nodes:
 
     async def rewrite(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Write the next round's prompt."""
-        run_id, number = state["run_id"], state["round"] + 1
+        # Before anything was painted, the rewrite is for round 0 itself.
+        run_id, number = state["run_id"], state["round"] + 1 if state["rounds"] else 0
         events = await self.parts.recorder.events(run_id)
         event = next((e for e in events if isinstance(e, Rewritten) and e.round == number), None)
         if event is None:
@@ -444,7 +448,8 @@ class Nodes:
     async def _write(self, state: State, runtime: Runtime[Context], number: int) -> Rewritten:
         parts, run_id = self.parts, state["run_id"]
         rounds = (await self._history(run_id))[:number]
-        rewrite = await parts.rewriter.rewrite(
+        rewriter = parts.rewriter(state["options"]["rewriter"])
+        rewrite = await rewriter.rewrite(
             state["prompt"],
             read_target(state["target"]),
             rounds,
@@ -464,8 +469,8 @@ class Nodes:
             prompt=rewrite.prompt,
             changes=rewrite.changes,
             why=rewrite.why,
-            model=parts.rewriter.model,
-            prompt_version=parts.rewriter.prompt.id,
+            model=rewriter.model,
+            prompt_version=rewriter.prompt_id,
             usage=rewrite.usage,
             seconds=round(rewrite.seconds, 4),
         )

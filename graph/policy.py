@@ -38,7 +38,13 @@ def reached(candidate: Candidate, target: EmotionTarget, tolerance: float) -> bo
 
 
 def decide(
-    tried: Sequence[Round], target: EmotionTarget, *, rounds: int, tolerance: float, patience: int
+    tried: Sequence[Round],
+    target: EmotionTarget,
+    *,
+    rounds: int,
+    tolerance: float,
+    patience: int,
+    exhaust: bool = False,
 ) -> StopReason | None:
     """Whether to stop after the last of the rounds.
 
@@ -48,10 +54,15 @@ def decide(
         rounds: How many rounds there may be.
         tolerance: How near is reached, on each wanted axis.
         patience: Rounds in a row without a better candidate that end the run.
+        exhaust: Use all rounds whatever was reached.
 
     Returns:
         The reason to stop, or None to go on.
     """
+    if exhaust:
+        if len(tried) < rounds:
+            return None
+        return StopReason.ROUNDS_USED if best_of(tried) else StopReason.NO_CRITIQUE
     if best_of(tried[-1:]) is None:
         return StopReason.NO_CRITIQUE
     best = best_of(tried)

@@ -47,7 +47,8 @@ class State(TypedDict):
         target: The wanted emotion.
         seed: As asked for; gone after the first step, so that the next run of a thread draws its own.
         run_id: The run's name in the log: the thread id, with a number from the thread's second run on.
-        options: What the run goes by: seed, rounds, images, tolerance, patience, review.
+        options: What the run goes by: seed, rounds, images, tolerance, patience, review,
+            rewriter, rewrite_first, exhaust.
         round: The current round.
         current: Its prompt.
         comment: What a person said in a review, for the next rewrite.
@@ -87,6 +88,9 @@ class Context:
         tolerance: How near is reached, on each wanted axis.
         patience: Rounds without a better candidate that end the run.
         review: Wait for a person before each rewrite.
+        rewriter: Name or dotted path of the rewriter.
+        rewrite_first: Round 0 paints a rewrite made without feedback.
+        exhaust: Use all rounds whatever was reached.
     """
 
     rounds: int | None = None
@@ -94,6 +98,9 @@ class Context:
     tolerance: float | None = None
     patience: int | None = None
     review: bool | None = None
+    rewriter: str | None = None
+    rewrite_first: bool | None = None
+    exhaust: bool | None = None
 
     def over(self, base: LoopSettings) -> dict[str, Any]:
         """The options of a run.

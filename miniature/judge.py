@@ -129,6 +129,9 @@ class Reader:
         folder: Folder with `model.safetensors`.
     """
 
+    #: Of what turns a recognised scene into numbers; a reading that is kept names it beside the weights.
+    version = f"law {law.VERSION}, world {world.VERSION}"
+
     def __init__(self, folder: Path) -> None:
         tensors = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
         self.model = Recogniser(tensors["stem.1.weight"].shape[0])

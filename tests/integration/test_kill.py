@@ -9,7 +9,7 @@ from emoloop.evals.bench.kill import study
 CHILD = Path(__file__).with_name("killable.py")
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_nothing_is_lost_doubled_or_decided_differently():
     figures = study(
         lambda home, resume: [sys.executable, str(CHILD), str(home), "resume" if resume else "run"],

@@ -604,3 +604,19 @@ async def test_several_samples_need_a_temperature(tmp_path):
     with pytest.raises(UserError, match="samples"):
         await loop.__aenter__()
     assert not (tmp_path / "home").exists()
+
+
+async def test_a_run_may_begin_with_a_rewrite_and_use_all_its_rounds(tmp_path):
+    model = Scripted()
+    async with make(tmp_path, model=model) as loop:
+        options = {"rounds": 3, "patience": 1, "tolerance": 3.0, "exhaust": True}
+        kept = await loop.run("a dog", TARGET, seed=7, rewriter="keep", **options)
+        assert [round.prompt for round in kept.rounds] == ["a dog"] * 3
+        assert kept.stop_reason is StopReason.ROUNDS_USED and "rewriter" not in model.calls
+        first = await loop.run("a dog", TARGET, seed=7, rewriter="one_shot", rewrite_first=True, **options)
+        assert len({round.prompt for round in first.rounds}) == 1 and first.rounds[0].prompt != "a dog"
+        assert model.calls["rewriter"] == 1 and len(first.rounds) == 3
+        rewards = [c.reward for round in first.rounds for c in round.candidates]
+        assert first.best is not None and first.best.reward == max(rewards)
+        with pytest.raises(UserError, match="unknown rewriter"):
+            await loop.run("a dog", TARGET, rewriter="nobody")

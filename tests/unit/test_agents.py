@@ -5,7 +5,7 @@ import pytest
 from emoloop.agents.ask import Asker, read, takes_schema
 from emoloop.agents.critic import Critic
 from emoloop.agents.prompt import load_prompt
-from emoloop.agents.rewriter import Rewriter, best_prompt, prompt_limit
+from emoloop.agents.rewriters import SimpleRewriter, best_prompt, load_rewriter, prompt_limit
 from emoloop.agents.schemas import (
     CRITIC_SCHEMA,
     REWRITER_SCHEMA,
@@ -175,7 +175,7 @@ async def test_the_compact_rewriter_prompt_has_the_last_two_rounds():
         Round(prompt=f"try {i}", candidates=[candidate(i, 0.5 * i, -0.04, 0.1)] if i != 1 else [])
         for i in range(4)
     ]
-    await Rewriter(model, "rewriter-compact").rewrite("a dog", TARGET, rounds)
+    await SimpleRewriter(model, "rewriter-compact").rewrite("a dog", TARGET, rounds)
     [[system, user]] = model.seen
     assert system.content == "rewriter"
     assert user.content == [
@@ -191,7 +191,7 @@ async def test_the_compact_rewriter_prompt_has_the_last_two_rounds():
 
 async def test_the_full_prompts_show_what_was_tried():
     model = Scripted()
-    await Rewriter(model).rewrite(
+    await SimpleRewriter(model).rewrite(
         "a dog",
         TARGET,
         [Round(prompt="one", changes="sun", candidates=[candidate(0, 1, 0, 0.3)])],
@@ -322,7 +322,7 @@ def test_who_takes_a_schema():
 
 
 async def test_a_rewrite():
-    rewrite = await Rewriter(Scripted()).rewrite("a dog", TARGET)
+    rewrite = await SimpleRewriter(Scripted()).rewrite("a dog", TARGET)
     assert rewrite.prompt.startswith("a dog by the sea")
     assert (rewrite.changes, rewrite.why, rewrite.refused) == ("light", "because", None)
 
@@ -342,7 +342,7 @@ async def test_a_bad_rewrite_keeps_the_best_prompt(answer, said):
         Round(prompt="better", candidates=[candidate(1, 1, 0, 0.6)]),
         Round(prompt="worse", candidates=[candidate(2, 0, 0, 0.1)]),
     ]
-    rewrite = await Rewriter(Scripted(fail=lambda *_: answer)).rewrite("a dog", TARGET, rounds)
+    rewrite = await SimpleRewriter(Scripted(fail=lambda *_: answer)).rewrite("a dog", TARGET, rounds)
     assert rewrite.prompt == "better"
     assert rewrite.refused is not None and said in rewrite.refused
     assert rewrite.why.startswith("kept the best prompt so far")
@@ -352,3 +352,30 @@ def test_the_limit_follows_long_neutral_prompts():
     assert prompt_limit("a dog") == 400
     assert prompt_limit("x" * 300) == 600
     assert best_prompt("neutral", [Round(prompt="unread")]) == "neutral"
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "calls"),
+    [
+        ("keep", ["a dog"] * 3, 0),
+        ("one_shot", ["a dog by the sea"] * 3, 1),
+        ("emoloop.agents.rewriters.simple:SimpleRewriter", None, 3),
+    ],
+)
+async def test_a_rewriter_by_name(name, prompts, calls):
+    model = Scripted(fail=lambda *_: json.dumps({"prompt": "a dog by the sea"}) if prompts else None)
+    rewriter = load_rewriter(name, Asker(model))
+    rounds, found = [], []
+    for number in range(3):
+        rewrite = await rewriter.rewrite("a dog", TARGET, rounds)
+        found.append(rewrite.prompt)
+        rounds.append(Round(prompt=rewrite.prompt, candidates=[candidate(number, 0, 0, 0.1)]))
+    assert sum(model.calls.values()) == calls
+    assert prompts is None or found == prompts
+
+
+def test_a_rewriter_that_is_none_is_refused():
+    with pytest.raises(UserError, match="unknown rewriter 'smple': did you mean 'simple'"):
+        load_rewriter("smple", Asker(Scripted()))
+    with pytest.raises(UserError, match="has no name, model, prompt_id, rewrite"):
+        load_rewriter("builtins:slice", Asker(Scripted()))

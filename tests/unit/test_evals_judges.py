@@ -56,6 +56,12 @@ async def test_a_reader_of_pixels_is_a_judge(items):
     assert judge.version == "3"
 
 
+def test_the_laws_version_is_part_of_its_judges():
+    from emoloop.miniature import law
+
+    assert f"law {law.VERSION}" in load_judge("law", load_settings()).version
+
+
 async def test_a_dotted_path_is_a_judge(items):
     judge = load_judge(f"{__name__}:Brightness", load_settings())
     assert (await judge.read(items))[0].arousal == 0
@@ -103,12 +109,27 @@ async def test_human_ratings_are_pooled_over_people(items, tmp_path):
         ("image,valence\nx,1\n", "sha256"),
         ("sha256,valence\nx,much\n", "line 2"),
         ("sha256,category\nx,joy\n", "joy"),
+        ("sha256,valence\nx,1\nx,30\n", "line 3: valence 30 lies outside"),
+        ("sha256,arousal\nx,nan\n", "line 2: arousal nan lies outside"),
+        ("sha256,alignment\nx,inf\n", "line 2: alignment inf"),
+        ("sha256,valance\nx,1\n", "line 1: unknown column 'valance'"),
+        ("sha256,valence\nx,1,2\n", "line 2: more values than columns"),
+        ("sha256,valence\n,1\n", "line 2: no sha256"),
     ],
 )
 def test_a_bad_rating_is_named_with_its_line(tmp_path, content, said):
     path = tmp_path / "ratings.csv"
     path.write_text(content)
     with pytest.raises(UserError, match=said):
+        HumanJudge(path)
+
+
+def test_ratings_of_a_spreadsheet_are_read_and_other_encodings_refused(tmp_path):
+    path = tmp_path / "ratings.csv"
+    path.write_bytes("\ufeffsha256,valence\r\nx,1\r\n".encode())
+    assert HumanJudge(path).ratings["x"][0].valence == 1
+    path.write_bytes("sha256,valence\né,1\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
         HumanJudge(path)
 
 
@@ -208,12 +229,19 @@ def test_a_head_of_another_shape_is_refused(clip_folder, tmp_path):
 def test_who_gave_the_reward_is_found_in_settings_and_training_files(tmp_path):
     settings = load_settings({"lvlm": {"model": "critic-x"}, "loop": {"reward": "my.mod:Reward"}})
     (tmp_path / "training.json").write_text(
-        json.dumps({"rewards": [{"name": "emotion", "critic": "old-critic"}], "seed": 1})
+        json.dumps(
+            {
+                "reward": {"name": "emotion", "version": "1"},
+                "critics": ["old-critic"],
+                "config": {"rewards": "law", "data": {"critic": "law"}},
+            }
+        )
     )
     sources = judges.reward_sources(settings, [tmp_path])
     assert {"critic-x", "my.mod:Reward", "old-critic", "emotion"} <= sources
     assert conflict(LVLMJudge(None, "j", "old-critic", "1"), sources) == "old-critic"
     assert conflict(LVLMJudge(None, "j", "other", "1"), sources) is None
+    # Only the two keys that name them count, not every word below a key that speaks of rewards.
     assert conflict(PixelJudge(Brightness(), "law"), sources) is None
 
 
@@ -229,12 +257,13 @@ def test_the_judges_prompt_does_not_tell_the_target():
 
 
 async def test_weights_tell_versions_of_a_reader_apart():
-    def reader(value):
+    def reader(value, version=None):
         made = Brightness()
-        made.version = None
+        made.version = version
         made.model = torch.nn.Linear(1, 1)
         torch.nn.init.constant_(made.model.weight, value)
         torch.nn.init.zeros_(made.model.bias)
         return PixelJudge(made, "r").version
 
     assert reader(1.0) == reader(1.0) != reader(2.0)
+    assert reader(1.0, 1) != reader(1.0, 2), "the rule that reads the weights counts too"

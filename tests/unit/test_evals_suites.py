@@ -72,6 +72,9 @@ def test_unknown_names_and_files(tmp_path):
     (tmp_path / "bad.yaml").write_text("name: [")
     with pytest.raises(UserError, match="not YAML"):
         load_suite(tmp_path / "bad.yaml")
+    (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_suite(tmp_path / "latin.yaml")
 
 
 def test_adapters_are_found_from_the_suites_file(tmp_path):

@@ -242,7 +242,8 @@ def test_run_ids():
 
 def test_a_context_goes_over_the_settings():
     options = Context(rounds=2, review=True).over(LoopSettings(images=4))
-    assert options == {"rounds": 2, "images": 4, "tolerance": 0.2, "patience": 2, "review": True}
+    given = {"rounds": 2, "images": 4, "tolerance": 0.2, "patience": 2, "review": True}
+    assert options == given | {"rewriter": "simple", "rewrite_first": False, "exhaust": False}
     with pytest.raises(UserError, match="rounds"):
         Context(rounds=0).over(LoopSettings())
 

@@ -1,4 +1,4 @@
-"""The rewriter: turns the neutral prompt, the target and what was read so far into the next prompt.
+"""The simple rewriter: one chat model turns the neutral prompt, the target and what was read into the next prompt.
 
 What it writes goes into the generator unseen, so it is guarded: an answer that is missing, empty or too long
 does not become a prompt; the best prompt so far is kept and the reason said.
@@ -7,44 +7,18 @@ does not become a prompt; the best prompt so far is kept and the reason said.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 
-from ..domain import Candidate, Critique, EmotionTarget, Missing, Round
-from .ask import Asker
-from .prompt import load_prompt
-from .schemas import PROMPT_LIMIT, REWRITER_SCHEMA, RewriterAnswer, target_text
-
-#: How the reason begins where the rewriter's own prompt was refused.
-KEPT = "kept the best prompt so far"
+from ...domain import Candidate, Critique, EmotionTarget, Missing, Round
+from ..ask import Asker
+from ..prompt import load_prompt
+from ..schemas import PROMPT_LIMIT, REWRITER_SCHEMA, RewriterAnswer, target_text
+from .base import KEPT, Rewrite
 
 
-@dataclass(frozen=True)
-class Rewrite:
-    """The next prompt.
-
-    Attributes:
-        prompt: The prompt to use.
-        changes: What was changed; empty where nothing was.
-        why: The rewriter's reason, or why its answer was refused.
-        refused: Why the rewriter's own prompt is not used; None where it is.
-        usage: Tokens.
-        seconds: Wall-clock time.
-        error: The exception where the model itself failed.
-    """
-
-    prompt: str
-    changes: str = ""
-    why: str = ""
-    refused: str | None = None
-    usage: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    error: Exception | None = None
-
-
-class Rewriter:
+class SimpleRewriter:
     """Rewrites prompts with a chat model.
 
     Args:
@@ -52,9 +26,16 @@ class Rewriter:
         prompt: Name or path of the prompt file.
     """
 
+    name = "simple"
+
     def __init__(self, model: BaseChatModel | Asker, prompt: str = "rewriter"):
         self.asker = model if isinstance(model, Asker) else Asker(model)
         self.prompt = load_prompt(prompt)
+
+    @property
+    def prompt_id(self) -> str:
+        """Name and version of the prompt file, for the log."""
+        return self.prompt.id
 
     @property
     def model(self) -> str:
@@ -70,15 +51,7 @@ class Rewriter:
         comment: str = "",
         seed: int = 0,
     ) -> Rewrite:
-        """The next prompt.
-
-        Args:
-            neutral: The neutral prompt, whose content stays.
-            target: The wanted emotion.
-            rounds: What was tried, in order; none asks for a rewrite without feedback.
-            comment: What a person said about the last round.
-            seed: For a model that samples.
-        """
+        """See `Rewriter`; an answer that cannot be used leaves the best prompt so far."""
         limit = prompt_limit(neutral)
         messages = self.prompt.messages(
             prompt=neutral,

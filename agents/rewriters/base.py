@@ -1,0 +1,96 @@
+"""What a rewriter is, and how one is found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ...domain import EmotionTarget, Round, UserError
+from ...tools.registry import resolve
+from ..ask import Asker
+
+#: How the reason begins where the rewriter's own prompt was refused.
+KEPT = "kept the best prompt so far"
+
+#: Rewriters by name; a value is called with the asker and the name of the prompt file.
+REWRITERS: dict[str, str] = {
+    "keep": ".agents.rewriters.keep:KeepRewriter",
+    "one_shot": ".agents.rewriters.one_shot:OneShotRewriter",
+    "simple": ".agents.rewriters.simple:SimpleRewriter",
+}
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """The next prompt.
+
+    Attributes:
+        prompt: The prompt to use.
+        changes: What was changed; empty where nothing was.
+        why: The rewriter's reason, or why its answer was refused.
+        refused: Why the rewriter's own prompt is not used; None where it is.
+        usage: Tokens: input_tokens, output_tokens, total_tokens; empty where no model was asked.
+        seconds: Wall-clock time.
+        error: The exception where the model itself failed.
+    """
+
+    prompt: str
+    changes: str = ""
+    why: str = ""
+    refused: str | None = None
+    usage: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: Exception | None = None
+
+
+class Rewriter(Protocol):
+    """Gives the next round's prompt.
+
+    Attributes:
+        name: Its name in settings.
+        model: Id of the model that writes, for the log.
+        prompt_id: Name and version of its prompt file, for the log.
+    """
+
+    name: str
+
+    @property
+    def model(self) -> str: ...  # noqa: D102
+
+    @property
+    def prompt_id(self) -> str: ...  # noqa: D102
+
+    async def rewrite(
+        self,
+        neutral: str,
+        target: EmotionTarget,
+        rounds: Sequence[Round] = (),
+        *,
+        comment: str = "",
+        seed: int = 0,
+    ) -> Rewrite:
+        """The next prompt.
+
+        Args:
+            neutral: The neutral prompt, whose content stays.
+            target: The wanted emotion.
+            rounds: What was tried, in order; none asks for a rewrite without feedback.
+            comment: What a person said about the last round.
+            seed: For a model that samples.
+        """
+        ...
+
+
+def load_rewriter(spec: str, asker: Asker, prompt: str = "rewriter") -> Rewriter:
+    """A rewriter by name or dotted path (`pkg.mod:Class`), made with the asker and the prompt file.
+
+    Raises:
+        UserError: Unknown, not importable, or not a rewriter.
+    """
+    found: Any = resolve(spec, REWRITERS, "rewriter")
+    made: Any = found(asker, prompt) if callable(found) else found
+    missing = [key for key in ("name", "model", "prompt_id", "rewrite") if not hasattr(made, key)]
+    if missing:
+        raise UserError(f"rewriter {spec!r} has no {', '.join(missing)}")
+    return made
