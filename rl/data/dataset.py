@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Select, func, select
 
 from ...domain import Critique, Emotion, EmotionTarget, RunStatus, UserError
-from ...tools.reward import Reward, load_reward
+from ...tools.reward import Reward, load_reward, value_now
 from ...traces.rows import RunFilter
 from ...traces.schema import candidates, events, runs
 from .phrasebook import Phrasebook, Tried, build
@@ -517,7 +517,7 @@ class Dataset:
                     continue
                 target = EmotionTarget(valence=valence, arousal=arousal)
                 hit = _read_as([*expected[place, phrase].tolist(), float(book.alignment[phrase])])
-                gain = reward(hit, target) - reward(_read_as(base[run]), target)
+                gain = value_now(reward, hit, target) - value_now(reward, _read_as(base[run]), target)
                 if gain > self.config.min_gain:
                     out.append((run, *point, phrase, gain))
         return np.array(out, dtype=_PHRASE)
@@ -532,7 +532,7 @@ class Dataset:
     def _towards(self, target: EmotionTarget, run_id: str, rows: Sequence[_Row]) -> list[float]:
         """Rewards of images for another target than their run's."""
         reward = self._reward_again(run_id)
-        return [reward(read, target) for row in rows if (read := _critique(row, None))]
+        return [value_now(reward, read, target) for row in rows if (read := _critique(row, None))]
 
     def _prefer(
         self, index: _Index, run: int, run_id: str, best: _Row, first: list[_Row], rows: list[_Row]
