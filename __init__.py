@@ -11,38 +11,98 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .domain import Candidate, Critique, Emotion, EmotionTarget, RunResult
-    from .graph.loop import Loop, open_loop
-    from .settings import Settings, load_settings
+    from .api import distill, evaluate, open_log
+    from .domain import (
+        Candidate,
+        Critique,
+        Emotion,
+        EmotionTarget,
+        Failure,
+        Missing,
+        Round,
+        RunResult,
+        RunStatus,
+        StopReason,
+        UserError,
+    )
+    from .events import (
+        Critiqued,
+        Event,
+        GenerationFailed,
+        HumanFeedback,
+        ImageGenerated,
+        Rewarded,
+        Rewritten,
+        RunFinished,
+        RunStarted,
+    )
+    from .graph.loop import Loop, RunKeywords, RunOptions, open_loop
+    from .rl.distill import Distilled
+    from .settings import Settings, SettingsOverrides, load_settings
+    from .traces.rows import CandidateRow, RunFilter, RunRow
+    from .traces.store import TraceStore
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "Candidate": ".domain",
-    "Critique": ".domain",
-    "Emotion": ".domain",
-    "EmotionTarget": ".domain",
-    "Loop": ".graph.loop",
-    "RunResult": ".domain",
-    "Settings": ".settings",
-    "load_settings": ".settings",
-    "open_loop": ".graph.loop",
-}
-
 __all__ = [
     "Candidate",
+    "CandidateRow",
     "Critique",
+    "Critiqued",
+    "Distilled",
     "Emotion",
     "EmotionTarget",
+    "Event",
+    "Failure",
+    "GenerationFailed",
+    "HumanFeedback",
+    "ImageGenerated",
     "Loop",
+    "Missing",
+    "Rewarded",
+    "Rewritten",
+    "Round",
+    "RunFilter",
+    "RunFinished",
+    "RunKeywords",
+    "RunOptions",
     "RunResult",
+    "RunRow",
+    "RunStarted",
+    "RunStatus",
     "Settings",
+    "SettingsOverrides",
+    "StopReason",
+    "TraceStore",
+    "UserError",
+    "distill",
+    "evaluate",
     "load_settings",
+    "open_log",
     "open_loop",
 ]
+
+#: Module → the public names that it defines.
+_MODULES = {
+    ".api": "distill evaluate open_log",
+    ".domain": "Candidate Critique Emotion EmotionTarget Failure Missing Round "
+    "RunResult RunStatus StopReason UserError",
+    ".events": "Critiqued Event GenerationFailed HumanFeedback ImageGenerated "
+    "Rewarded Rewritten RunFinished RunStarted",
+    ".graph.loop": "Loop RunKeywords RunOptions open_loop",
+    ".rl.distill": "Distilled",
+    ".settings": "Settings SettingsOverrides load_settings",
+    ".traces.rows": "CandidateRow RunFilter RunRow",
+    ".traces.store": "TraceStore",
+}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(import_module(_WHERE[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -142,7 +142,7 @@ class Candidate(BaseModel):
         round: Round number, from 0.
         index: Place in the round, from 0.
         prompt: The prompt that made it.
-        seed: Seed of its initial noise.
+        seed: Seed of its initial noise; None for a picture from elsewhere whose seed nobody told.
         sha256: Content address of the PNG in the blob store.
         path: Where that PNG lies; None when the candidate came without a store.
         model: Model id or folder.
@@ -156,7 +156,7 @@ class Candidate(BaseModel):
     round: int
     index: int
     prompt: str
-    seed: int
+    seed: int | None
     sha256: str
     path: Path | None = None
     model: str = ""
@@ -218,6 +218,7 @@ class StopReason(StrEnum):
     NO_IMPROVEMENT = "no_improvement"
     ROUNDS_USED = "rounds_used"
     NO_CRITIQUE = "no_critique"
+    NO_REWARD = "no_reward"
     STOPPED = "stopped"
     ERROR = "error"
 
@@ -254,8 +255,15 @@ class RunResult(BaseModel):
     warnings: list[str] = []
 
 
-class UserError(Exception):
-    """Wrong input or setting: one line that says what, where and how to mend it (exit code 2)."""
+class Failure(RuntimeError):
+    """Work that could not be done although it was asked for rightly: one line (exit code 1)."""
+
+
+class UserError(ValueError):
+    """Wrong input or setting: one line that says what, where and how to mend it (exit code 2).
+
+    A ValueError, because servers of graphs show the text of few others to their clients.
+    """
 
 
 def read_target(value: EmotionTarget | Mapping[str, Any]) -> EmotionTarget:

@@ -6,6 +6,7 @@ the viewer, the exports, the distillation. Rooms receive a `Recorder` and never 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -17,6 +18,9 @@ from .domain import Critique, EmotionTarget, Missing, RunStatus, StopReason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+#: A content address becomes a file's name, so that nothing else may stand there.
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 #: Raised when an event's fields change; `traces.migrate` knows the way up from older ones.
 SCHEMA_VERSION = 1
@@ -63,14 +67,17 @@ class RunStarted(_Event):
 
 
 class ImageGenerated(_Event):
-    """A candidate exists; the fields suffice to make it again."""
+    """A candidate exists; the fields suffice to make it again, except for a picture from elsewhere.
+
+    Of an imported picture `seed`, `steps` and `guidance` are None where nobody said them.
+    """
 
     type: Literal["image_generated"] = "image_generated"
     node: str = "generate"
-    sha256: str
+    sha256: Sha256
     prompt: str
     negative_prompt: str | None = None
-    seed: int
+    seed: int | None
     model: str
     revision: str | None = None
     adapter: str | None = None
@@ -78,7 +85,7 @@ class ImageGenerated(_Event):
     guidance: float | None = None
     height: int
     width: int
-    latents: str | None = None
+    latents: Sha256 | None = None
     versions: dict[str, str] = {}
     seconds: float | None = None
 
@@ -98,7 +105,7 @@ class Critiqued(_Event):
 
     type: Literal["critiqued"] = "critiqued"
     node: str = "critique"
-    sha256: str
+    sha256: Sha256
     critique: Critique | Missing
     model: str
     prompt_version: str
@@ -111,7 +118,7 @@ class Rewarded(_Event):
 
     type: Literal["rewarded"] = "rewarded"
     node: str = "reward"
-    sha256: str
+    sha256: Sha256
     name: str
     version: str
     value: float | None = Field(default=None, allow_inf_nan=False)
@@ -133,11 +140,15 @@ class Rewritten(_Event):
 
 
 class HumanFeedback(_Event):
-    """A person rated a candidate or edited a prompt; `index` numbers the ratings of one picture, else time does."""
+    """A person rated a candidate, or commented on one or on the run.
+
+    What tells several apart is `index`; without it the time of a rating and the words of a comment, so that
+    nothing is lost and a node that runs again says a comment once.
+    """
 
     type: Literal["human_feedback"] = "human_feedback"
     node: str = "human"
-    sha256: str | None = None
+    sha256: Sha256 | None = None
     valence: float | None = None
     arousal: float | None = None
     rating: float | None = None
@@ -147,12 +158,15 @@ class HumanFeedback(_Event):
     @classmethod
     def _own_key(cls, data: Any) -> Any:
         # The first event of a key stands, and a corrected rating has to stand beside it.
-        if not isinstance(data, dict) or "node" in data or data.get("sha256") is None:
+        if not isinstance(data, dict) or "node" in data:
             return data
         data = {"time": datetime.now(UTC), **data}
         rated = any(data.get(axis) is not None for axis in ("valence", "arousal", "rating"))
-        number = f" {data['time']}" if rated and "index" not in data else ""
-        return {**data, "node": f"human {'rating' if rated else 'comment'} {data['sha256']}{number}"}
+        parts = ["human", "rating" if rated else "comment", data.get("sha256")]
+        if "index" not in data:
+            comment = hashlib.sha256(str(data.get("comment", "")).encode()).hexdigest()[:12]
+            parts.append(data["time"] if rated else comment)
+        return {**data, "node": " ".join(str(part) for part in parts if part is not None)}
 
 
 class RunFinished(_Event):

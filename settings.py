@@ -5,25 +5,40 @@ An unknown key anywhere is an error: a typo that silently keeps a default costs 
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
+from typing_extensions import TypedDict
 
 from .domain import UserError
 
+#: Settings whose values are never printed.
+SECRETS = frozenset({"api_key", "database_url"})
+
+#: What Kubernetes sets in every container for a service called emoloop, or emoloop-something.
+_KUBERNETES = re.compile(
+    r"EMOLOOP_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class GeneratorSettings(_Section):
@@ -131,12 +146,20 @@ class Settings(BaseSettings):
         nested_model_default_partial_update=True,
     )
 
-    #: Folder for the event log, blobs and checkpoints.
+    #: Folder for the event log, blobs and checkpoints; absolute once the settings are resolved.
     home: Path = Path(".emoloop")
     generator: GeneratorSettings = GeneratorSettings()
     lvlm: LVLMSettings = LVLMSettings()
     loop: LoopSettings = LoopSettings()
     traces: TraceSettings = TraceSettings()
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        try:
+            return home.expanduser().absolute()
+        except RuntimeError as error:
+            raise ValueError(f"no such user: {home}") from error
 
     @classmethod
     def settings_customise_sources(
@@ -148,8 +171,29 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Keyword, environment, then the TOML file that `EMOLOOP_CONFIG` names (default `emoloop.toml`)."""
-        path = Path(os.environ.get("EMOLOOP_CONFIG", "emoloop.toml"))
+        named = os.environ.get("EMOLOOP_CONFIG")
+        path = Path(named or "emoloop.toml").expanduser()
+        if named and not path.is_file():
+            raise UserError(f"EMOLOOP_CONFIG names {named}, and there is no such file")
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path)
+
+
+class SettingsOverrides(TypedDict, total=False):
+    """Settings as keywords of a call, over those of environment and file."""
+
+    home: str | Path | None
+    loop: Mapping[str, Any] | LoopSettings | None
+    traces: Mapping[str, Any] | TraceSettings | None
+
+
+class _Given(Settings):
+    """Keywords alone: what is resolved already must not meet the environment again."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
 
 
 def _refuse_unknown_environment() -> None:
@@ -160,32 +204,111 @@ def _refuse_unknown_environment() -> None:
         if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
             known |= {f"EMOLOOP_{name}__{key}".upper() for key in field.annotation.model_fields}
     for variable in os.environ:
-        if variable.upper().startswith("EMOLOOP_") and variable.upper() not in known:
+        name = variable.upper()
+        if name.startswith("EMOLOOP_") and name not in known and not _KUBERNETES.fullmatch(name):
             raise UserError(
                 f"unknown setting {variable} in the environment; known: {', '.join(sorted(known))}"
             )
 
 
-def load_settings(overrides: dict[str, Any] | None = None) -> Settings:
+def load_settings(overrides: Mapping[str, Any] | None = None, base: Settings | None = None) -> Settings:
     """Resolve the settings.
 
     Args:
-        overrides: Keywords; nested by section (`{"loop": {"rounds": 2}}`). None values are ignored.
+        overrides: Keywords; nested by section (`{"loop": {"rounds": 2}}`). A value of None inside a section is
+            a value; a section or a home that is None was not given.
+        base: Settings that are resolved already, under the overrides; instead of environment and file.
 
     Raises:
         UserError: An unknown key or a value out of range, in one line that names it.
     """
-    _refuse_unknown_environment()
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
     try:
-        return Settings(**pruned(overrides or {}))
+        if base is None:
+            _refuse_unknown_environment()
+            return Settings(**given)
+        made = _Given(**merged(base.model_dump(exclude_unset=True), given))
+        return Settings.model_construct(made.model_fields_set, **dict(made))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise UserError(f"unknown setting {where!r} (see `emoloop doctor` for those in force)") from error
-        raise UserError(f"setting {where}: {first['msg']} (got {first.get('input')!r})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"emoloop.toml: {error}") from error
+        raise UserError(explain(error)) from error
+    except SettingsError as error:
+        raise UserError(f"the environment: {str(error).splitlines()[0]}; JSON is wanted") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        where = os.environ.get("EMOLOOP_CONFIG", "emoloop.toml")
+        hint = " (save the file as UTF-8)" if isinstance(error, UnicodeDecodeError) else ""
+        raise UserError(f"{where}: {error}{hint}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing that is wrong with some settings, in one line without secrets."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {where!r} (see `emoloop doctor` for those in force)"
+    value = first.get("input")
+    # A whole section may hold a secret as well, and an address may hold a password.
+    shown = isinstance(value, str | int | float) and "://" not in str(value)
+    hidden = not shown or str(first["loc"][-1]) in SECRETS
+    return f"setting {where}: {first['msg']}" + ("" if hidden else f" (got {value!r})")
+
+
+def read_set(words: Iterable[str], model: type[BaseModel] = Settings) -> dict[str, Any]:
+    """Words such as `lvlm.timeout=60` as nested settings.
+
+    The setting decides how its value is read: one that is text takes any text, digits too; any other is read
+    as YAML, of which JSON is a part. `null` unsets a setting that may be unset.
+
+    Args:
+        words: KEY=VALUE each; a later word wins.
+        model: Whose settings they are.
+
+    Raises:
+        UserError: No KEY=VALUE, or a value that is no YAML. Values are not repeated: one may be a secret.
+    """
+    result: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UserError(f"--set {key}: KEY=VALUE is wanted, such as lvlm.timeout=60")
+        nested: Any = _typed(text, _kinds(model, key.split(".")), key)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        result = merged(result, nested)
+    return result
+
+
+def _kinds(model: type[BaseModel], path: list[str]) -> tuple[Any, ...]:
+    """The types that a setting may have; none for an unknown one, which is refused later by its name."""
+    field = model.model_fields.get(path[0])
+    kind = field.annotation if field else None
+    if len(path) > 1:
+        return _kinds(kind, path[1:]) if isinstance(kind, type) and issubclass(kind, BaseModel) else ()
+    # Only of a choice or a union are the parts kinds of their own.
+    return get_args(kind) if get_origin(kind) in (Literal, types.UnionType, typing.Union) else (kind,)
+
+
+def _typed(text: str, kinds: tuple[Any, ...], key: str) -> Any:
+    if any(kind in (str, Path) or isinstance(kind, str) for kind in kinds):
+        if text == "null" and type(None) in kinds:
+            return None
+        if len(text) > 1 and text[0] == text[-1] == '"':
+            try:
+                return json.loads(text)
+            except ValueError:
+                pass
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}: the value is not YAML: {str(error).splitlines()[0]}") from error
+    # YAML 1.1 reads 1e-4 as text.
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
 
 
 def pruned(node: Mapping[str, Any]) -> dict[str, Any]:

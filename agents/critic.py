@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import logging
 import math
 from dataclasses import dataclass, field
@@ -22,14 +23,15 @@ from .schemas import CRITIC_SCHEMA, CriticAnswer, average, target_text
 logger = logging.getLogger(__name__)
 
 
-def valued(
+async def valued(
     reward: Reward, critique: Critique | Missing, target: EmotionTarget
 ) -> tuple[float | None, str | None]:
-    """A critique's reward, or None and the reason: a reward may be anybody's function."""
+    """A critique's reward, or None and the reason: a reward may be anybody's function, or coroutine function."""
     if isinstance(critique, Missing):
         return None, f"no critique: {critique.reason}"
     try:
-        value = float(reward(critique, target))
+        given = reward(critique, target)
+        value = float(await given if inspect.isawaitable(given) else given)
     except Exception as error:
         logger.warning("reward %s failed", reward.name, exc_info=error)
         return None, f"reward {reward.name}: {one_line(error)}"

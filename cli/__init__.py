@@ -5,16 +5,20 @@ Nothing heavy is imported at the top, so that `emoloop --help` answers at once.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+from typing import Annotated
 
 import typer
 
-from ..domain import UserError
+from ..domain import Failure, UserError
 from .bench import bench
+from .collect import collect
 from .distill import distill
 from .evals import doctor, eval_
 from .lvlm import app as lvlm
-from .run import collect, run
+from .run import resume, run
 from .traces import app as traces
 
 app = typer.Typer(
@@ -25,6 +29,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(run)
+app.command()(resume)
 app.command()(collect)
 app.command()(distill)
 app.command()(bench)
@@ -34,10 +39,39 @@ app.command("eval")(eval_)
 app.command()(doctor)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(f"emoloop {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Pictures that make people feel what they were meant to."""
+
+
 def main() -> None:
-    """Entry point: bad input ends in one line and exit code 2."""
+    """Entry point: bad input ends in one line and exit code 2, what could not be done in one line and 1."""
+    if sys.stdin is None:
+        # A scheduler may have closed it; the libraries below expect one.
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal of another encoding shows a code where it has no sign; that is no reason to stop.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:
         print(f"emoloop: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (Failure, OSError) as error:
+        if os.environ.get("EMOLOOP_DEBUG"):
+            raise
+        print(f"emoloop: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

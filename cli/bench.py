@@ -11,6 +11,7 @@ import typer
 
 from ..domain import UserError
 from ..evals.bench import BENCHES
+from .options import print_json
 
 
 def bench(
@@ -28,7 +29,7 @@ def bench(
     function = registry.resolve(name, BENCHES, "benchmark")
     document = function(**_read(name, function, options or []))
     if as_json:
-        print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+        print_json(document, indent=1)
         return
     width = max(map(len, document["figures"]))
     for key, value in document["figures"].items():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..domain import UserError
+from . import options as opt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,27 +17,13 @@ if TYPE_CHECKING:
     from ..settings import Settings
     from ..traces.rows import RunFilter
 
-#: Conditions of `--from` by name: the field of `RunFilter` that they set.
-_CONDITIONS = {
-    "run": "run_ids", "status": "status", "category": "category", "valence": "valence", "arousal": "arousal",
-    "gain": "min_gain", "prompt": "prompt", "model": "model", "adapter": "adapter", "since": "since",
-    "limit": "limit",
-}  # fmt: skip
-
 
 def distill(
     objective: Annotated[
         str, typer.Argument(help="opd, dpo, nft, rwr, sft, or a dotted path (my_pkg.my_mod:MyObjective).")
     ],
     out: Annotated[Path | None, typer.Option(help="Folder of the artifact; made by this run.")] = None,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--from",
-            metavar="KEY=VALUE",
-            help=f"Which runs; may be repeated. Keys: {', '.join(_CONDITIONS)}. Ranges as 0.5..2, since as 7d.",
-        ),
-    ] = None,
+    where: opt.Where = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show what the log holds and train nothing.")] = False,
     preset: Annotated[
@@ -53,8 +37,8 @@ def distill(
     print_config: Annotated[
         bool, typer.Option(help="Print every knob with its value and meaning as YAML for --config, and stop.")
     ] = False,
-    home: Annotated[Path | None, typer.Option(help="Folder of the log; default from the settings.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    home: opt.Home = None,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Train the diffusion weights on logged runs, so that one pass gives what the loop gave."""
     from ..rl.config import commented, load_config
@@ -63,100 +47,38 @@ def distill(
     from ..traces.store import StoreError
 
     settings = load_settings({"home": home})
-    where = parse_filter(source or [])
+    wanted = opt.read_where(where)
     if out is None and not dry_run and not print_config:
         raise UserError("distill needs --out DIR (or --dry-run)")
     try:
         if preset is None:
-            preset = _preset_for(_base_model(settings, where, print_config), config)
+            preset = _preset(settings, wanted, config, print_config)
         resolved = load_config(objective, preset, config, sets or [])
         if print_config:
             typer.echo(commented(resolved), nl=False)
         elif dry_run or out is None:
-            _preview(settings, resolved, where, as_json)
+            _preview(settings, resolved, wanted, as_json)
         else:
-            _train(settings, resolved, out, where, resume, as_json)
+            _train(settings, resolved, out, wanted, resume, as_json)
     except (DistillError, StoreError, OSError) as error:
         typer.echo(f"emoloop: {error}", err=True)
         raise typer.Exit(1) from error
 
 
-def parse_filter(conditions: list[str]) -> RunFilter:
-    """The runs that `--from` names; conditions may stand in one word with commas between.
-
-    Raises:
-        UserError: Unknown condition or a value that does not parse.
-    """
-    from pydantic import ValidationError
-
-    from ..traces.rows import RunFilter
-
-    fields: dict[str, Any] = {}
-    for item in (part for text in conditions for part in re.split(r",(?=\s*\w+=)", text)):
-        key, sign, value = (part.strip() for part in item.partition("="))
-        if not sign or key not in _CONDITIONS:
-            raise UserError(f"--from {item.strip()!r}: want KEY=VALUE with one of {', '.join(_CONDITIONS)}")
-        parsed: Any = value
-        if key == "run":
-            parsed = tuple(value.split("+"))
-        elif key in ("valence", "arousal"):
-            low, dots, high = value.partition("..")
-            parsed = (low, high) if dots else (value, value)
-        elif key == "since":
-            parsed = _moment(value)
-        fields[_CONDITIONS[key]] = parsed
-    try:
-        return RunFilter.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"--from {first['loc'][0]}: {first['msg']} (got {first.get('input')!r})") from error
-
-
-def _moment(text: str) -> datetime:
-    if ago := re.fullmatch(r"(\d+)([mhd])", text):
-        unit = {"m": "minutes", "h": "hours", "d": "days"}[ago[2]]
-        return datetime.now(UTC) - timedelta(**{unit: int(ago[1])})
-    try:
-        return datetime.fromisoformat(text).astimezone()
-    except ValueError:
-        raise UserError(f"--from since={text}: want 2026-01-31, 2026-01-31T12:00, 30m, 12h or 7d") from None
-
-
-def _base_model(settings: Settings, where: RunFilter, may_lack: bool) -> str:
-    """What the log says made the images; what would make them where the log may lack."""
-    from ..rl.rollouts import origin
-    from ..traces.store import open_store
+def _preset(settings: Settings, where: RunFilter, config: Path | None, may_lack: bool) -> str | None:
+    """The preset for the model that made the images; for the one that would, where the log may lack."""
+    from ..api import logged_model, preset_for
 
     try:
-        with open_store(settings, read_only=True) as store:
-            return origin(store, where)[0].model
+        model = logged_model(settings, where)
     except UserError:
-        if may_lack:
-            return settings.generator.model
-        raise
-
-
-def _preset_for(model: str, config: Path | None) -> str | None:
-    """The preset for a model as the log names it: by a short name, a hub id or a folder.
-
-    Raises:
-        UserError: None fits, and no file gives the knobs either.
-    """
-    from ..rl.config import PRESETS
-    from ..tools.presets import GENERATORS
-
-    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    name = next((name for name, it in GENERATORS.items() if model in (name, str(it.model))), model)
-    if name in known:
-        typer.echo(f"preset {name}, for images by {model}", err=True)
-        return name
-    if config is None:
-        raise UserError(
-            f"no preset fits {model}, which made the images: name one by --preset ({', '.join(known)}) "
-            "or give --config FILE"
-        )
-    typer.echo(f"no preset fits {model}: taking {config} over the defaults", err=True)
-    return None
+        if not may_lack:
+            raise
+        model = settings.generator.model
+    found = preset_for(model, config)
+    said = f"no preset fits {model}: taking {config} over the defaults"
+    typer.echo(f"preset {found}, for images by {model}" if found else said, err=True)
+    return found
 
 
 def _train(
@@ -186,7 +108,9 @@ def _train(
         )  # fmt: skip
     outcome = result.outcome
     if outcome.flags:
-        console.print(f"[yellow]guards fell while the reward rose: {'; '.join(outcome.flags)}[/yellow]")
+        console.print(
+            "guards fell while the reward rose:", "; ".join(outcome.flags), style="yellow", markup=False
+        )
     if as_json:
         document = {
             "folder": str(result.folder),
@@ -197,11 +121,14 @@ def _train(
             "data": result.statistics,
             "figures": result.figures,
         }
-        typer.echo(json.dumps(document, indent=2))
+        opt.print_json(document, indent=2)
     elif outcome.reason == "interrupted":
         console.print(f"interrupted at step {outcome.steps}; go on with --resume")
     else:
-        console.print(f"{outcome.reason} after {outcome.steps} steps; use it: emoloop run … --adapter {out}")
+        console.print(
+            f"{outcome.reason} after {outcome.steps} steps; use it: emoloop run … --adapter {out}",
+            markup=False,
+        )
     if outcome.reason == "interrupted":
         raise typer.Exit(130)
 
@@ -231,20 +158,19 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
                 "data": statistics.model_dump(mode="json"),
                 "config": config.model_dump(mode="json"),
             }
-            typer.echo(json.dumps(document, indent=2))
+            opt.print_json(document, indent=2)
             return
         console = Console()
         base = dataset.base
-        console.print(f"[bold]{statistics.runs} runs[/bold] of {statistics.prompts} prompts, {statistics.images} "
+        console.print(f"{statistics.runs} runs of {statistics.prompts} prompts, {statistics.images} "
                       f"images by {base.model}; {statistics.rewarded} rewards ({dataset.reward[0]} "
-                      f"v{dataset.reward[1]}), {statistics.missing} missing")  # fmt: skip
+                      f"v{dataset.reward[1]}), {statistics.missing} missing", markup=False)  # fmt: skip
         for name, counts in statistics.sources.items():
             mark = " ← this objective" if name == source else ""
             console.print(f"  {name:12} {counts['train']:>8} train {counts['held_out']:>8} held out{mark}")
         if statistics.dropped:
-            console.print(
-                "no pair from: " + ", ".join(f"{n} × {why}" for why, n in statistics.dropped.items())
-            )
+            why = ", ".join(f"{count} × {reason}" for reason, count in statistics.dropped.items())
+            console.print(f"no pair from: {why}", markup=False)
         if statistics.phrasebook:
             console.print(f"phrases (readings expected within {max(statistics.reader_error or (0, 0)):.2f}):")
             for phrase, count in statistics.phrasebook.items():

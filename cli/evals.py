@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..domain import UserError
+from . import options as opt
 
 if TYPE_CHECKING:
     from ..evals.runner import Progress
@@ -23,6 +23,7 @@ Words = Annotated[
 
 
 def eval_(
+    context: typer.Context,
     words: Words = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report.  [default: eval-SUITE]")] = None,
     arms: Annotated[
@@ -37,12 +38,8 @@ def eval_(
     adapter: Annotated[
         Path | None, typer.Option(help="Artifact behind the arms adapter and loop_on_adapter.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Generator: a preset, a diffusers folder, a hub id.")
-    ] = None,
-    lvlm: Annotated[
-        str | None, typer.Option(help="Preset, folder, hub id, URL or engine of the LVLM.")
-    ] = None,
+    model: opt.Model = None,
+    lvlm: opt.Lvlm = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N neutral prompts.")] = None,
     processes: Annotated[
         str, typer.Option(help="How many processes share the work; auto is one for each GPU.")
@@ -53,10 +50,9 @@ def eval_(
             "--allow-reward-judge", help="Let a judge speak that gave the reward; the report says so."
         ),
     ] = False,
-    home: Annotated[
-        Path | None, typer.Option(help="Evaluations keep log, pictures and cache in HOME/evals.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    home: opt.Home = None,
+    as_json: opt.AsJson = False,
+    set_: opt.Set = None,
 ) -> None:
     """Judge arms on a suite, with intervals and equal budgets, and write a report; or compare two reports."""
     if not words:
@@ -73,11 +69,7 @@ def eval_(
     from ..evals.document import Options
     from ..evals.evaluate import evaluate
     from ..evals.runner import EvaluationFailed
-    from ..settings import lvlm_settings
 
-    settings: dict[str, Any] = {"home": home, "generator": {"model": model}}
-    if lvlm is not None:
-        settings["lvlm"] = lvlm_settings(lvlm)
     options = Options(
         suite=words[0],
         arms=[arm.strip() for arm in arms.split(",") if arm.strip()] if arms else None,
@@ -86,7 +78,8 @@ def eval_(
         adapter=adapter,
         allow_reward_judge=allow_reward_judge,
         limit=limit,
-        settings=settings,
+        # `--adapter` is an arm here, not a setting of every arm.
+        settings=opt.overrides({**context.params, "adapter": None}),
     )
     folder = out or Path(f"eval-{Path(words[0]).stem}")
     try:
@@ -99,7 +92,7 @@ def eval_(
         print("emoloop: interrupted; what is made is kept, the same call goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
     if as_json:
-        print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+        opt.print_json(document, indent=1)
     else:
         from .evals_view import show
 
@@ -122,7 +115,7 @@ def _compare(first: str, second: str, as_json: bool) -> None:
 
     document = compare(load_report(Path(first)), load_report(Path(second)))
     if as_json:
-        print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+        opt.print_json(document, indent=1)
     else:
         show_comparison(document)
 
@@ -169,7 +162,7 @@ class _progress:
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Say what is installed, found and reachable, which settings hold, and what to do about the rest."""
     from ..doctor import examine
@@ -177,7 +170,7 @@ def doctor(
 
     document = examine()
     if as_json:
-        print(json.dumps(document, indent=1, ensure_ascii=False))
+        opt.print_json(document, indent=1)
     else:
         show_doctor(document)
     raise typer.Exit(0 if document["ok"] else 1)

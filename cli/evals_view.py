@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..evals.wording import LABELS, interval, number
@@ -18,7 +19,9 @@ def show(document: dict[str, Any], folder: Path) -> None:
     """The figures of one evaluation."""
     console = Console()
     table = Table(
-        title=f"{document['suite']} v{document['suite_version']}, judged by {document['judge']['name']}"
+        title=escape(
+            f"{document['suite']} v{document['suite_version']}, judged by {document['judge']['name']}"
+        )
     )
     table.add_column("arm")
     metrics = [key for key in _SHOWN if any(key in arm["metrics"] for arm in document["arms"].values())]
@@ -33,28 +36,29 @@ def show(document: dict[str, Any], folder: Path) -> None:
             cells.append(
                 "–" if found is None else f"{number(found['value'], digits)}\n({interval(found, digits)})"
             )
-        table.add_row(name, *cells, str(arm["delivered"]))
+        table.add_row(escape(name), *cells, str(arm["delivered"]))
     console.print(table)
     if document["reward_judge"]:
         console.print(
-            f"[bold red]The judge also gave the reward ({document['reward_judge']}): no evidence.[/]"
+            f"[bold red]The judge also gave the reward ({escape(document['reward_judge'])}): no evidence.[/]"
         )
     if document["verdict"]:
-        console.print(document["verdict"])
+        console.print(document["verdict"], markup=False)
     for flag in document["flags"]:
-        console.print(f"[bold red]{flag['sentence']}[/]")
+        console.print(f"[bold red]{escape(flag['sentence'])}[/]")
     for name, arm in document["arms"].items():
         for reason, count in arm["failures"].items():
-            console.print(f"[yellow]{name}: {count} of {arm['requests']} requests failed: {reason}[/]")
-    console.print(f"{document['images_made']} images made now. Report: {folder / 'report.html'}")
+            failed = f"{name}: {count} of {arm['requests']} requests failed: {reason}"
+            console.print(failed, style="yellow", markup=False)
+    console.print(f"{document['images_made']} images made now. Report: {escape(str(folder / 'report.html'))}")
 
 
 def show_comparison(document: dict[str, Any]) -> None:
     """Two reports side by side."""
     console = Console()
     for warning in document["warnings"]:
-        console.print(f"[yellow]{warning}[/]")
-    table = Table(title=f"{document['a']} → {document['b']}")
+        console.print(f"[yellow]{escape(warning)}[/]")
+    table = Table(title=escape(f"{document['a']} → {document['b']}"))
     for column in ("arm", "metric", "A", "B", "B − A (95 %)", "p", "n"):
         table.add_column(column, justify="left" if column in ("arm", "metric") else "right")
     for row in document["changes"]:
@@ -62,7 +66,7 @@ def show_comparison(document: dict[str, Any]) -> None:
         p = "–" if row["p"] is None else f"{row['p']:.3f}"
         change = f"{number(row['value'], digits, sign=True)} ({interval(row, digits, sign=True)})"
         sides = (number(row["a"], digits), number(row["b"], digits))
-        table.add_row(row["arm"], LABELS[row["metric"]][0], *sides, change, p, str(row["n"]))
+        table.add_row(escape(row["arm"]), LABELS[row["metric"]][0], *sides, change, p, str(row["n"]))
     console.print(table)
 
 
@@ -73,13 +77,13 @@ def show_doctor(document: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for check in document["checks"]:
         text = check["found"] if not check["remedy"] else f"{check['found']}\n→ {check['remedy']}"
-        table.add_row(marks[check["state"]], check["name"], text)
+        table.add_row(marks[check["state"]], escape(check["name"]), escape(text))
     console.print(table)
     console.print("\nSettings in force (defaults in grey):")
     settings = Table(show_header=False, box=None, pad_edge=False)
     for row in document["settings"]:
         style = "" if row["set"] else "dim"
-        settings.add_row(row["name"], str(row["value"]), style=style)
+        settings.add_row(row["name"], escape(str(row["value"])), style=style)
     console.print(settings)
     console.print(
         "[green]All that is needed is here.[/]"

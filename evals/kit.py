@@ -281,7 +281,7 @@ class Take:
         kit, place = self.kit, {"run_id": self.run_id, "round": round, "index": index}
         critique, usage = await kit.look(made.sha256, self.request, request.seed)
         self.tokens["critic"] += usage.get("total_tokens", 0)
-        value, reason = valued(kit.reward, critique, self.request.target)
+        value, reason = await valued(kit.reward, critique, self.request.target)
         known = {key: made.provenance[key] for key in ImageGenerated.model_fields if key in made.provenance}
         self.events += [
             ImageGenerated(

@@ -17,9 +17,9 @@ from typing import Any
 
 from ..agents.ask import one_line
 from ..domain import EmotionTarget, RunResult, RunStatus, UserError, read_target
+from ..events import RunFinished
 from ..traces.database import StoreError
 from .loop import Loop
-from .progress import Progress, RunBegan
 from .state import candidate_seed, read_prompt, read_seed
 
 #: What a line may say, besides its target.
@@ -57,7 +57,7 @@ class Outcome:
         run_id: The run, or None for a line that could not be read.
         error: Why there is no complete run; None where there is.
         images: Pictures made for it, now or before.
-        known: Whether the run was complete before.
+        known: Whether the run was complete before this call.
         gain: The run's gain.
     """
 
@@ -72,7 +72,8 @@ class Outcome:
 def read_line(number: int, text: str) -> Request:
     """Read one line: `{"prompt": …, "valence": …, "arousal": …, "category": …}`, or with a `target` object.
 
-    Also `seed`, `rounds`, `images`, `tolerance`, `patience`.
+    Also `seed`, `rounds`, `images`, `tolerance`, `patience`. A dead letter of a line that could not be read holds
+    it under `raw` and is read again.
 
     Raises:
         UserError: Not a JSON object, an unknown key, or a request that makes no sense.
@@ -83,20 +84,26 @@ def read_line(number: int, text: str) -> Request:
         raise UserError(f"not JSON: {error}") from error
     if not isinstance(given, dict):
         raise UserError("a JSON object is wanted")
+    if isinstance(given.get("raw"), str):
+        return read_line(_line_of(given, number), given["raw"])
     known = ("prompt", "target", "seed", *_TARGET, *_OPTIONS, *_LETTER)
     if unknown := sorted(set(given) - set(known)):
         raise UserError(f"unknown key {', '.join(unknown)}: known are {', '.join(known[: -len(_LETTER)])}")
     flat = {key: given[key] for key in _TARGET if given.get(key) is not None}
     if flat and "target" in given:
         raise UserError("give the target as an object or as keys, not both")
-    line = given.get("line", number)
     return Request(
-        line=line if isinstance(line, int) else number,
+        line=_line_of(given, number),
         prompt=read_prompt(given.get("prompt")),
         target=read_target(given.get("target", flat)),
         seed=read_seed(given.get("seed")),
         options={key: given[key] for key in _OPTIONS if given.get(key) is not None},
     )
+
+
+def _line_of(given: dict[str, Any], number: int) -> int:
+    line = given.get("line", number)
+    return line if isinstance(line, int) else number
 
 
 def fingerprint(loop: Loop, seed: int) -> str:
@@ -144,7 +151,6 @@ async def collect(
     seed: int = 0,
     concurrency: int = 8,
     on_outcome: Callable[[Outcome], object] = lambda outcome: None,
-    on_progress: Callable[[Progress], object] = lambda message: None,
 ) -> None:
     """Run every line of a file.
 
@@ -155,11 +161,11 @@ async def collect(
         seed: Lines without a seed get one from this and their number.
         concurrency: Runs at a time; they share the models, and their requests share batches.
         on_outcome: Called for each line when it is done.
-        on_progress: Called with the progress messages of all runs.
 
     Raises:
         UserError: The dead-letter file would overwrite the source, or cannot be written.
         StoreError: The log is lost; all runs stop.
+        OSError: The dead-letter file cannot be written any more; all runs stop.
     """
     await asyncio.to_thread(_clear, dead_letters, source)
     print_ = fingerprint(loop, seed)
@@ -169,7 +175,7 @@ async def collect(
     async def worker() -> None:
         # Workers take the next line when they are free, so the file is never in memory.
         for number, text in lines:
-            outcome = await _one(loop, number, text, print_, seed, on_progress)
+            outcome = await _one(loop, number, text, print_, seed)
             if outcome.error is not None:
                 async with one_writer:
                     await asyncio.to_thread(_bury, dead_letters, number, text, outcome)
@@ -198,33 +204,25 @@ def count_lines(source: Path) -> int:
 
 def _lines(source: Path) -> Iterator[tuple[int, str]]:
     # Broken bytes become visible signs: one bad line must not end the others.
-    with source.open(encoding="utf-8", errors="replace") as file:
+    with source.open(encoding="utf-8-sig", errors="replace") as file:
         for number, text in enumerate(file, start=1):
             if text.strip():
                 yield number, text
 
 
-async def _one(
-    loop: Loop, number: int, text: str, print_: str, seed: int, on_progress: Callable[[Progress], object]
-) -> Outcome:
+async def _one(loop: Loop, number: int, text: str, print_: str, seed: int) -> Outcome:
     run_id: str | None = None
-    began = False
-
-    def watch(message: Progress) -> None:
-        nonlocal began
-        began = began or isinstance(message, RunBegan)
-        on_progress(message)
-
     try:
         request = read_line(number, text)
         run_id = run_id_of(request, print_)
+        before = await loop.recorder.events(run_id)
+        known = any(isinstance(it, RunFinished) and it.status is RunStatus.COMPLETED for it in before)
         own = candidate_seed(seed, 0, request.line) if request.seed is None else request.seed
         result = await loop.run(
             request.prompt,
             request.target,
             seed=own,
             run_id=run_id,
-            on_progress=watch,
             review=False,  # nobody is there to answer
             **request.options,
         )
@@ -236,7 +234,7 @@ async def _one(
         return Outcome(number, run_id, str(error))
     except Exception as error:
         return Outcome(number, run_id, one_line(error))
-    return _outcome(number, result, known=not began)
+    return _outcome(number, result, known)
 
 
 def _outcome(number: int, result: RunResult, known: bool) -> Outcome:

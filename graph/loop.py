@@ -24,13 +24,23 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command
+from pydantic import BaseModel
+from typing_extensions import TypedDict, Unpack
 
 from ..agents.ask import Asker
 from ..agents.critic import Critic
 from ..agents.rewriters import Rewriter, load_rewriter
 from ..domain import Critique, EmotionTarget, RunResult, RunStatus, UserError
 from ..events import Critiqued, Event, ImageGenerated, Rewarded, RunFinished, RunStarted
-from ..settings import GeneratorSettings, LVLMSettings, Settings, load_settings, lvlm_settings, merged
+from ..settings import (
+    GeneratorSettings,
+    LVLMSettings,
+    Settings,
+    SettingsOverrides,
+    load_settings,
+    lvlm_settings,
+    merged,
+)
 from ..tools import presets
 from ..tools.images.base import Generator
 from ..tools.images.load import load_generator
@@ -49,11 +59,41 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
+class RunOptions(TypedDict, total=False):
+    """What one run may have of its own, over the settings; None leaves one as it is."""
+
+    rounds: int | None
+    images: int | None
+    tolerance: float | None
+    patience: int | None
+    review: bool | None
+
+
+class RunKeywords(RunOptions, total=False):
+    """All keywords of `Loop.run`."""
+
+    seed: int | None
+    run_id: str | None
+    on_progress: Callable[[Progress], object] | None
+    reviewer: Callable[[dict[str, Any]], Any] | None
+
+
+class ResumeKeywords(TypedDict, total=False):
+    """All keywords of `Loop.resume`."""
+
+    on_progress: Callable[[Progress], object] | None
+    reviewer: Callable[[dict[str, Any]], Any] | None
+
+
 #: Gets each progress message as it comes.
 OnProgress = Callable[[Progress], object]
 
 #: Answers a review: a comment, or an object with `prompt`, `comment`, `stop`; may be a coroutine function.
 Reviewer = Callable[[dict[str, Any]], Any]
+
+
+_OPEN = "this loop is open already: open another, or use this one for many runs at a time"
 
 
 def open_loop(
@@ -67,8 +107,8 @@ def open_loop(
     | Generator
     | None = None,
     lvlm: str | Path | Mapping[str, Any] | LVLMSettings | BaseChatModel | None = None,
-    reward: str | Callable[..., Any] | None = None,
-    **overrides: Any,
+    reward: str | Callable[[Critique, EmotionTarget], Any] | type[Any] | None = None,
+    **overrides: Unpack[SettingsOverrides],
 ) -> Loop:
     """A loop, to be entered with `async with` or `with`.
 
@@ -77,31 +117,33 @@ def open_loop(
         generator: A preset, folder or hub id; settings; a diffusers pipeline or any `Generator`.
         lvlm: A preset, folder or hub id, the URL of a vLLM server; settings; any LangChain chat model that
             takes images.
-        reward: A name, a dotted path or a callable `(critique, target) -> float`.
-        **overrides: Any setting, nested by section: `home="runs"`, `loop={"rounds": 2}`.
+        reward: A name, a dotted path or a callable `(critique, target) -> float`, plain or async.
+        **overrides: Any other setting: `home="runs"`, `loop={"rounds": 2}`.
 
     Raises:
         UserError: An unknown setting or a value out of range.
     """
     objects: dict[str, Any] = {}
+    given: dict[str, Any] = {
+        key: _given(it) if isinstance(it, Mapping | BaseModel) else it for key, it in overrides.items()
+    }
     if isinstance(generator, str | Path):
-        overrides = merged(overrides, {"generator": {"model": str(generator)}})
+        given = merged(given, {"generator": {"model": str(generator)}})
     elif isinstance(generator, Mapping | GeneratorSettings):
-        overrides = merged(overrides, {"generator": _given(generator)})
+        given = merged(given, {"generator": _given(generator)})
     elif generator is not None:
         objects["generator"] = generator
     if isinstance(lvlm, str | Path):
-        overrides = merged(overrides, {"lvlm": lvlm_settings(str(lvlm))})
+        given = merged(given, {"lvlm": lvlm_settings(str(lvlm))})
     elif isinstance(lvlm, Mapping | LVLMSettings):
-        overrides = merged(overrides, {"lvlm": _given(lvlm)})
+        given = merged(given, {"lvlm": _given(lvlm)})
     elif lvlm is not None:
         objects["lvlm"] = lvlm
     if isinstance(reward, str):
-        overrides = merged(overrides, {"loop": {"reward": reward}})
+        given = merged(given, {"loop": {"reward": reward}})
     elif reward is not None:
         objects["reward"] = reward
-    base = settings.model_dump(exclude_unset=True) if settings is not None else {}
-    return Loop(load_settings(merged(base, overrides)), **objects)
+    return Loop(load_settings(given, settings), **objects)
 
 
 class Loop:
@@ -134,7 +176,7 @@ class Loop:
             UserError: A model, an adapter, a server or the home cannot be used.
         """
         if self._stack is not None:
-            raise RuntimeError("this loop is open already")
+            raise RuntimeError(_OPEN)
         await asyncio.to_thread(_check_home, self.settings.home)
         async with AsyncExitStack() as stack:
             self._parts = await self._open_parts(stack)
@@ -151,6 +193,8 @@ class Loop:
 
     def __enter__(self) -> Loop:
         """As `async with`, on an event loop in a thread of its own."""
+        if self._stack is not None or self._portal is not None:
+            raise RuntimeError(_OPEN)
         opening = start_blocking_portal()
         self._portal = (opening, opening.__enter__())
         try:
@@ -223,7 +267,7 @@ class Loop:
         run_id: str | None = None,
         on_progress: OnProgress | None = None,
         reviewer: Reviewer | None = None,
-        **options: Any,
+        **options: Unpack[RunOptions],
     ) -> RunResult:
         """Run the loop for one request.
 
@@ -278,7 +322,7 @@ class Loop:
         *,
         seed: int | None = None,
         run_id: str | None = None,
-        **options: Any,
+        **options: Unpack[RunOptions],
     ) -> AsyncIterator[Progress]:
         """As `run`, yielding typed messages; the last one is `RunEnded` (or `ReviewWanted`).
 
@@ -329,7 +373,9 @@ class Loop:
         async for message in self._drive(begin, name, None):
             yield message
 
-    def run_sync(self, prompt: str, target: EmotionTarget | Mapping[str, Any], **options: Any) -> RunResult:
+    def run_sync(
+        self, prompt: str, target: EmotionTarget | Mapping[str, Any], **options: Unpack[RunKeywords]
+    ) -> RunResult:
         """`run` for code without asyncio; takes the same arguments.
 
         Raises:
@@ -337,7 +383,7 @@ class Loop:
         """
         return self._sync(partial(self.run, prompt, target, **options))
 
-    def resume_sync(self, run_id: str, answer: Any = None, **options: Any) -> RunResult:
+    def resume_sync(self, run_id: str, answer: Any = None, **options: Unpack[ResumeKeywords]) -> RunResult:
         """`resume` for code without asyncio."""
         return self._sync(partial(self.resume, run_id, answer, **options))
 
@@ -433,7 +479,7 @@ def _config(run_id: str) -> RunnableConfig:
     return {"configurable": {"thread_id": run_id}}
 
 
-def _context(options: dict[str, Any]) -> Context:
+def _context(options: Mapping[str, Any]) -> Context:
     try:
         return Context(**options)
     except TypeError:
@@ -493,5 +539,5 @@ def _check_home(home: Path) -> None:
         )
 
 
-def _given(settings: Mapping[str, Any] | GeneratorSettings | LVLMSettings) -> dict[str, Any]:
+def _given(settings: Mapping[str, Any] | BaseModel) -> dict[str, Any]:
     return dict(settings) if isinstance(settings, Mapping) else settings.model_dump(exclude_unset=True)

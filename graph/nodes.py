@@ -356,7 +356,7 @@ class Nodes:
         read: list[Critiqued] = []
         if not isinstance(critique, Critique):
             image = await parts.recorder.get_image(candidate.sha256)
-            reading = await parts.critic.read(image, state["prompt"], target, seed=candidate.seed)
+            reading = await parts.critic.read(image, state["prompt"], target, seed=candidate.seed or 0)
             if (
                 reading.error is not None
                 and not parts.patient
@@ -376,7 +376,7 @@ class Nodes:
                     seconds=round(reading.seconds, 4),
                 )
             )
-        value, reason = valued(parts.reward, critique, target)
+        value, reason = await valued(parts.reward, critique, target)
         await parts.recorder.record(
             *read,
             Rewarded(
@@ -482,7 +482,7 @@ class Nodes:
     async def finish(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Name the winner and close the run."""
         run_id, stop = state["run_id"], StopReason(state["stop_reason"] or StopReason.ERROR)
-        failed = stop in (StopReason.NO_CRITIQUE, StopReason.ERROR)
+        failed = stop in (StopReason.NO_CRITIQUE, StopReason.NO_REWARD, StopReason.ERROR)
         status = RunStatus.FAILED if failed else RunStatus.COMPLETED
         result = await asyncio.to_thread(load_run, self.parts.recorder.store, run_id)
         best = result.best
@@ -628,7 +628,11 @@ def _reference(candidate: Candidate) -> dict[str, Any]:
 def _tell_image(runtime: Runtime[Context], event: ImageGenerated) -> None:
     runtime.stream_writer(
         ImageMade(
-            run_id=event.run_id, round=event.round, index=event.index, sha256=event.sha256, seed=event.seed
+            run_id=event.run_id,
+            round=event.round,
+            index=event.index,
+            sha256=event.sha256,
+            seed=event.seed or 0,
         ).model_dump(mode="json")
     )
 

@@ -64,7 +64,8 @@ def decide(
             return None
         return StopReason.ROUNDS_USED if best_of(tried) else StopReason.NO_CRITIQUE
     if best_of(tried[-1:]) is None:
-        return StopReason.NO_CRITIQUE
+        read = any(isinstance(it.critique, Critique) for it in tried[-1].candidates)
+        return StopReason.NO_REWARD if read else StopReason.NO_CRITIQUE
     best = best_of(tried)
     assert best is not None
     if reached(best, target, tolerance):

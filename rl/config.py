@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..domain import UserError
-from ..settings import merged
+from ..settings import merged, read_set
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -218,18 +218,7 @@ def load_config(
     for source in (_preset_path(preset) if preset else None, file):
         if source is not None:
             values = merged(values, _read(source, objective))
-    for item in sets:
-        key, sign, text = item.partition("=")
-        if not sign or not key.strip():
-            raise UserError(f"--set {item!r}: want key=value, such as train.steps=200")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {item!r}: the value is not YAML ({_line(error)})") from error
-        nested: Any = value
-        for part in reversed(key.strip().split(".")):
-            nested = {part: nested}
-        values = merged(values, nested)
+    values = merged(values, read_set(sets, DistillConfig))
     values = merged(values, {"objective": {"name": objective}})
     try:
         return DistillConfig.model_validate(values)

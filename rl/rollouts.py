@@ -20,7 +20,7 @@ from sqlalchemy import Select, func, select
 
 from ..domain import Critique, Emotion, EmotionTarget, RunStatus, UserError
 from ..events import EVENT, HumanFeedback
-from ..tools.reward import Reward, load_reward
+from ..tools.reward import Reward, load_reward, value_now
 from ..traces.rows import RunFilter
 from ..traces.schema import candidates, events, runs
 
@@ -214,7 +214,7 @@ class LogRollouts:
         rollout = rollout._replace(**said)
         if said.keys() == {"rating"} or (read := rollout.critique) is None:
             return rollout
-        value = self.rescore(request.run_id)(read, request.target)
+        value = value_now(self.rescore(request.run_id), read, request.target)
         return rollout._replace(reward=value if math.isfinite(value) else None, spread=None)
 
     def _find_reward(self, run_id: str) -> Reward:

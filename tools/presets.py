@@ -20,6 +20,12 @@ _WEIGHTS = Path(__file__).resolve().parent.parent / "miniature" / "weights"
 #: Name of the defaults file in a model folder.
 DEFAULTS_FILE = "emoloop.json"
 
+#: What it may say of a generator and of an LVLM.
+_KNOWN = {
+    *("steps", "guidance", "height", "width", "micro_batch", "negative_prompt", "call", "load"),
+    *("critic_prompt", "rewriter_prompt", "max_tokens", "batch_size", "threads"),
+}
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -130,4 +136,6 @@ def read_defaults(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a JSON object is wanted, with keys such as steps and guidance")
+    if path.name == DEFAULTS_FILE and (unknown := sorted(set(content) - _KNOWN)):
+        raise UserError(f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(_KNOWN))}")
     return content

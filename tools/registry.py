@@ -5,6 +5,8 @@ Registry values may be dotted paths themselves, so that a registry costs no impo
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
@@ -41,6 +43,9 @@ def resolve(spec: Any, registry: Mapping[str, Any], kind: str = "name") -> Any:
             f"unknown {kind} {spec!r}: {hint}known are {known}, or give a path like my_pkg.my_mod:Name"
         )
     module, _, attribute = target.partition(":")
+    if os.getcwd() not in sys.path:
+        # An installed program does not look into the current folder, where people keep their own modules.
+        sys.path.append(os.getcwd())
     try:
         found: Any = import_module(module, __name__.partition(".")[0] if module.startswith(".") else None)
         for part in attribute.split("."):

@@ -1,11 +1,13 @@
 """Rewards: one number per critique and target, by name and version, so that a log says what it means.
 
 A missing critique never gets here: missing data is not a bad picture. A newcomer's reward is a function
-`(critique, target) -> float`, named by a dotted path in `loop.reward` or handed to `open_loop(reward=…)`.
+`(critique, target) -> float`, plain or async: a dotted path in `loop.reward`, or given to `open_loop(reward=…)`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -28,9 +30,19 @@ class Reward(Protocol):
         """Raised whenever a value may change."""
         ...
 
-    def __call__(self, critique: Critique, target: EmotionTarget) -> float:
-        """The value of one critique against the target."""
+    def __call__(self, critique: Critique, target: EmotionTarget) -> Any:
+        """The value of one critique against the target: a float, or an awaitable of one."""
         ...
+
+
+def value_now(reward: Reward, critique: Critique, target: EmotionTarget) -> float:
+    """A reward's value for code that cannot await, such as a training job."""
+
+    async def wait(given: Any) -> float:
+        return float(await given)
+
+    given = reward(critique, target)
+    return asyncio.run(wait(given)) if inspect.isawaitable(given) else float(given)
 
 
 def emotion_error(critique: Critique, target: EmotionTarget) -> float:
@@ -66,11 +78,11 @@ REWARDS: dict[str, Any] = {"emotion": EmotionReward}
 class _Named:
     """A plain function under a name and a version."""
 
-    function: Callable[[Critique, EmotionTarget], float]
+    function: Callable[[Critique, EmotionTarget], Any]
     name: str
     version: str
 
-    def __call__(self, critique: Critique, target: EmotionTarget) -> float:
+    def __call__(self, critique: Critique, target: EmotionTarget) -> Any:
         return self.function(critique, target)
 
 

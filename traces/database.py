@@ -19,7 +19,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random
 
-from ..domain import UserError
+from ..domain import Failure, UserError
 from ..settings import Settings
 from . import migrate
 from .schema import TABLES_VERSION
@@ -31,7 +31,7 @@ BUSY_TIMEOUT = 60.0
 WRITES = "emoloop_writes"
 
 
-class StoreError(RuntimeError):
+class StoreError(Failure):
     """The log cannot be read or written: a full disk, a lost server, a damaged file."""
 
 
@@ -65,6 +65,12 @@ def open_database(settings: Settings, home: Path, *, read_only: bool) -> Engine:
         engine.dispose()
         raise
     return engine
+
+
+def log_exists(settings: Settings) -> bool:
+    """Whether there is a log already; a database server is only asked when it is opened."""
+    url = _url(settings, settings.home)
+    return url.get_backend_name() != "sqlite" or Path(str(url.database)).is_file()
 
 
 def lock(connection: Connection, *names: str) -> None:

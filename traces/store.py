@@ -112,6 +112,8 @@ class TraceStore:
         Raises:
             UserError: No run, or several, answer to it.
         """
+        if not name.strip():
+            raise UserError("the name of a run is empty (see `emoloop traces list`)")
         if name == "last":
             found = [row.run_id for row in self.runs(RunFilter(limit=1))]
         else:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ...domain import EmotionTarget, UserError
-from ...tools.reward import Reward
+from ...tools.reward import Reward, value_now
 from ..config import KINDS, DataConfig, Kind
 from ..rollouts import Rollout
 
@@ -226,7 +226,7 @@ def _values(
     if hit is None:
         return [_value(it) for it in rollouts]
     reads = [it._replace(category=None).critique for it in rollouts]
-    return [rescore()(read, hit) for read in reads if read is not None]
+    return [value_now(rescore(), read, hit) for read in reads if read is not None]
 
 
 def _number(axis: float | None) -> float:

@@ -146,3 +146,31 @@ async def test_nobody_is_asked_for_a_review(tmp_path):
         loop={"rounds": 2, "images": 2, "review": True},
     ) as loop:
         assert [o.error for o in await outcomes(loop, source)] == [None] * 5
+
+
+async def test_a_run_that_was_continued_was_not_there_already(tmp_path):
+    source = write(tmp_path)
+    down = True
+    model = Scripted(fail=lambda role, n: ValueError("critic on holiday") if down else None)
+    async with make(tmp_path, model=model) as loop:
+        assert all(o.error and not o.known for o in await outcomes(loop, source))
+        down = False
+        assert all(not o.error and not o.known for o in await outcomes(loop, source))
+        assert all(not o.error and o.known for o in await outcomes(loop, source))
+
+
+async def test_dead_letters_of_lines_that_could_not_be_read_are_read_again(tmp_path):
+    source = write(tmp_path, "no json", json.dumps({"line": 40, "raw": '{"prompt": "a boat", "valence": 1}'}))
+    async with make(tmp_path) as loop:
+        first = await outcomes(loop, source)
+        assert [o.error for o in first if o.error] == ["not JSON: Expecting value: line 1 column 1 (char 0)"]
+        letters = source.with_suffix(".failed").rename(tmp_path / "letters.jsonl")
+        [again] = await outcomes(loop, letters)
+        assert again.error and again.error.startswith("not JSON")
+
+
+async def test_a_byte_order_mark_loses_no_line(tmp_path):
+    source = tmp_path / "prompts.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + json.dumps(LINES[0]).encode() + b"\r\n")
+    async with make(tmp_path) as loop:
+        assert [o.error for o in await outcomes(loop, source)] == [None]

@@ -19,7 +19,9 @@ from emoloop.rl.rollouts import LogRollouts
 from emoloop.traces.exchange.export import export_pickapic
 from emoloop.traces.exchange.intake import import_pickapic
 from emoloop.traces.exchange.reflection import export_reflection
+from emoloop.traces.reader import load_run
 from emoloop.traces.store import open_store
+from PIL import Image
 from rl_log import noise_image, run_events, settings_for, write_log
 from typer.testing import CliRunner
 
@@ -121,3 +123,38 @@ def test_trajectories_fit_the_schema(tmp_path: Path) -> None:
         for image in trajectory["images"]:
             data = (tmp_path / "out" / image["uri"]).read_bytes()
             assert hashlib.sha256(data).hexdigest() == image["sha256"]
+
+
+def _import(folder: Path, picture: object, kind: pa.DataType | None = None, **columns: list[int]):
+    cells = {"caption": ["a dog"], "jpg_0": pa.array([picture], kind or pa.binary()), "jpg_1": [png(1)]}
+    pq.write_table(pa.table({**cells, "label_0": [1.0], **columns}), folder / "x.parquet")
+    with open_store(settings_for(folder / "home")) as store:
+        import_pickapic(store, folder / "x.parquet", target=EmotionTarget(valence=1), model="miniature")
+        [run] = store.runs()
+        row = next(store.candidates(run.run_id))
+        return store.blobs.get_image(row.sha256 or ""), row, load_run(store, run.run_id)
+
+
+def test_an_imported_picture_is_kept_as_people_saw_it_and_nothing_is_made_up(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    Image.new("RGB", (48, 16)).save(stream, "JPEG", exif=exif)
+    image, row, run = _import(tmp_path, stream.getvalue())
+    assert image.size == (row.width, row.height) == (16, 48)
+    assert (row.seed, row.steps, row.guidance) == (None, None, None)
+    assert run.best is not None and run.best.seed is None
+    (tmp_path / "b").mkdir()
+    assert _import(tmp_path / "b", png(2), seed_0=[7], seed_1=[8])[1].seed == 7
+
+
+def test_pictures_that_cannot_be_taken_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there.png").write_bytes(png(3))
+    both = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    path = {"bytes": None, "path": str(tmp_path / "there.png")}
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    big = io.BytesIO()
+    Image.new("1", (200, 200)).save(big, "PNG")
+    for picture, kind in ((None, None), (path, both), (b"no picture", None), (big.getvalue(), None)):
+        with pytest.raises(UserError, match="picture"):
+            _import(tmp_path, picture, kind)

@@ -448,7 +448,7 @@ def test_command_line(world: tuple[Settings, Path], tmp_path: Path) -> None:
     for words, message in (
         (["distill", "opd", *home], "needs --out"),
         (["distill", "opd", "--dry-run", "--from", "colour=red", *home], "want KEY=VALUE"),
-        (["distill", "opd", "--dry-run", "--from", "valence=high", *home], "--from valence"),
+        (["distill", "opd", "--dry-run", "--from", "valence=high", *home], "--where valence"),
         (["distill", "opd", "--dry-run", "--home", str(tmp_path / "none")], "no traces"),
     ):
         failed = runner.invoke(app, words)

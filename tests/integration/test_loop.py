@@ -267,7 +267,7 @@ async def test_a_reward_that_fails_is_missing(tmp_path):
     async with loop:
         result = await loop.run("a dog", TARGET, seed=7)
         events = await loop.recorder.events(result.run_id)
-    assert result.stop_reason is StopReason.NO_CRITIQUE
+    assert result.stop_reason is StopReason.NO_REWARD
     assert {e.reason for e in events if isinstance(e, Rewarded)} == {f"reward {odd.__qualname__} gave nan"}
 
 
@@ -620,3 +620,35 @@ async def test_a_run_may_begin_with_a_rewrite_and_use_all_its_rounds(tmp_path):
         assert first.best is not None and first.best.reward == max(rewards)
         with pytest.raises(UserError, match="unknown rewriter"):
             await loop.run("a dog", TARGET, rewriter="nobody")
+
+
+async def test_a_reward_may_be_async_and_its_failure_is_named(tmp_path):
+    async def half(critique, target):
+        await asyncio.sleep(0)
+        return 0.5
+
+    async def broken(critique, target):
+        raise ValueError("the service is away")
+
+    for number, (reward, value) in enumerate(((half, 0.5), (broken, None))):
+        home = str(tmp_path / str(number))
+        loop = open_loop(
+            generator=Painter(), lvlm=Scripted(), reward=reward, home=home, loop={"images": 2, "rounds": 1}
+        )
+        async with loop:
+            result = await loop.run("a dog", TARGET, seed=7)
+        assert [c.reward for c in result.rounds[0].candidates] == [value, value]
+    assert result.stop_reason is StopReason.NO_REWARD
+    assert "the service is away" in result.warnings[-1] and "critique" not in result.warnings[-1]
+
+
+def test_a_loop_is_entered_once(tmp_path):
+    loop = open_loop(
+        generator=Painter(), lvlm=Scripted(), home=str(tmp_path), loop={"rounds": 1, "images": 1}
+    )
+    with loop:
+        with pytest.raises(RuntimeError, match="open already"), loop:
+            pass
+        assert loop.run_sync("a dog", TARGET, seed=7).status is RunStatus.COMPLETED
+    with loop:
+        assert loop.run_sync("a cat", TARGET, seed=7).status is RunStatus.COMPLETED

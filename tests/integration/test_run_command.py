@@ -215,10 +215,9 @@ def test_a_resumed_run_keeps_the_model_that_it_began_with(shell):
     (shell.folder / "emoloop.toml").write_text("[lvlm]\nconcurrency = 3\n")
     words = ["--steps", "5", "--model", "drawing:make", "--reward", "emoloop.tools.reward:EmotionReward"]
     shell("run", *ASKED, *words, "--out", "one", own_model=False)
-    from emoloop.cli.run import _overrides, _settings_of
+    from emoloop.cli.run import settings_of
 
-    given = dict.fromkeys(("strict", "home", "lvlm", "set_"))
-    settings, _ = _settings_of("last", _overrides(given))
+    settings, _ = settings_of("last", {})
     assert (settings.generator.model, settings.generator.steps) == ("drawing:make", 5)
     assert settings.loop.reward == "emoloop.tools.reward:EmotionReward"
 
@@ -271,3 +270,89 @@ def test_the_command_line_loads_nothing_heavy():
     code = f"import sys, emoloop.cli; print(*({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr, done.returncode) == ("", "", 0)
+
+
+def test_resume_is_a_verb(shell):
+    shell.model = Scripted(fail=lambda role, number: ValueError("on holiday"))
+    code, out, _ = shell("run", *ASKED, "--json")
+    first = json.loads(out)
+    assert (code, first["status"]) == (1, "failed")
+    shell.model = Scripted()
+    code, out, _ = shell("resume", "last", "--json", "--out", "again")
+    again = json.loads(out)
+    assert (code, again["run_id"], again["status"]) == (0, first["run_id"], "completed")
+    assert (shell.folder / "again" / "best.png").is_file()
+    code, _, err = shell("resume", "last", "--set", "loop.rounds=5")
+    assert code == 2 and "leave out --rounds" in err
+    code, _, err = shell("resume", "")
+    assert code == 2 and "empty" in err
+
+
+def test_a_run_of_another_program_is_refused_in_one_line(shell):
+    from emoloop.domain import EmotionTarget
+    from emoloop.events import RunStarted
+    from emoloop.settings import load_settings
+    from emoloop.traces.store import open_store
+
+    target = EmotionTarget(valence=1.0)
+    with open_store(load_settings()) as store:
+        for run_id, settings in (("bare", {}), ("arm", {"evaluation": {"suite": "loop"}})):
+            started = RunStarted(run_id=run_id, prompt="a dog", target=target, seed=1, settings=settings)
+            store.append(started)
+    for run_id in ("bare", "arm"):
+        code, _, err = shell("run", "--resume", run_id)
+        assert code == 2 and "not begun by `emoloop run`" in err and len(err.splitlines()) == 1
+
+
+def test_a_folder_that_refuses_the_files_is_one_line_and_the_run_is_kept(shell):
+    (shell.folder / "o" / "best.png").mkdir(parents=True)
+    code, out, err = shell("run", *ASKED, "--out", "o")
+    assert (code, out) == (1, "")
+    assert "is in the log, but o cannot be written" in err and "emoloop run --resume" in err
+    assert shell("traces", "show", "last")[0] == 0
+
+
+def test_a_disk_that_is_full_ends_a_collection_in_one_line(shell, monkeypatch):
+    from emoloop.graph import collect as module
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (shell.folder / "prompts.jsonl").write_text('{"prompt": ""}\n{"prompt": "a dog", "valence": 2}\n')
+    monkeypatch.setattr(module, "_bury", full)
+    code, out, err = shell("collect", "prompts.jsonl", "--rounds", "1", "--images", "1")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == "emoloop: [Errno 28] No space left on device"
+
+
+def _process(*words, **how):
+    program = [sys.executable, "-m", "emoloop", *words]
+    return subprocess.run(program, capture_output=True, check=False, timeout=120, **how)
+
+
+def test_the_module_runs_and_says_its_version():
+    from emoloop import __version__
+
+    done = _process("--version")
+    assert (done.returncode, done.stdout.decode().strip()) == (0, f"emoloop {__version__}")
+
+
+def test_another_encoding_of_stdout_and_a_closed_stdin_are_no_reason_to_stop(tmp_path):
+    from emoloop.domain import EmotionTarget
+    from emoloop.events import RunStarted
+    from emoloop.settings import Settings
+    from emoloop.traces.store import open_store
+
+    with open_store(Settings(home=tmp_path / "home")) as store:
+        prompt = "ein Bär 🐻 am Meer"
+        store.append(RunStarted(run_id="r", prompt=prompt, target=EmotionTarget(valence=1.0), seed=1))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "EMOLOOP_HOME": str(tmp_path / "home")}
+    done = _process("traces", "show", "r", env=environment)
+    assert done.returncode == 0 and not done.stderr
+    done = _process("traces", "show", "r", "--json", env=environment)
+    assert json.loads(done.stdout)["prompt"] == prompt
+    shut = subprocess.run(
+        ["bash", "-c", 'exec "$0" -m emoloop traces list <&-', sys.executable],
+        capture_output=True, env=environment, check=False, timeout=120,
+    )  # fmt: skip
+    assert shut.returncode == 0, shut.stderr

@@ -302,7 +302,7 @@ async def test_what_a_model_writes_is_cleaned():
     assert isinstance(critique, Critique)
     assert critique.analysis == "a red dog  \N{DOG FACE}"
     answer = json.dumps({"why": "w", "changes": [dirty], "prompt": dirty})
-    rewrite = await Rewriter(Scripted(fail=lambda *_: answer)).rewrite("a dog", TARGET)
+    rewrite = await SimpleRewriter(Scripted(fail=lambda *_: answer)).rewrite("a dog", TARGET)
     assert (rewrite.prompt, rewrite.changes) == ("a red dog \N{DOG FACE}", "a red dog  \N{DOG FACE}")
     missing = await Critic(Scripted(fail=lambda *_: "no \x1b[31m\ud83d")).critique(PICTURE, "a dog", TARGET)
     assert isinstance(missing, Missing)

@@ -106,3 +106,45 @@ def test_the_verb_exits_1_and_prints_json(tmp_path, model, monkeypatch):
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0, result.stdout
     assert "All that is needed is here" in result.stdout
+
+
+def test_ones_own_generator_is_not_called_missing_and_not_run(tmp_path, model):
+    settings = settings_of(tmp_path, model, generator={"model": "no_such_module:make"})
+    check = found(doctor.examine(settings), "generator")
+    assert check["state"] == "ok" and "your own code" in check["found"]
+
+
+def test_no_interpreter_of_the_settings_is_run(tmp_path, model):
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    python.chmod(0o755)
+    settings = settings_of(tmp_path, model, lvlm={"model": model, "vllm_python": str(python)})
+    assert found(doctor.examine(settings), "vllm")["state"] == "missing"
+    (tmp_path / "env/lib/python3.12/site-packages/vllm-0.33.0.dist-info").mkdir(parents=True)
+    check = found(doctor.examine(settings), "vllm")
+    assert check["state"] == "ok" and "vllm 0.33.0" in check["found"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_endpoint_of_traces_alone_is_seen_and_passwords_are_not(tmp_path, model, monkeypatch):
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://me:s3cret@127.0.0.1:9/v1/traces")
+    base_url = "http://me:s3cret@127.0.0.1:9/v1"
+    settings = settings_of(tmp_path, model, lvlm={"engine": "vllm", "base_url": base_url})
+    document = doctor.examine(settings)
+    assert "127.0.0.1:9/v1/traces" in found(document, "tracing")["found"]
+    assert "s3cret" not in json.dumps(document)
+
+
+def test_what_is_printed_is_no_markup(monkeypatch, capsys):
+    from emoloop.cli import evals_view
+
+    checks = [
+        {"name": "extra [x]", "state": "optional", "found": "[dim]", "remedy": "pip install '.[postgres]'"}
+    ]
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = [{"name": "home", "value": "/a/[b]/c", "set": True}]
+    evals_view.show_doctor({"ok": True, "checks": checks, "settings": rows})
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[x]", "[dim]", "'.[postgres]'", "/a/[b]/c"))

@@ -10,6 +10,7 @@ from emoloop.domain import (
     Critique,
     Emotion,
     EmotionTarget,
+    Missing,
     Round,
     StopReason,
     UserError,
@@ -72,7 +73,11 @@ def test_patience_counts_from_the_last_better_round():
 
 
 def test_a_round_without_any_reward_ends_the_run():
-    assert stop(round_of(0, 0.5), round_of(1, None, None)) is StopReason.NO_CRITIQUE
+    unread = round_of(1, None, None)
+    assert stop(round_of(0, 0.5), unread) is StopReason.NO_REWARD
+    for candidate in unread.candidates:
+        candidate.critique = Missing(reason="away")
+    assert stop(round_of(0, 0.5), unread) is StopReason.NO_CRITIQUE
     assert stop(round_of(0, None, 0.5)) is None
 
 

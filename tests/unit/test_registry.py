@@ -56,3 +56,9 @@ def test_a_folder_brings_its_defaults(tmp_path: Path):
     (tmp_path / "emoloop.json").write_text("{")
     with pytest.raises(UserError, match="not readable as JSON"):
         presets.defaults(tmp_path)
+
+
+def test_a_misspelt_default_of_a_model_is_refused(tmp_path: Path):
+    (tmp_path / "emoloop.json").write_text('{"setps": 3}')
+    with pytest.raises(UserError, match="unknown key setps"):
+        presets.defaults(tmp_path)

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import yaml
 from emoloop.cli import app
-from emoloop.cli.distill import parse_filter
+from emoloop.cli.options import read_where
 from emoloop.domain import UserError
 from emoloop.rl.config import PRESETS, DistillConfig, commented, flat, load_config
 from emoloop.rl.objectives import OBJECTIVES, load_objective
@@ -81,7 +81,7 @@ def test_wrong_values_are_one_line() -> None:
         (["trian.steps=3"], r"unknown key 'trian', did you mean|unknown key 'trian'"),
         (["train.steps=three"], r"train\.steps: Input should be a valid integer"),
         (["train.steps=[1"], "the value is not YAML"),
-        (["=3"], "want key=value"),
+        (["=3"], "KEY=VALUE is wanted"),
     ):
         with pytest.raises(UserError, match=message):
             load_config("opd", sets=sets)
@@ -90,18 +90,18 @@ def test_wrong_values_are_one_line() -> None:
 
 
 def test_filters_of_runs() -> None:
-    where = parse_filter(["gain=0.2,model=a/b", "valence=-1..2", "run=r1+r2"])
+    where = read_where(["gain=0.2,model=a/b", "valence=-1..2", "run=r1+r2"])
     assert (where.min_gain, where.model, where.valence, where.run_ids) == (
         0.2,
         "a/b",
         (-1.0, 2.0),
         ("r1", "r2"),
     )
-    assert parse_filter(["prompt=a dog, by the sea"]).prompt == "a dog, by the sea"
-    assert parse_filter(["since=2d"]).since is not None
+    assert read_where(["prompt=a dog, by the sea"]).prompt == "a dog, by the sea"
+    assert read_where(["since=2d"]).since is not None
     for words in ("gain", "color=red", "since=soon", "limit=many"):
-        with pytest.raises(UserError, match="--from"):
-            parse_filter([words])
+        with pytest.raises(UserError, match="--where"):
+            read_where([words])
 
 
 def test_every_number_has_a_range_and_none_may_be_infinite() -> None:

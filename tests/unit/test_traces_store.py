@@ -420,3 +420,21 @@ def test_the_database_can_lie_elsewhere(tmp_path):
     ) as store:
         store.append(HumanFeedback(run_id="one"))
     assert elsewhere.is_file()
+
+
+def test_no_comment_is_lost_with_or_without_a_picture(store):
+    said = [
+        HumanFeedback(run_id="one", round=0, sha256=sha, comment=comment)
+        for sha in ("a" * 64, None)
+        for comment in ("more sun", "less sun", "more sun")
+    ]
+    assert store.append(*said) == [0, 1, 0, 2, 3, 2]
+    assert [e.comment for e in store.events("one")] == ["more sun", "less sun"] * 2
+
+
+@pytest.mark.parametrize("address", ["ab*", "../" * 20 + "etc/passwd", "A" * 64, "", "a" * 64 + "\n"])
+def test_an_address_that_is_none_never_gets_into_the_log(address):
+    with pytest.raises(ValueError, match="sha256"):
+        HumanFeedback(run_id="one", sha256=address, comment="x")
+    with pytest.raises(ValueError, match="sha256"):
+        Rewarded(run_id="one", sha256=address, name="emotion", version="1", value=0.5)

@@ -107,10 +107,17 @@ def export_pickapic(store: TraceStore, where: RunFilter | None, path: Path) -> i
     return count
 
 
-#: Formats that go to a file or folder, by name; "jsonl" goes to any stream and stands beside them.
-FORMATS: dict[str, Callable[[TraceStore, RunFilter | None, Path], int]] = {
-    "pickapic": export_pickapic,
-    "reflection": export_reflection,
+def _jsonl_file(store: TraceStore, where: RunFilter | None, path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        return export_jsonl(store, where, file)
+
+
+#: Formats by name: what writes a file or folder, and what it counts.
+FORMATS: dict[str, tuple[Callable[[TraceStore, RunFilter | None, Path], int], str]] = {
+    "jsonl": (_jsonl_file, "event"),
+    "pickapic": (export_pickapic, "pair"),
+    "reflection": (export_reflection, "trajectory"),
 }
 
 

@@ -61,7 +61,7 @@ def import_pickapic(
 def _events(
     store: TraceStore, row: Mapping[str, Any], target: EmotionTarget | None, model: str | None, file: Path
 ) -> Iterator[Event]:
-    pictures = [_bytes(row[f"jpg_{side}"]) for side in (0, 1)]
+    pictures = [_bytes(row[f"jpg_{side}"], file) for side in (0, 1)]
     digest = hashlib.sha256(row["caption"].encode() + b"\0".join(pictures)).hexdigest()
     run_id = f"import-{digest[:24]}"
     wanted = _target(row) or target
@@ -81,8 +81,8 @@ def _events(
         place["index"] = side if index is None else index
         yield ImageGenerated(
             **place, sha256=sha256, prompt=row.get(f"prompt_{side}") or row["caption"],
-            seed=row.get(f"seed_{side}") or 0, model=model or row.get(f"model_{side}") or "unknown",
-            adapter=row.get(f"adapter_{side}"), steps=1, guidance=0.0, height=height, width=width,
+            seed=row.get(f"seed_{side}"), model=model or row.get(f"model_{side}") or "unknown",
+            adapter=row.get(f"adapter_{side}"), steps=None, guidance=None, height=height, width=width,
         )  # fmt: skip
         yield Rewarded(
             **place, sha256=sha256, name=row["reward_name"] if own else "label",
@@ -94,18 +94,22 @@ def _events(
     )  # fmt: skip
 
 
-def _bytes(value: Any) -> bytes:
+def _bytes(value: Any, file: Path) -> bytes:
     # `datasets` wraps images as {"bytes": …, "path": …}.
-    return value["bytes"] if isinstance(value, Mapping) else value
+    found = value.get("bytes") if isinstance(value, Mapping) else value
+    if not isinstance(found, bytes):
+        raise UserError(f"{file} has a row without the bytes of its pictures: export it with them")
+    return found
 
 
 def _put(store: TraceStore, picture: bytes, file: Path) -> tuple[int, int, str]:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(picture)) as image:
-            rgb = image.convert("RGB")
-    except (OSError, TypeError) as error:
+            # People rated what their viewer showed, which is the picture as its EXIF turns it.
+            rgb = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{file} holds a picture that does not open: {error}") from error
     return *rgb.size, store.blobs.put_image(rgb)
 

@@ -1,0 +1,194 @@
+"""What a Python program calls beside the loop: open a log, distil from it, evaluate.
+
+Each function takes plain arguments, finds the settings as the command line does, and calls the room that does
+the work. The heavy libraries are loaded by the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .domain import UserError
+from .settings import GeneratorSettings, LVLMSettings, Settings, load_settings, lvlm_settings
+
+if TYPE_CHECKING:
+    from .evals.runner import Progress
+    from .rl.distill import Distilled
+    from .rl.trainer import Watcher
+    from .traces.rows import RunFilter
+    from .traces.store import TraceStore
+
+
+def open_log(
+    home: str | Path | None = None, *, settings: Settings | None = None, write: bool = False
+) -> TraceStore:
+    """Open the log, to be used as a context manager.
+
+    Args:
+        home: Folder of the log; by default that of the settings.
+        settings: Resolved settings; by default those of environment and `emoloop.toml`.
+        write: Open it for appending, and begin one where there is none.
+
+    Raises:
+        UserError: There is no log to read, or the home cannot be written.
+    """
+    from .traces.store import open_store
+
+    return open_store(load_settings({"home": home}, settings), read_only=not write)
+
+
+def distill(
+    objective: str,
+    out: str | Path,
+    *,
+    home: str | Path | None = None,
+    where: RunFilter | None = None,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    knobs: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    watch: Watcher | None = None,
+    settings: Settings | None = None,
+) -> Distilled:
+    """Train the diffusion weights on logged runs, so that one pass gives what the loop gave.
+
+    Args:
+        objective: opd, dpo, nft, rwr, sft, or a dotted path (`my_pkg.my_mod:MyObjective`).
+        out: Folder of the artifact.
+        home: Folder of the log; by default that of the settings.
+        where: Which runs; by default all.
+        preset: "miniature" or "sd35-medium"; by default the one of the model that made the images.
+        config: YAML file over the preset.
+        knobs: Over the file, by dotted name: `{"train.steps": 200}`.
+        resume: Go on from the newest checkpoint in `out`.
+        watch: Called after each step with its number, the number of steps and the figures.
+        settings: Resolved settings; by default those of environment and `emoloop.toml`.
+
+    Returns:
+        The artifact's folder, how training ended, and the figures.
+
+    Raises:
+        UserError: Wrong input, before anything is trained.
+        DistillError: Training broke off; the last good checkpoint is intact.
+    """
+    from .rl.config import load_config
+    from .rl.distill import distill as run
+    from .traces.rows import RunFilter
+
+    resolved = load_settings({"home": home}, settings)
+    where = where or RunFilter()
+    file = None if config is None else Path(config)
+    chosen = preset or preset_for(logged_model(resolved, where), file)
+    words = [f"{key}={_yaml(value)}" for key, value in (knobs or {}).items()]
+    return run(
+        resolved, load_config(objective, chosen, file, words), Path(out), where, resume=resume, watch=watch
+    )
+
+
+def evaluate(
+    suite: str | Path,
+    out: str | Path | None = None,
+    *,
+    arms: Sequence[str] | None = None,
+    judge: str | None = None,
+    guard: str | None = None,
+    adapter: str | Path | None = None,
+    limit: int | None = None,
+    allow_reward_judge: bool = False,
+    home: str | Path | None = None,
+    generator: str | Path | Mapping[str, Any] | GeneratorSettings | None = None,
+    lvlm: str | Path | Mapping[str, Any] | LVLMSettings | None = None,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Judge arms on a suite and write `report.json`, `report.csv` and `report.html`.
+
+    Args:
+        suite: Name of a shipped suite, or a YAML file.
+        out: Folder for the report; by default `eval-SUITE`.
+        arms: Names, `NAME=pkg.mod:function` or `NAME=ADAPTER-FOLDER`; by default the suite's.
+        judge: `law`, `lvlm[:MODEL]`, `clip:ENCODER,HEAD`, `human:FILE.csv` or a dotted path.
+        guard: A second reader; the same words.
+        adapter: Artifact behind the arms `adapter` and `loop_on_adapter`.
+        limit: Only the first so many neutral prompts.
+        allow_reward_judge: Let a judge speak that gave the reward; the report says so.
+        home: Evaluations keep their log in `HOME/evals`.
+        generator: A preset, folder or hub id, or settings.
+        lvlm: A preset, folder, hub id, URL or engine, or settings.
+        processes: How many processes share the work.
+        progress: Is told how far it is.
+
+    Returns:
+        The report as a document, with `figures`, a flat map from name to number.
+
+    Raises:
+        UserError: An unknown suite, arm or judge, or a judge that also gave the reward.
+        EvaluationFailed: An arm answered nothing at all; what is made is kept.
+    """
+    from .evals.document import Options
+    from .evals.evaluate import evaluate as run
+
+    made = _section(generator, lambda word: {"model": word})
+    options = Options(
+        suite=str(suite),
+        arms=None if arms is None else list(arms),
+        judge=judge,
+        guard=guard,
+        adapter=None if adapter is None else Path(adapter),
+        allow_reward_judge=allow_reward_judge,
+        limit=limit,
+        settings={"home": home, "generator": made, "lvlm": _section(lvlm, lvlm_settings)},
+    )
+    return run(options, Path(out or f"eval-{Path(suite).stem}"), progress, processes)[0]
+
+
+def logged_model(settings: Settings, where: RunFilter) -> str:
+    """The model that made the images of the chosen runs.
+
+    Raises:
+        UserError: No log, no image, or several models.
+    """
+    from .rl.rollouts import origin
+    from .traces.store import open_store
+
+    with open_store(settings, read_only=True) as store:
+        return origin(store, where)[0].model
+
+
+def preset_for(model: str, config: Path | None) -> str | None:
+    """The preset of distillation for a model as the log names it: by a short name, a hub id or a folder.
+
+    Args:
+        model: The model.
+        config: A file that gives the knobs where no preset fits.
+
+    Raises:
+        UserError: None fits, and there is no file either.
+    """
+    from .rl.config import PRESETS
+    from .tools.presets import GENERATORS
+
+    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    name = next((name for name, it in GENERATORS.items() if model in (name, str(it.model))), model)
+    if name in known:
+        return name
+    if config is None:
+        raise UserError(
+            f"no preset fits {model}, which made the images: name one by --preset ({', '.join(known)}) "
+            "or give --config FILE"
+        )
+    return None
+
+
+def _section(given: Any, read: Any) -> dict[str, Any]:
+    if given is None or isinstance(given, Mapping):
+        return dict(given or {})
+    return read(str(given)) if isinstance(given, str | Path) else given.model_dump(exclude_unset=True)
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

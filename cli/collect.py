@@ -1,0 +1,134 @@
+"""`emoloop collect`. Only typer loads before a verb runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..domain import UserError
+from . import options as opt
+from .run import open_models, run_async
+
+if TYPE_CHECKING:
+    from ..settings import Settings
+
+
+def collect(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="PROMPTS.jsonl", help="One request a line.")],
+    concurrency: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 8,
+    rounds: opt.Rounds = None,
+    images: opt.Images = None,
+    seed: Annotated[int, typer.Option(min=0, help="Lines without a seed get one from this.")] = 0,
+    tolerance: opt.Tolerance = None,
+    patience: opt.Patience = None,
+    reward: opt.Reward = None,
+    strict: opt.Strict = False,
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    adapter_scale: opt.AdapterScale = None,
+    steps: opt.Steps = None,
+    guidance: opt.Guidance = None,
+    lvlm: opt.Lvlm = None,
+    failed: Annotated[
+        Path | None, typer.Option(help="Where lines go that fail; default PROMPTS.failed.jsonl.")
+    ] = None,
+    home: opt.Home = None,
+    as_json: opt.AsJson = False,
+    set_: opt.Set = None,
+) -> None:
+    """Run every line of a file: {"prompt": …, "valence": …, "arousal": …, "category": …}.
+
+    Stop it at any time: the same command goes on where it broke off, and tries again what failed.
+    """
+    from ..graph.collect import count_lines
+    from ..settings import load_settings
+
+    settings = load_settings(opt.overrides(context.params))
+    total = count_lines(source)
+    if total == 0:
+        raise UserError(f"{source} has no lines: one JSON object a line is wanted")
+    letters = failed if failed is not None else source.with_name(f"{source.stem}.failed.jsonl")
+    raise typer.Exit(run_async(_collect(settings, source, letters, total, seed, concurrency, as_json)))
+
+
+async def _collect(
+    settings: Settings, source: Path, letters: Path, total: int, seed: int, concurrency: int, as_json: bool
+) -> int:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from ..graph.collect import Outcome, collect
+
+    console = Console(stderr=True)
+    done = Counter({"completed": 0, "already": 0, "failed": 0, "images": 0})
+    async with open_models(settings, console) as loop:
+        began = time.monotonic()
+        bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("[red]{task.fields[failures]}[/]"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=600,
+            disable=not console.is_terminal,
+        )
+        task = bar.add_task("", total=total, rate="", failures="")
+
+        def note(outcome: Outcome) -> None:
+            kind = "failed" if outcome.error is not None else "already" if outcome.known else "completed"
+            done[kind] += 1
+            done["images"] += 0 if outcome.known else outcome.images
+            made = done["completed"] + done["failed"]
+            rate = f"{made / (time.monotonic() - began) * 60:.1f} runs/min" if made else ""
+            failures = f"{done['failed']} failed" if done["failed"] else ""
+            bar.update(task, advance=1, rate=rate, failures=failures)
+            if outcome.error is not None:
+                bar.console.print(
+                    f"line {outcome.line}: {outcome.error}", style="yellow", markup=False, soft_wrap=True
+                )
+
+        try:
+            with bar:
+                await collect(loop, source, letters, seed=seed, concurrency=concurrency, on_outcome=note)
+        except asyncio.CancelledError:
+            console.print("stopped and saved; the same command goes on", highlight=False)
+            raise
+    seconds = time.monotonic() - began
+    summary = {
+        **done,
+        "lines": total,
+        "seconds": round(seconds, 1),
+        "failed_file": str(letters) if done["failed"] else None,
+        "home": str(settings.home),
+    }
+    if as_json:
+        opt.print_json(summary)
+    before = f", {done['already']} were there" if done["already"] else ""
+    console.print(
+        f"{done['completed']} runs completed{before}, {done['images']} images, {seconds:.0f} s",
+        highlight=False,
+    )
+    if done["failed"]:
+        console.print(
+            f"{done['failed']} failed: see {letters}; the same command tries them again",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    return 0 if done["completed"] + done["already"] else 1
