@@ -397,7 +397,8 @@ def words() -> list[str]:
         found |= set(text.split())
     # Words a person may well add; they carry no meaning here and are learned as such.
     found |= {
-        "the", "of", "at", "on", "by", "under", "near", "picture", "photo", "image", "beside", "to", "is", "there", "only",
+        "the", "of", "at", "on", "by", "under", "near", "picture", "photo", "image", "beside", "to", "is", "there",
+        "only",
     }  # fmt: skip
     return sorted(found)
 

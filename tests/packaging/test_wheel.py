@@ -95,7 +95,7 @@ def test_the_verbs_work(emoloop, elsewhere):
     )
     assert json.loads(emoloop("collect", "prompts.jsonl", *small))["completed"] == 2
     assert json.loads(emoloop("distill", "rwr", "--dry-run", "--json"))
-    steps = ["--set", "train.steps=2", "--set", "train.validate_every=0", "--json"]
+    steps = ["--set", "train.steps=2", "--json"]
     emoloop("distill", "rwr", "--out", "adapter", *steps)
     assert (elsewhere / "adapter" / "training.json").is_file()
     report = json.loads(emoloop("eval", "loop", "--arms", "base", "--limit", "1", "--json"))
