@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import law, world
+from .episodes import alignment
 from .world import Placed, Scene
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -200,8 +201,6 @@ class Reader:
 
     def alignments(self, images: Sequence[Image.Image], neutral_prompt: str) -> list[float]:
         """The same for several pictures of one prompt."""
-        from .episodes import alignment
-
         named = world.parse(neutral_prompt)
         return [alignment(named, reading.scene) for reading in self.read(images)]
 

