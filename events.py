@@ -74,8 +74,8 @@ class ImageGenerated(_Event):
     model: str
     revision: str | None = None
     adapter: str | None = None
-    steps: int
-    guidance: float
+    steps: int | None = None
+    guidance: float | None = None
     height: int
     width: int
     latents: str | None = None

@@ -6,12 +6,8 @@ all runs; so each picture is safe on disk as soon as its batch is done, and not 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..events import ImageGenerated, Recorder
-
-if TYPE_CHECKING:
-    from ..tools.images.generator import Generator, ImageRequest
+from ..tools.images.base import Generator, ImageRequest
 
 _FIELDS = set(ImageGenerated.model_fields) - {
     "run_id",
@@ -45,7 +41,9 @@ async def paint(
     """
     [made] = await generator.generate([request])
     sha256 = await recorder.put_image(made.image)
-    known = {key: value for key, value in made.provenance.items() if key in _FIELDS}
+    # What a generator leaves out: its picture says the size, and the rest stays unknown.
+    known = {"model": type(generator).__name__, "height": made.image.height, "width": made.image.width}
+    known |= {key: value for key, value in made.provenance.items() if key in _FIELDS}
     event = ImageGenerated(
         run_id=run_id,
         round=round,

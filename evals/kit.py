@@ -18,7 +18,7 @@ from ..domain import Critique, EmotionTarget, Missing, RunStatus, StopReason
 from ..events import Critiqued, Event, ImageGenerated, Rewarded, Rewritten, RunFinished, RunStarted
 from ..graph.state import candidate_seed
 from ..settings import Settings
-from ..tools.images.generator import GeneratedImage, GenerationError, ImageRequest
+from ..tools.images.base import GeneratedImage, GenerationError, ImageRequest
 from .cache import Cache, digest
 from .records import Cost, Delivery, Revision, Shot
 from .suites import Request
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..agents.critic import Critic
     from ..agents.rewriter import Rewriter
     from ..graph.loop import Loop
-    from ..tools.images.generator import Generator, UnknownWord
+    from ..tools.images.base import Generator, UnknownWord
     from ..tools.reward import Reward
     from ..traces.blobs import BlobStore
     from ..traces.recorder import StoreRecorder

@@ -21,7 +21,7 @@ from ..miniature import law, world
 from ..miniature.judge import LawJudge
 from ..miniature.judge import Reading as Seen
 from ..miniature.world import Named, Parsed, Scene
-from ..tools.images.generator import ImageRequest
+from ..tools.images.base import ImageRequest
 from .kit import Kit, Made
 from .metrics import rank_tau
 from .records import Row

@@ -22,6 +22,8 @@ from ..agents.ask import one_line
 from ..domain import UserError
 from ..settings import Settings
 from ..tools.fingerprint import content_hash
+from ..tools.images.base import ImageRequest
+from ..tools.images.load import load_generator
 from ..tools.registry import resolve
 from ..traces.blobs import BlobStore
 from .arms import Arm, deliver
@@ -76,7 +78,6 @@ async def open_kit(
         lvlm: A chat model instead of the settings' one.
     """
     from ..graph.loop import open_loop
-    from ..tools.images.generator import load_generator
 
     home = home_of(settings)
     generating = settings.generator.model_copy(update={"adapter": str(adapter) if adapter else None})
@@ -327,6 +328,4 @@ async def measure_pace(kit: Kit, rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _again(shots: Sequence[tuple[Request, Shot]]) -> list[Any]:
-    from ..tools.images.generator import ImageRequest
-
     return [ImageRequest(shot.prompt, shot.seed, request.target) for request, shot in shots]

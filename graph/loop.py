@@ -32,6 +32,8 @@ from ..domain import Critique, EmotionTarget, RunResult, RunStatus, UserError
 from ..events import Critiqued, Event, ImageGenerated, Rewarded, RunFinished, RunStarted
 from ..settings import GeneratorSettings, LVLMSettings, Settings, load_settings, lvlm_settings, merged
 from ..tools import presets
+from ..tools.images.base import Generator
+from ..tools.images.load import load_generator
 from ..tools.reward import load_reward
 from ..traces.reader import load_run
 from ..traces.recorder import StoreRecorder, open_recorder
@@ -44,7 +46,6 @@ from .state import Context, RunInput, State, read_run_id, read_seed, same_target
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ..tools.images.generator import Generator
 
 T = TypeVar("T")
 
@@ -448,8 +449,6 @@ def _started(events: list[Event]) -> RunStarted:
 
 
 def _load_generator(spec: Any, settings: Settings) -> Generator:
-    from ..tools.images.generator import load_generator
-
     return load_generator(settings.generator if spec is None else spec, settings.generator)
 
 

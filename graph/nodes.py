@@ -13,7 +13,7 @@ import secrets
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from langgraph.runtime import Runtime
 from langgraph.types import interrupt
@@ -45,6 +45,7 @@ from ..events import (
     RunStarted,
 )
 from ..settings import Settings
+from ..tools.images.base import GenerationError, Generator, ImageRequest, unread_text
 from ..tools.reward import Reward
 from ..traces.reader import load_run
 from ..traces.recorder import StoreRecorder
@@ -52,9 +53,6 @@ from . import policy
 from .progress import ImageMade, Judged, RoundBegan, RoundEnded, RunBegan, Warned
 from .retry import ATTEMPTS, retryable
 from .state import Context, State, candidate_seed, read_prompt, read_run_id, read_seed, same_target
-
-if TYPE_CHECKING:
-    from ..tools.images.generator import Generator, ImageRequest
 
 logger = logging.getLogger(__name__)
 
@@ -185,8 +183,6 @@ class Nodes:
 
     async def generate(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Make the round's pictures that are not there yet."""
-        from ..tools.images.generator import ImageRequest  # loads torch
-
         run_id, number, prompt = state["run_id"], state["round"], state["current"]
         events = await self.parts.recorder.events(run_id)
         node = _node("generate", events)
@@ -523,7 +519,12 @@ class Nodes:
     ) -> list[str]:
         # A rewriter keeps the neutral prompt's words, and once is enough to be told of each.
         message = unknown_words(self.parts.generator, prompt, said="\n".join(warnings))
-        return self._warn(runtime, run_id, where + message, warnings) if message else warnings
+        warnings = self._warn(runtime, run_id, where + message, warnings) if message else warnings
+        unread = unread_text(self.parts.generator, prompt)
+        if not unread:
+            return warnings
+        message = f"the prompt is too long for the model, which does not read its end: {unread!r}"
+        return self._warn(runtime, run_id, where + message, warnings)
 
 
 def check_request(parts: Parts, prompt: Any, target: Any) -> tuple[str, EmotionTarget]:
@@ -586,8 +587,6 @@ def _may_retry(runtime: Runtime[Context]) -> bool:
 
 def _cause(error: Exception) -> Exception:
     """What stands behind a generator's error, which speaks of a batch: we ask for one image at a time."""
-    from ..tools.images.generator import GenerationError
-
     cause = error.__cause__ if isinstance(error, GenerationError) else None
     return cause if isinstance(cause, Exception) else error
 

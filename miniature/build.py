@@ -22,7 +22,8 @@ from diffusers.utils import make_image_grid
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ..tools.images.generator import Generator, ImageRequest, load_generator
+from ..tools.images.base import Generator, ImageRequest
+from ..tools.images.load import load_generator
 from . import episodes, law, world
 from .icons import FAR, FOLDER, NEAR, SUBJECT
 from .lexicon import FILE

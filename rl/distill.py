@@ -32,10 +32,11 @@ from ..tools.diffusion.adapter import (
     load_artifact,
     save_artifact,
 )
-from ..tools.diffusion.conditioners import EmotionTokens
-from ..tools.diffusion.networks import network_of
+from ..tools.diffusion.conditioners import EmotionConditioner
+from ..tools.diffusion.families import family_of
 from ..tools.fingerprint import versions
-from ..tools.images.generator import DiffusersGenerator, load_generator
+from ..tools.images.diffusers import DiffusersGenerator
+from ..tools.images.load import load_generator
 from ..traces.rows import RunFilter
 from ..traces.store import TraceStore, open_store
 from .config import RESUMABLE, DistillConfig, flat
@@ -138,7 +139,7 @@ def make_policy(
 ) -> tuple[Policy, Cache]:
     """The policy over a loaded base model, and the cache of its encodings."""
     about = generator.describe()
-    network = network_of(generator.pipe, about["call"])
+    network = family_of(generator.pipe, about["call"])
     knobs = config.policy
     previous = None
     if base.adapter is not None:
@@ -160,7 +161,7 @@ def make_policy(
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)
-            tokens = EmotionTokens.for_embeds(
+            tokens = EmotionConditioner.for_embeds(
                 network.encode(None),
                 tokens=knobs.extra_tokens,
                 rank=knobs.emotion_rank,

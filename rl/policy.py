@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ..domain import UserError
-from ..tools.diffusion.networks import Conditioning, Network
+from ..tools.diffusion.families import Conditioning, Family
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..tools.diffusion.adapter import Adapter
-    from ..tools.diffusion.conditioners import EmotionTokens
+    from ..tools.diffusion.conditioners import EmotionConditioner
 
 STUDENT, PREVIOUS, SLOW = "student", "previous", "slow"
 
@@ -35,7 +35,7 @@ STUDENT, PREVIOUS, SLOW = "student", "previous", "slow"
 class Trained(nn.Module):
     """What the trainer hands to accelerate. Every voice goes through its forward, so wrappers see all calls."""
 
-    def __init__(self, network: Network, tokens: EmotionTokens) -> None:
+    def __init__(self, network: Family, tokens: EmotionConditioner) -> None:
         super().__init__()
         self.denoiser: nn.Module = network.module
         self.tokens = tokens
@@ -53,14 +53,8 @@ class Trained(nn.Module):
         """Prediction (B, C, H, W) of the adapter that is switched on, with the student's tokens for a target."""
         told = Conditioning(prompt, pooled)
         if target is not None:
-            told = with_tokens(self.tokens, told, target)
+            told = self.tokens(told, {"target": target})
         return self._network.denoise(self.denoiser, x, t, told, guidance)
-
-
-def with_tokens(tokens: EmotionTokens, told: Conditioning, target: Tensor) -> Conditioning:
-    """Emotion added to prompts for targets (B, 2); a row of NaN gets none."""
-    out = tokens(told, target)
-    return Conditioning(out.prompt, out.pooled)
 
 
 class Policy:
@@ -87,8 +81,8 @@ class Policy:
 
     def __init__(
         self,
-        network: Network,
-        tokens: EmotionTokens,
+        network: Family,
+        tokens: EmotionConditioner,
         *,
         rank: int,
         alpha: float,
@@ -114,8 +108,8 @@ class Policy:
         self.null = network.encode(negative_prompt)
         #: What `recall` remembers; part of a checkpoint, so that a resumed run computes the same.
         self.memory: dict[tuple[int, int], Tensor] = {}
-        self._previous_tokens: EmotionTokens | None = None
-        self._slow_tokens: EmotionTokens | None = None
+        self._previous_tokens: EmotionConditioner | None = None
+        self._slow_tokens: EmotionConditioner | None = None
         if previous is None:
             config = _lora_config(
                 rank, alpha, targets or network.lora_targets, network.lora_excluded, dropout
@@ -164,10 +158,10 @@ class Policy:
 
     @staticmethod
     def _heard(
-        condition: Conditioning, target: Tensor, tokens: EmotionTokens | None
+        condition: Conditioning, target: Tensor, tokens: EmotionConditioner | None
     ) -> tuple[Conditioning, None]:
         """What a voice with tokens of its own (or none) is told; the student's tokens stay out of it."""
-        return (condition if tokens is None else with_tokens(tokens, condition, target)), None
+        return (condition if tokens is None else tokens(condition, {"target": target})), None
 
     def _predict(
         self, x: Tensor, t: Tensor, told: Conditioning, target: Tensor | None, guidance: float
@@ -260,13 +254,13 @@ class Policy:
         """States and times of guided sampling from noise x; `last` adds the clean one."""
         guidance = self.guidance if guidance is None else guidance
         times = self.process.schedule(steps, self.network.image_tokens(self.latent_shape))
-        n, guided = len(x), self.network.family.guided(self.network.pipe, guidance, self.network.call)
+        n, guided = len(x), self.network.guided(guidance)
         if guided:
             null = self.null.expand(n)
             if told.prompt.shape[1] > null.prompt.shape[1]:
                 # Extra tokens of a previous adapter: the negative branch needs as many null ones.
                 assert self._previous_tokens is not None
-                null = Conditioning.cat([self._previous_tokens.null(null)])
+                null = self._previous_tokens.null(null)
             told = Conditioning.cat([null, told])
             target = None if target is None else torch.cat([torch.full_like(target, torch.nan), target])
         for t, t_next in pairwise(times):

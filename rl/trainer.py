@@ -252,6 +252,8 @@ class Trainer:
         self._set_weights(
             {f"tokens.{name}": value for name, value in taught.state_dict().items()}, whole=False
         )
+        # The averages begin where the student does.
+        self.policy.update_slow(0.0)
         if self._ema:
             for name, parameter in self.policy.parameters().items():
                 self._ema[name].copy_(parameter.detach())

@@ -5,7 +5,7 @@ same network on embeddings. So the tokens are first taught on embeddings alone,
 
     L = ||E'(neutral, target) - E(refined)||² / ||E(neutral) - E(refined)||²,   and the same of the pooled ones,
 
-which takes minutes where the objective takes many. The rows of E(refined) lie as `Network.added_last` has them: what
+which takes minutes where the objective takes many. The rows of E(refined) lie as `Family.added_last` has them: what
 was added stands in the same rows behind every prompt. New tokens that choose among phrases are also told which phrase
 it is (cross-entropy). What is left, what the network makes of it, is the objective's. The tokens start as what they
 are, so that a second round goes on from its first; what its log calls phrase 3 is not what the first round's did, so
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..tools.diffusion.conditioners import EmotionTokens
-from ..tools.diffusion.families import Embeds
+from ..tools.diffusion.conditioners import EmotionConditioner
+from ..tools.diffusion.families import Conditioning
 from .objectives.base import Batch
 
 #: Examples in one step, many since they are cheap, and AdamW's rate at the start: the loss has no unit.
@@ -33,7 +33,7 @@ BATCH, RATE = 64, 2e-3
 CHOICE = 0.3
 
 
-def text_loss(tokens: EmotionTokens, batch: Batch) -> Tensor:
+def text_loss(tokens: EmotionConditioner, batch: Batch) -> Tensor:
     """The loss above.
 
     Args:
@@ -44,7 +44,7 @@ def text_loss(tokens: EmotionTokens, batch: Batch) -> Tensor:
         Scalar, without the choice's part 2 for tokens that do nothing (1 for models without pooled embeddings); 0
         for perfect ones.
     """
-    told: Embeds = tokens(batch["prompt"], batch["target"])
+    told: Conditioning = tokens(batch["prompt"], {"target": batch["target"]})
     pairs = [(told.prompt, batch["added"].prompt, batch["prompt"].prompt)]
     if told.pooled is not None:
         pairs.append((told.pooled, batch["added"].pooled, batch["prompt"].pooled))
@@ -56,11 +56,11 @@ def text_loss(tokens: EmotionTokens, batch: Batch) -> Tensor:
 
 
 def warm_start(
-    tokens: EmotionTokens,
+    tokens: EmotionConditioner,
     batches: Callable[[int], Batch],
     steps: int,
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[EmotionTokens, float] | None:
+) -> tuple[EmotionConditioner, float] | None:
     """Teach a copy of the tokens.
 
     Args:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from emoloop.tools.images.generator import GeneratedImage, GenerationError, ImageRequest, UnknownWord
+from emoloop.tools.images.base import GeneratedImage, GenerationError, ImageRequest, UnknownWord
 from PIL import Image
 
 WORDS = {

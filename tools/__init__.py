@@ -1,1 +1,1 @@
-"""TODO."""
+"""What agents act with: image generators, diffusion networks, chat models, servers, rewards and measures."""

@@ -223,14 +223,14 @@ class _Ours:
         from ...rl.objectives import load_objective
         from ...rl.policy import Policy
         from ...rl.trainer import Loader
-        from ...tools.diffusion.conditioners import EmotionTokens
-        from ...tools.diffusion.networks import network_of
+        from ...tools.diffusion.conditioners import EmotionConditioner
+        from ...tools.diffusion.families import family_of
 
         self.clock, self.forgets = _Clock(), forgets
-        network = network_of(_pipeline(size))
+        network = family_of(_pipeline(size))
         self.objective = load_objective("dpo", {"beta": _BETA, "draws": _DRAWS})
         self.policy = Policy(
-            network, EmotionTokens.for_embeds(network.encode("a")), rank=_RANK, alpha=_RANK, steps=2,
+            network, EmotionConditioner.for_embeds(network.encode("a")), rank=_RANK, alpha=_RANK, steps=2,
             guidance=1.0, size=(size, size),
         )  # fmt: skip
         _same_lora(self.policy.network.module)

@@ -145,13 +145,13 @@ def plant(
     from ...rl.policy import PREVIOUS, STUDENT, Policy
     from ...tools.diffusion.adapter import load_artifact, save_artifact
     from ...tools.diffusion.conditioners import points
-    from ...tools.diffusion.networks import Conditioning, network_of
-    from ...tools.images.generator import load_generator
+    from ...tools.diffusion.families import Conditioning, family_of
+    from ...tools.images.load import load_generator
 
     settings = load_settings()
     generator: Any = load_generator(settings.generator.model, settings.generator)
     about = generator.describe()
-    network = network_of(generator.pipe, about["call"])
+    network = family_of(generator.pipe, about["call"])
     previous = load_artifact(generator.pipe, start, name=PREVIOUS, call=about["call"])
     assert previous.emotion_tokens is not None
     policy = Policy(

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...domain import UserError
-from ...tools.diffusion.networks import Conditioning, Network
+from ...tools.diffusion.families import Conditioning, Family
 
 #: Images encoded in one forward pass.
 _ENCODE_BATCH = 8
@@ -47,7 +47,7 @@ class Cache:
     def __init__(
         self,
         folder: Path,
-        network: Network,
+        network: Family,
         identity: dict[str, Any],
         size: tuple[int, int],
         image_path: Callable[[str], Path],
@@ -77,7 +77,7 @@ class Cache:
         )
 
     def added(self, pairs: Sequence[tuple[str, str]]) -> Conditioning:
-        """Embeddings of refined prompts (second of each pair), the rows in the order of `Network.added_last`."""
+        """Embeddings of refined prompts (second of each pair), the rows in the order of `Family.added_last`."""
         told = self.embeds([refined for _, refined in pairs])
         orders = []
         for pair in pairs:

@@ -8,7 +8,7 @@ Batch keys (B rows, one for each example):
 
     prompt     Conditioning of the neutral prompt
     refined    Conditioning of the prompt that the loop found
-    added      the same with the rows in the order of `Network.added_last`
+    added      the same with the rows in the order of `Family.added_last`
     target     (B, 2) wanted valence and arousal, NaN where an axis does not matter
     advantage  (B,) gain of the refined prompt, from images that were not selected
     phrase     (B,) place in the phrasebook of what the refined prompt adds, int64
@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ...domain import UserError
-from ...tools.diffusion.networks import Conditioning
+from ...tools.diffusion.families import Conditioning
 from ...tools.diffusion.process import Process, TimeSampling
 
 Batch = Mapping[str, Any]

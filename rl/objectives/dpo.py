@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ...tools.diffusion.networks import Conditioning
+from ...tools.diffusion.families import Conditioning
 from .base import Batch, Metrics, Objective, PolicyView, normal_like, per_row
 
 

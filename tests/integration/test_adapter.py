@@ -11,26 +11,28 @@ import torch
 from emoloop.domain import Emotion, EmotionTarget, UserError
 from emoloop.settings import GeneratorSettings
 from emoloop.tools.diffusion.adapter import LORA_FILE, TOKENS_FILE, load_artifact, save_artifact
-from emoloop.tools.diffusion.conditioners import EmotionTokens
+from emoloop.tools.diffusion.conditioners import EmotionConditioner
 from emoloop.tools.diffusion.families import family_of
-from emoloop.tools.images.generator import DiffusersGenerator, ImageRequest, load_generator
+from emoloop.tools.images.base import ImageRequest
+from emoloop.tools.images.diffusers import DiffusersGenerator
+from emoloop.tools.images.load import load_generator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 RANK, ALPHA = 4, 10
 
 
-def trained(name: str, seed: int = 1, *, tokens: int = 0, **lora: Any) -> tuple[Any, EmotionTokens]:
+def trained(name: str, seed: int = 1, *, tokens: int = 0, **lora: Any) -> tuple[Any, EmotionConditioner]:
     """A pipeline whose LoRA and emotion tokens have moved away from the start."""
     pipe = tiny.build(name)
     torch.manual_seed(seed)
-    family = family_of(pipe)
-    family.network(pipe).add_adapter(
+    family = family_of(pipe, tiny.DEFAULTS[name]["call"])
+    family.module.add_adapter(
         LoraConfig(
             r=RANK, lora_alpha=ALPHA, target_modules=["to_q", "to_v", "to_k"], init_lora_weights=False, **lora
         )
     )
-    module = EmotionTokens.for_embeds(family.encode(pipe, "", tiny.DEFAULTS[name]["call"]), tokens=tokens)
+    module = EmotionConditioner.for_embeds(family.encode(""), tokens=tokens)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return pipe, module
@@ -83,7 +85,7 @@ async def test_the_lora_alone_loads_in_plain_diffusers_with_the_same_effect(name
     ours = await draw(generator(name, adapter=str(artifact)))
     pipe = tiny.build(name)
     pipe.load_lora_weights(str(artifact))
-    layer = next(m for m in family_of(pipe).network(pipe).modules() if hasattr(m, "lora_A"))
+    layer = next(m for m in family_of(pipe).module.modules() if hasattr(m, "lora_A"))
     assert layer.scaling["default_0"] == ALPHA / RANK
     plain = DiffusersGenerator(pipe, defaults=tiny.DEFAULTS[name])
     assert np.array_equal(ours, await draw(plain))
@@ -162,7 +164,7 @@ def test_a_failed_save_leaves_the_old_artifact_whole(tmp_path: Path, monkeypatch
     def full(self, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(EmotionTokens, "save", full)
+    monkeypatch.setattr(EmotionConditioner, "save", full)
     with pytest.raises(OSError, match="No space left"):
         save("sd3", first, seed=2)
     assert (first / LORA_FILE).read_bytes() == before
@@ -245,7 +247,7 @@ def broken(kind: str, folder: Path) -> Path:
                 {k: torch.cat([v, v], 1) if "lora_A" in k else v for k, v in state.items()}, path / LORA_FILE
             )
         case "other tokens":
-            EmotionTokens(7, 3).save(path / TOKENS_FILE)
+            EmotionConditioner(7, 3).save(path / TOKENS_FILE)
         case "no tokens":
             save_file(state, path / TOKENS_FILE, metadata=header)
         case "two files":
@@ -302,3 +304,71 @@ def test_saving_refuses_what_has_no_effect(tmp_path: Path):
         save_artifact(tmp_path / "a", pipe, call=call)
     assert not (tmp_path / "a").exists()
     assert save_artifact(tmp_path / "a", pipe, call=call, check=False).is_dir()
+
+
+def pipe_and(**settings: Any) -> tuple[Any, DiffusersGenerator]:
+    pipe = tiny.build("sd3")
+    return pipe, DiffusersGenerator(pipe, GeneratorSettings(**settings), defaults=tiny.DEFAULTS["sd3"])
+
+
+async def test_a_second_adapter_on_one_pipeline_leaves_the_first_and_both_are_logged(tmp_path: Path):
+    one, two = save("sd3", tmp_path / "1", seed=1), save("sd3", tmp_path / "2", seed=2)
+    pipe, first = pipe_and(adapter=str(one))
+    alone, first_id = await draw(first), first.describe()["adapter"]
+    second = DiffusersGenerator(pipe, GeneratorSettings(adapter=str(two)), defaults=tiny.DEFAULTS["sd3"])
+    assert first.adapter is not None and second.adapter is not None
+    assert first.adapter.id == first_id != second.adapter.id
+    both = f"{first_id}+{second.adapter.id}"
+    (made,) = await first.generate([ImageRequest("a dog", 1)])
+    assert made.provenance["adapter"] == both == second.describe()["adapter"]
+    await second.aclose()
+    assert first.describe()["adapter"] == first_id
+    assert np.array_equal(alone, await draw(first))
+
+
+async def test_closing_gives_the_pipeline_back_as_it_was(tmp_path: Path):
+    pipe = tiny.build("sd3")
+    pipe.set_progress_bar_config(disable=False, desc="mine")
+    defaults = tiny.DEFAULTS["sd3"]
+    settings = GeneratorSettings(adapter=str(save("sd3", tmp_path / "1")))
+    source = DiffusersGenerator(pipe, settings, defaults=defaults)
+    await source.aclose()
+    await source.aclose()
+    assert pipe._progress_bar_config == {"disable": False, "desc": "mine"}
+    assert not getattr(pipe.transformer, "peft_config", {})
+    clean = DiffusersGenerator(pipe, defaults=defaults)
+    assert clean.describe()["adapter"] is None
+    assert np.array_equal(await draw(clean), await draw(generator("sd3")))
+
+
+async def test_a_lora_that_was_on_the_pipeline_already_is_logged(tmp_path: Path):
+    pipe = tiny.build("sd3")
+    pipe.load_lora_weights(str(save("sd3", tmp_path / "1")), adapter_name="emoloop")
+    source = DiffusersGenerator(pipe, defaults=tiny.DEFAULTS["sd3"])
+    theirs = source.describe()["adapter"]
+    assert theirs is not None and theirs.startswith("emoloop:") and len(theirs) == len("emoloop:") + 64
+    await source.aclose()
+    settings = GeneratorSettings(adapter=str(save("sd3", tmp_path / "2", seed=2)))
+    ours = DiffusersGenerator(pipe, settings, defaults=tiny.DEFAULTS["sd3"])
+    assert ours.adapter is not None and ours.describe()["adapter"] == f"{theirs}+{ours.adapter.id}"
+    await ours.aclose()
+    assert pipe.get_active_adapters() == ["emoloop"]
+
+
+def test_a_name_that_is_taken_is_refused_and_keeps_its_adapter(tmp_path: Path):
+    call, pipe = {"max_sequence_length": 0}, tiny.build("sd3")
+    one, two = save("sd3", tmp_path / "1", seed=1), save("sd3", tmp_path / "2", seed=2)
+    load_artifact(pipe, one, name="mine", call=call)
+    with pytest.raises(UserError, match="has an adapter 'mine' already"):
+        load_artifact(pipe, two, name="mine", call=call)
+    assert pipe.get_active_adapters() == ["mine"]
+
+
+def test_an_adapter_of_another_base_of_the_same_shapes_is_told(tmp_path: Path, caplog):
+    path = save("sd3", tmp_path / "1")
+    (path / "training.json").write_text(json.dumps({"base": {"model": "theirs", "revision": "1"}}))
+    call = {"max_sequence_length": 0}
+    load_artifact(tiny.build("sd3"), path, call=call, base={"model": "copy", "revision": "1"})
+    assert not caplog.text
+    load_artifact(tiny.build("sd3"), path, call=call, base={"model": "ours", "revision": "2"})
+    assert "was made for theirs, and is used on ours" in caplog.text

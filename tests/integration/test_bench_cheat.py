@@ -8,7 +8,7 @@ from emoloop.domain import EmotionTarget
 from emoloop.evals.studies import cheat
 from emoloop.evals.suites import load_suite
 from emoloop.settings import load_settings
-from emoloop.tools.images.generator import load_generator
+from emoloop.tools.images.load import load_generator
 
 
 @pytest.mark.training

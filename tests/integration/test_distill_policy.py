@@ -15,14 +15,14 @@ from emoloop.rl.objectives import load_objective
 from emoloop.rl.objectives.base import no_target
 from emoloop.rl.policy import PREVIOUS, Policy
 from emoloop.tools.diffusion.adapter import load_artifact, save_artifact
-from emoloop.tools.diffusion.conditioners import EmotionTokens
-from emoloop.tools.diffusion.networks import Conditioning, network_of
+from emoloop.tools.diffusion.conditioners import EmotionConditioner
+from emoloop.tools.diffusion.families import Conditioning, family_of
 
 
 def make(name: str, pipe: Any = None, **how: Any) -> Policy:
     pipe = pipe or tiny.build(name)
-    network = network_of(pipe, tiny.DEFAULTS[name]["call"])
-    tokens = how.pop("tokens", None) or EmotionTokens.for_embeds(network.encode("a dog"))
+    network = family_of(pipe, tiny.DEFAULTS[name]["call"])
+    tokens = how.pop("tokens", None) or EmotionConditioner.for_embeds(network.encode("a dog"))
     settings: dict[str, Any] = {"rank": 4, "alpha": 8, "steps": 3, "guidance": 3.0, "size": (32, 32)}
     return Policy(network, tokens, **(settings | how))
 
@@ -45,7 +45,7 @@ def inputs(policy: Policy, n: int = 2) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_with_the_adapter_off_the_policy_is_the_base_to_the_bit(name: str) -> None:
-    bare = network_of(tiny.build(name), tiny.DEFAULTS[name]["call"])
+    bare = family_of(tiny.build(name), tiny.DEFAULTS[name]["call"])
     policy = make(name)
     x, t, told, target = inputs(policy)
     with torch.no_grad():
@@ -69,11 +69,11 @@ def test_with_the_adapter_off_the_policy_is_the_base_to_the_bit(name: str) -> No
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_samples_are_the_pipelines_own(name: str) -> None:
     pipe, call = tiny.build(name), tiny.DEFAULTS[name]["call"]
-    network = network_of(pipe, call)
-    guided = network.family.guided(pipe, 3.0, call)
+    network = family_of(pipe, call)
+    guided = network.guided(3.0)
     negative = network.encode(None) if guided else None
     expected = pipe(
-        **network.family.arguments(network.encode("a dog"), negative),
+        **network.arguments(network.encode("a dog"), negative),
         num_inference_steps=3,
         guidance_scale=3.0,
         height=32,
@@ -202,7 +202,7 @@ def test_the_reference_of_round_two_is_the_adapter_of_round_one(tmp_path: Path) 
     call = tiny.DEFAULTS["sd3"]["call"]
     previous = load_artifact(pipe, tmp_path / "one", name=PREVIOUS, call=call)
     assert previous.emotion_tokens is not None
-    tokens = EmotionTokens(**previous.emotion_tokens.config)
+    tokens = EmotionConditioner(**previous.emotion_tokens.config)
     tokens.load_state_dict(previous.emotion_tokens.state_dict())
     second = make("sd3", pipe, previous=previous, tokens=tokens)
     assert torch.allclose(second.reference(x, t, told, target), taught, atol=1e-6)

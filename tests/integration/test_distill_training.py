@@ -29,7 +29,8 @@ from emoloop.rl.warm_start import BATCH
 from emoloop.settings import Settings
 from emoloop.tools.diffusion.adapter import load_artifact
 from emoloop.tools.diffusion.families import family_of
-from emoloop.tools.images.generator import load_generator, load_pipeline
+from emoloop.tools.images.load import load_generator
+from emoloop.tools.images.pipelines import load_pipeline
 from emoloop.traces.rows import RunFilter
 from emoloop.traces.store import open_store
 from safetensors.torch import load_file
@@ -67,13 +68,13 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def picture(pipe: Any, target: torch.Tensor | None = None, tokens: Any = None) -> np.ndarray:
-    family, call = family_of(pipe), tiny.DEFAULTS["sd3"]["call"]
-    embeds = family.encode(pipe, "a dog", call)
+    family = family_of(pipe, tiny.DEFAULTS["sd3"]["call"])
+    embeds = family.encode("a dog")
     if tokens is not None:
-        embeds = tokens(embeds, target)
+        embeds = tokens(embeds, {"target": target})
     return pipe(
         **family.arguments(embeds, None), num_inference_steps=2, guidance_scale=1.0, height=32, width=32,
-        generator=torch.Generator().manual_seed(0), output_type="np", **call,
+        generator=torch.Generator().manual_seed(0), output_type="np", **family.call,
     ).images[0]  # fmt: skip
 
 
@@ -473,3 +474,20 @@ def test_targets_with_one_axis_train_too(world: tuple[Settings, Path], tmp_path:
     outcome = run((settings, world[1]), tmp_path / "out", "opd", "data.held_out=0").outcome
     assert np.isfinite(outcome.loss)
     shutil.rmtree(tmp_path / "out")
+
+
+def test_the_slow_average_starts_where_a_start_on_text_left_the_student(
+    world: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def first(self: trainer.Trainer, step: int) -> None:
+        student, slow = self.policy.parameters(), self.policy.slow_state()
+        assert step == 0 and slow
+        assert all(torch.equal(value, student[name]) for name, value in slow.items())
+        raise Seen
+
+    monkeypatch.setattr(trainer.Trainer, "_step", first)
+    with pytest.raises(Seen):
+        run(world, tmp_path / "out", "opd", "objective.teacher=slow", "data.phrases=2", "train.text_steps=3")

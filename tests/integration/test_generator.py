@@ -11,15 +11,10 @@ import torch
 from emoloop.domain import UserError
 from emoloop.events import ImageGenerated
 from emoloop.settings import GeneratorSettings
-from emoloop.tools.images import generator as module
-from emoloop.tools.images.generator import (
-    DiffusersGenerator,
-    GeneratedImage,
-    GenerationError,
-    Generator,
-    ImageRequest,
-    load_generator,
-)
+from emoloop.tools.images import diffusers as module
+from emoloop.tools.images.base import GeneratedImage, GenerationError, Generator, ImageRequest
+from emoloop.tools.images.diffusers import DiffusersGenerator
+from emoloop.tools.images.load import load_generator
 
 PROMPTS = ["a dog by the sea", "a cat", "the red house on the hill", "a boat", "a calm dog", "a dark sea"]
 
@@ -183,7 +178,7 @@ async def test_an_error_stays_with_its_request(sd3: Path, monkeypatch):
     monkeypatch.setattr(
         type(source.family),
         "encode",
-        lambda self, pipe, text, call=None: 1 / 0 if text == "bad" else encode(pipe, text, call),
+        lambda self, text: 1 / 0 if text == "bad" else encode(text),
     )
     with pytest.raises(GenerationError, match="1 of 3 images failed: division by zero") as failure:
         await source.generate([ImageRequest("a dog", 1), ImageRequest("bad", 2), ImageRequest("a cat", 3)])
@@ -304,3 +299,11 @@ def test_wrong_settings_are_one_line(folder: Path, settings: dict, words: str):
 def test_a_size_beyond_the_positions_of_sd3_is_one_line(sd3: Path):
     with pytest.raises(UserError, match=r"height 128: .* goes up to 64"):
         load_generator(sd3, GeneratorSettings(height=128))
+
+
+def test_the_end_of_a_prompt_that_no_encoder_reads_is_known(name: str, folder: Path):
+    source = load_generator(folder)
+    limit = 32 if name == "flux" else 16
+    short = "a" * (limit - 2)
+    assert source.unread(short) == ""
+    assert source.unread(short + "bcd").endswith("bcd")

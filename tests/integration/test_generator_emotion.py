@@ -1,4 +1,4 @@
-"""EmotionTokens: exactly the base at the start, trainable, and nothing at scale 0."""
+"""EmotionConditioner: exactly the base at the start, trainable, and nothing at scale 0."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ import pytest
 import tiny
 import torch
 from emoloop.domain import Emotion, EmotionTarget, UserError
-from emoloop.tools.diffusion.conditioners import EmotionTokens, points
-from emoloop.tools.diffusion.families import Embeds, family_of
+from emoloop.tools.diffusion.conditioners import EmotionConditioner, points
+from emoloop.tools.diffusion.families import Conditioning, family_of
 
 
 @pytest.fixture(params=tiny.NAMES)
-def embeds(request) -> Embeds:
+def embeds(request) -> Conditioning:
     pipe = tiny.build(request.param)
-    family, call = family_of(pipe), tiny.DEFAULTS[request.param]["call"]
-    return Embeds.stack([family.encode(pipe, text, call) for text in ("a dog", "a cat", "the sea")])
+    family = family_of(pipe, tiny.DEFAULTS[request.param]["call"])
+    return Conditioning.cat([family.encode(text) for text in ("a dog", "a cat", "the sea")])
 
 
 WANTED = points([EmotionTarget(valence=2, arousal=-1), EmotionTarget(arousal=3), None])
@@ -30,17 +30,17 @@ def test_points_are_numbers_with_gaps():
     assert points([]).shape == (0, 2)
 
 
-def test_an_untrained_module_is_exactly_the_base(embeds: Embeds):
-    out = EmotionTokens.for_embeds(embeds)(embeds, WANTED)
+def test_an_untrained_module_is_exactly_the_base(embeds: Conditioning):
+    out = EmotionConditioner.for_embeds(embeds)(embeds, {"target": WANTED})
     assert torch.equal(out.prompt, embeds.prompt)
     assert (out.pooled is None) == (embeds.pooled is None)
     if out.pooled is not None and embeds.pooled is not None:
         assert torch.equal(out.pooled, embeds.pooled)
 
 
-def test_it_learns_from_the_first_step_on(embeds: Embeds):
-    module = EmotionTokens.for_embeds(embeds, tokens=2)
-    out = module(embeds, WANTED)
+def test_it_learns_from_the_first_step_on(embeds: Conditioning):
+    module = EmotionConditioner.for_embeds(embeds, tokens=2)
+    out = module(embeds, {"target": WANTED})
     goal = torch.randn_like(out.prompt)
     (out.prompt - goal).pow(2).mean().backward()
     assert module.up.weight.grad is not None and module.up.weight.grad.abs().sum() > 0
@@ -48,18 +48,18 @@ def test_it_learns_from_the_first_step_on(embeds: Embeds):
 
 
 @pytest.fixture
-def moved(embeds: Embeds) -> EmotionTokens:
+def moved(embeds: Conditioning) -> EmotionConditioner:
     torch.manual_seed(0)
-    module = EmotionTokens.for_embeds(embeds, tokens=2)
+    module = EmotionConditioner.for_embeds(embeds, tokens=2)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return module
 
 
 def test_a_row_without_target_gets_no_residual_and_scale_zero_drops_everything(
-    embeds: Embeds, moved: EmotionTokens
+    embeds: Conditioning, moved: EmotionConditioner
 ):
-    out = moved(embeds, WANTED)
+    out = moved(embeds, {"target": WANTED})
     length = embeds.prompt.shape[1]
     assert out.prompt.shape[1] == length + 2
     assert not torch.equal(out.prompt[0, :length], embeds.prompt[0])
@@ -68,30 +68,30 @@ def test_a_row_without_target_gets_no_residual_and_scale_zero_drops_everything(
     if out.pooled is not None and embeds.pooled is not None:
         assert torch.equal(out.pooled[2], embeds.pooled[2])
         assert not torch.equal(out.pooled[1], embeds.pooled[1])
-    assert moved(embeds, WANTED, scale=0.0) is embeds
-    half, full = moved(embeds, WANTED, scale=0.5).prompt, out.prompt
+    assert moved(embeds, {"target": WANTED}, scale=0.0) is embeds
+    half, full = moved(embeds, {"target": WANTED}, scale=0.5).prompt, out.prompt
     base = embeds.prompt
     torch.testing.assert_close(half[:, :length] - base, (full[:, :length] - base) / 2, rtol=1e-3, atol=1e-5)
 
 
-def test_a_missing_axis_is_not_a_zero(embeds: Embeds, moved: EmotionTokens):
+def test_a_missing_axis_is_not_a_zero(embeds: Conditioning, moved: EmotionConditioner):
     gap, zero = points([EmotionTarget(valence=1)] * 3), points([EmotionTarget(valence=1, arousal=0)] * 3)
-    assert not torch.equal(moved(embeds, gap).prompt, moved(embeds, zero).prompt)
+    assert not torch.equal(moved(embeds, {"target": gap}).prompt, moved(embeds, {"target": zero}).prompt)
 
 
-def test_it_keeps_the_dtype_of_the_model(embeds: Embeds, moved: EmotionTokens):
-    low = Embeds(embeds.prompt.bfloat16(), None if embeds.pooled is None else embeds.pooled.bfloat16())
-    assert moved(low, WANTED).prompt.dtype == torch.bfloat16
+def test_it_keeps_the_dtype_of_the_model(embeds: Conditioning, moved: EmotionConditioner):
+    low = Conditioning(embeds.prompt.bfloat16(), None if embeds.pooled is None else embeds.pooled.bfloat16())
+    assert moved(low, {"target": WANTED}).prompt.dtype == torch.bfloat16
     assert moved.null(low).prompt.dtype == torch.bfloat16
 
 
-def test_saving_keeps_weights_and_shape(embeds: Embeds, moved: EmotionTokens, tmp_path: Path):
+def test_saving_keeps_weights_and_shape(embeds: Conditioning, moved: EmotionConditioner, tmp_path: Path):
     moved.save(tmp_path / "t.safetensors")
-    loaded = EmotionTokens.load(tmp_path / "t.safetensors")
+    loaded = EmotionConditioner.load(tmp_path / "t.safetensors")
     assert loaded.config == moved.config
-    assert torch.equal(loaded(embeds, WANTED).prompt, moved(embeds, WANTED).prompt)
+    assert torch.equal(loaded(embeds, {"target": WANTED}).prompt, moved(embeds, {"target": WANTED}).prompt)
     assert loaded.fits(embeds)
-    assert not EmotionTokens(7, 3).fits(embeds)
+    assert not EmotionConditioner(7, 3).fits(embeds)
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 32)
     with pytest.raises(UserError, match="not a readable safetensors file"):
-        EmotionTokens.load(tmp_path / "bad.safetensors")
+        EmotionConditioner.load(tmp_path / "bad.safetensors")

@@ -12,7 +12,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from emoloop.domain import UserError
 from emoloop.settings import GeneratorSettings
-from emoloop.tools.images.generator import ImageRequest, load_generator
+from emoloop.tools.images.base import ImageRequest
+from emoloop.tools.images.load import load_generator
 
 CODEC = '''
 import torch

@@ -306,6 +306,28 @@ async def test_unknown_words_are_named_once(tmp_path):
     assert sum(isinstance(m, Warned) for m in seen) == 1
 
 
+async def test_the_unread_end_of_a_prompt_is_a_warning(tmp_path):
+    painter = Painter()
+    painter.unread = lambda prompt: "by the sea"  # type: ignore[attr-defined]
+    async with make(tmp_path, painter=painter, rounds=1) as loop:
+        result = await loop.run("a dog by the sea", TARGET, seed=7)
+    assert result.warnings == [
+        "the prompt is too long for the model, which does not read its end: 'by the sea'"
+    ]
+
+
+async def test_a_generator_needs_to_tell_nothing_of_how_it_paints(tmp_path):
+    painter = Painter()
+    painter._making = dict  # type: ignore[method-assign]
+    async with make(tmp_path, painter=painter, rounds=1, images=1) as loop:
+        result = await loop.run("a dog by the sea", TARGET, seed=7)
+        events = await loop.recorder.events(result.run_id)
+    assert result.status is RunStatus.COMPLETED and result.warnings == []
+    [made] = [event for event in events if isinstance(event, ImageGenerated)]
+    assert (made.model, made.height, made.width) == ("Painter", 16, 16)
+    assert (made.steps, made.guidance) == (None, None)
+
+
 async def test_strict_refuses_unknown_words_before_anything_is_written(tmp_path):
     loop = open_loop(generator=Painter(), lvlm=Scripted(), home=str(tmp_path))
     loop.settings.generator.strict = True

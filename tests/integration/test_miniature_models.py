@@ -13,7 +13,8 @@ from emoloop.miniature import law, world
 from emoloop.miniature.codec import PatchAutoencoder
 from emoloop.miniature.judge import WEIGHTS, Guard, LawJudge
 from emoloop.settings import GeneratorSettings, LVLMSettings
-from emoloop.tools.images.generator import ImageRequest, load_generator
+from emoloop.tools.images.base import ImageRequest
+from emoloop.tools.images.load import load_generator
 from emoloop.tools.lvlm.load import load_lvlm
 from PIL import Image
 

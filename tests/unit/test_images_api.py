@@ -8,7 +8,8 @@ import pytest
 from emoloop.domain import EmotionTarget, UserError
 from emoloop.settings import GeneratorSettings
 from emoloop.tools.images import images_api
-from emoloop.tools.images.generator import GenerationError, Generator, ImageRequest, load_generator
+from emoloop.tools.images.base import GenerationError, Generator, ImageRequest
+from emoloop.tools.images.load import load_generator
 from PIL import Image
 
 URL = "http://images.test/v1"

@@ -16,7 +16,7 @@ from emoloop.rl.objectives.nft import group_advantage, nft_loss
 from emoloop.rl.objectives.opd import OPD, opd_loss
 from emoloop.rl.objectives.rwr import reward_weights
 from emoloop.rl.policy import Policy
-from emoloop.tools.diffusion.networks import Conditioning
+from emoloop.tools.diffusion.families import Conditioning
 from emoloop.tools.diffusion.process import Diffusion, Flow
 from torch import Tensor
 

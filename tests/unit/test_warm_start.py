@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from emoloop.rl.warm_start import CHOICE, text_loss, warm_start
-from emoloop.tools.diffusion.conditioners import EmotionTokens
-from emoloop.tools.diffusion.families import Embeds
+from emoloop.tools.diffusion.conditioners import EmotionConditioner
+from emoloop.tools.diffusion.families import Conditioning
 
 
 def batch(step: int, n: int = 16, pooled: bool = True) -> dict[str, object]:
@@ -18,22 +18,22 @@ def batch(step: int, n: int = 16, pooled: bool = True) -> dict[str, object]:
     target = torch.rand(n, 2, generator=generator) * 4 - 2
     way = torch.cat([target, target.flip(1), target], 1)
     return {
-        "prompt": Embeds(prompt, flat if pooled else None),
-        "added": Embeds(prompt + way[:, None], flat + way[:, :5] if pooled else None),
+        "prompt": Conditioning(prompt, flat if pooled else None),
+        "added": Conditioning(prompt + way[:, None], flat + way[:, :5] if pooled else None),
         "target": target,
     }
 
 
 @pytest.mark.parametrize("pooled", [True, False])
 def test_the_loss_counts_what_is_left_of_the_way(pooled: bool) -> None:
-    untrained, at = EmotionTokens(6, 5 if pooled else 0), batch(0, pooled=pooled)
+    untrained, at = EmotionConditioner(6, 5 if pooled else 0), batch(0, pooled=pooled)
     assert text_loss(untrained, at).item() == pytest.approx(2.0 if pooled else 1.0)
 
     def told(share: float) -> object:
         prompt, added = at["prompt"], at["added"]
         moved = torch.lerp(prompt.prompt, added.prompt, share)  # type: ignore[attr-defined]
         flat = torch.lerp(prompt.pooled, added.pooled, share) if pooled else None  # type: ignore[attr-defined]
-        return lambda embeds, target: Embeds(moved, flat)
+        return lambda embeds, inputs: Conditioning(moved, flat)
 
     for share in (0.0, 0.5, 1.0):
         wanted = (2 if pooled else 1) * (1 - share) ** 2
@@ -42,7 +42,7 @@ def test_the_loss_counts_what_is_left_of_the_way(pooled: bool) -> None:
 
 def test_the_choice_counts_beside_the_way() -> None:
     torch.manual_seed(0)
-    tokens, at = EmotionTokens(6, 5, rank=16, hidden=32, choices=3), batch(0)
+    tokens, at = EmotionConditioner(6, 5, rank=16, hidden=32, choices=3), batch(0)
     phrase = torch.arange(16) % 3
     way, logits = text_loss(tokens, at), tokens.choice(at["prompt"], at["target"])  # type: ignore[arg-type]
     assert way.item() == pytest.approx(2.0) and logits.shape == (16, 3)
@@ -61,10 +61,10 @@ def test_tokens_learn_to_choose_what_the_prompt_and_the_wish_ask_for() -> None:
         prompt = at["prompt"].prompt
         stands = torch.nn.functional.layer_norm(prompt, (6,)).mean(1)[:, 0] * 2
         phrase = torch.bucketize(at["target"][:, 0] - stands, torch.tensor([-0.5, 0.5]))
-        return {**at, "phrase": phrase, "added": Embeds(prompt + said[phrase][:, None])}
+        return {**at, "phrase": phrase, "added": Conditioning(prompt + said[phrase][:, None])}
 
     torch.manual_seed(0)
-    done = warm_start(EmotionTokens(6, rank=16, hidden=32, choices=3), asked, 400)
+    done = warm_start(EmotionConditioner(6, rank=16, hidden=32, choices=3), asked, 400)
     assert done is not None
     taught = done[0]
     fresh = asked(10_000)
@@ -74,7 +74,7 @@ def test_tokens_learn_to_choose_what_the_prompt_and_the_wish_ask_for() -> None:
 
 def test_it_teaches_a_copy_the_same_way_each_time() -> None:
     torch.manual_seed(0)
-    tokens = EmotionTokens(6, 5, rank=16, hidden=32)
+    tokens = EmotionConditioner(6, 5, rank=16, hidden=32)
     before = {name: value.clone() for name, value in tokens.state_dict().items()}
     first, second = (warm_start(tokens, batch, 150) for _ in range(2))
     assert first is not None and second is not None
@@ -88,4 +88,4 @@ def test_it_teaches_a_copy_the_same_way_each_time() -> None:
 
 def test_it_gives_up_when_asked() -> None:
     asked = iter([False, False, True])
-    assert warm_start(EmotionTokens(6, 5), batch, 150, lambda: next(asked)) is None
+    assert warm_start(EmotionConditioner(6, 5), batch, 150, lambda: next(asked)) is None

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,10 @@ from torch import Tensor, nn
 from ...domain import UserError
 from ..fingerprint import content_hash
 from ..quiet import quiet
-from .conditioners import EmotionTokens
+from .conditioners import EmotionConditioner
 from .families import Family, family_of
+
+logger = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TOKENS_FILE = "emotion_tokens.safetensors"
@@ -44,6 +49,7 @@ class Adapter:
 
     Attributes:
         path: Where it came from.
+        name: Its name in the pipeline.
         sha256: Hash over LoRA and emotion tokens.
         scale: Its strength; at 0 nothing is bound.
         emotion_tokens: The artifact's emotion tokens; None for a LoRA alone.
@@ -51,9 +57,10 @@ class Adapter:
     """
 
     path: Path
+    name: str
     sha256: str
     scale: float = 1.0
-    emotion_tokens: EmotionTokens | None = None
+    emotion_tokens: EmotionConditioner | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -75,8 +82,9 @@ def load_artifact(
     path: Path | str,
     *,
     scale: float = 1.0,
-    name: str = "emoloop",
+    name: str | None = None,
     call: dict[str, Any] | None = None,
+    base: Mapping[str, str | None] | None = None,
 ) -> Adapter:
     """Bind an adapter to a pipeline and prove that it works.
 
@@ -84,28 +92,36 @@ def load_artifact(
         pipe: A pipeline of a supported class. Left as it was when this fails.
         path: A distilled artifact, a folder with a LoRA in diffusers' or PEFT's format, or a LoRA file.
         scale: Strength; 0 checks the adapter and binds nothing.
-        name: The adapter's name in the pipeline.
+        name: The adapter's name in the pipeline; None takes a free one.
         call: Extra arguments of the pipeline's call (`call` of `emoloop.json`).
+        base: `model` and `revision` of the pipeline; an adapter that says it was made for others is warned of.
 
     Raises:
-        UserError: Nothing there, not a LoRA, or made for another model.
+        UserError: Nothing there, not a LoRA, made for another model, or `name` is taken.
     """
     path = Path(path).expanduser()
-    family = family_of(pipe)
+    family = family_of(pipe, call)
+    taken = {taken for model in _lora_models(pipe, None).values() for taken in model.peft_config}
+    if name is None:
+        free = (f"emoloop_{n}" for n in count(2))
+        name = next(it for it in chain(["emoloop"], free) if it not in taken)
+    if name in taken:
+        raise UserError(f"adapter {path}: the pipeline has an adapter {name!r} already")
     lora, tokens = _files(path)
-    module = EmotionTokens.load(tokens) if tokens else None
-    if module is not None and not module.fits(family.encode(pipe, "", call)):
+    module = EmotionConditioner.load(tokens) if tokens else None
+    if module is not None and not module.fits(family.encode("")):
         raise UserError(f"adapter {path}: its emotion tokens are made for another model ({module.config})")
-    before = _probe(pipe, family, call)
+    before = _probe(family)
     training = _read_json(path / TRAINING_FILE) if path.is_dir() else {}
+    _check_base(path, training, base or {})
     others = bool(_lora_models(pipe, None))
     active = list(pipe.get_active_adapters()) if others else []
     try:
         with quiet():
-            expected = _bind(pipe, family, lora, name)
+            expected = _bind(family, lora, name)
         _check_bound(pipe, path, name, expected)
         _activate(pipe, [*active, name])
-        _check_effect(pipe, family, call, path, name, before)
+        _check_effect(family, path, name, before)
     except Exception as error:
         with contextlib.suppress(Exception):
             _remove(pipe, name, others, active)
@@ -122,8 +138,62 @@ def load_artifact(
     if lora.name == _PEFT_WEIGHTS:
         hashed.append(lora.with_name(_PEFT_CONFIG))
     if module is not None:
-        module.to(family.network(pipe).device)
-    return Adapter(path, content_hash(hashed), scale, module, training)
+        module.to(family.module.device)
+    adapter = Adapter(path, name, content_hash(hashed), scale, module, training)
+    if scale != 0:
+        _known(pipe)[name] = str(adapter.id)
+    return adapter
+
+
+def unload(pipe: Any, adapter: Adapter) -> None:
+    """Take an adapter off the pipeline again; the others stay as they are."""
+    if _known(pipe).pop(adapter.name, None) is not None:
+        active = [name for name in pipe.get_active_adapters() if name != adapter.name]
+        _remove(pipe, adapter.name, _others(pipe, adapter.name), active)
+
+
+def adapters_on(pipe: Any) -> str | None:
+    """The adapters that are active on a pipeline, for the record; None where there are none.
+
+    Ours go by their id, one that somebody else put there by its name and a hash of its weights.
+    """
+    if not _lora_models(pipe, None):
+        return None
+    known, found = _known(pipe), []
+    for name in pipe.get_active_adapters():
+        found.append(known.get(name) or f"{name}:{_weights_hash(pipe, name)}")
+    return "+".join(found) or None
+
+
+def _known(pipe: Any) -> dict[str, str]:
+    """Ids of our adapters by name, kept on the pipeline, since several generators may share it."""
+    return pipe.__dict__.setdefault("_emoloop_adapters", {})
+
+
+def _others(pipe: Any, name: str) -> bool:
+    return any(set(model.peft_config) - {name} for model in _lora_models(pipe, None).values())
+
+
+def _weights_hash(pipe: Any, name: str) -> str:
+    from peft.utils import get_peft_model_state_dict
+
+    digest = hashlib.sha256()
+    for part, model in _lora_models(pipe, name).items():
+        for key, value in sorted(get_peft_model_state_dict(model, adapter_name=name).items()):
+            digest.update(f"{part}.{key}".encode() + value.detach().float().cpu().numpy().tobytes())
+    digest.update(repr([layer.scaling[name] for layer in _layers(pipe, name)]).encode())
+    return digest.hexdigest()
+
+
+def _check_base(path: Path, training: dict[str, Any], base: Mapping[str, str | None]) -> None:
+    """Warn of an adapter made for other weights: shapes alone do not tell a model from its relatives."""
+    made = training.get("base")
+    if not isinstance(made, dict):
+        return
+    pairs = [(made.get(key), base.get(key)) for key in ("model", "revision")]
+    if all(one and other and one != other for one, other in pairs):
+        (model, here), _ = pairs
+        logger.warning("adapter %s was made for %s, and is used on %s", path, model, here)
 
 
 def save_artifact(
@@ -131,7 +201,7 @@ def save_artifact(
     pipe: Any,
     *,
     adapter_name: str = "default",
-    emotion_tokens: EmotionTokens | None = None,
+    emotion_tokens: EmotionConditioner | None = None,
     training: dict[str, Any] | None = None,
     card: str | None = None,
     base_model: str = "",
@@ -162,8 +232,8 @@ def save_artifact(
     from peft.utils import get_peft_model_state_dict
 
     directory = Path(directory)
-    family = family_of(pipe)
-    network = family.network(pipe)
+    family = family_of(pipe, call)
+    network = family.module
     config = getattr(network, "peft_config", {}).get(adapter_name)
     state = get_peft_model_state_dict(network, adapter_name=adapter_name) if config is not None else {}
     if config is None or not state:
@@ -172,8 +242,8 @@ def save_artifact(
         )
     if check:
         with _rescaled(pipe, adapter_name, 0.0):
-            base = _probe(pipe, family, call)
-        _check_effect(pipe, family, call, directory, adapter_name, base)
+            base = _probe(family)
+        _check_effect(family, directory, adapter_name, base)
     metadata = {
         f"{family.denoiser}.{key}": sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
@@ -220,7 +290,7 @@ def _files(path: Path) -> tuple[Path, Path | None]:
     return present[0], tokens if tokens.is_file() else None
 
 
-def _bind(pipe: Any, family: Family, lora: Path, name: str) -> set[str]:
+def _bind(family: Family, lora: Path, name: str) -> set[str]:
     """Load the LoRA; returns the names of the tensors that it holds, as diffusers calls them."""
     if lora.name == _PEFT_WEIGHTS and lora.with_name(_PEFT_CONFIG).is_file():
         from peft import LoraConfig
@@ -229,9 +299,10 @@ def _bind(pipe: Any, family: Family, lora: Path, name: str) -> set[str]:
         known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
         config = _read_json(lora.with_name(_PEFT_CONFIG))
         config = {key: value for key, value in config.items() if key in known and key != "peft_type"}
-        family.network(pipe).load_lora_adapter(state, prefix=None, adapter_name=name, metadata=config)
+        family.module.load_lora_adapter(state, prefix=None, adapter_name=name, metadata=config)
         return {f"{family.denoiser}.{key}" for key in state}
     _tensors(lora)
+    pipe = family.pipe
     found = pipe.lora_state_dict(str(lora), use_safetensors=True, local_files_only=True)
     state = found[0] if isinstance(found, tuple) else found
     pipe.load_lora_weights(str(lora), adapter_name=name, use_safetensors=True, local_files_only=True)
@@ -277,23 +348,20 @@ def _check_bound(pipe: Any, path: Path, name: str, expected: set[str]) -> None:
         )
 
 
-def _check_effect(
-    pipe: Any, family: Family, call: dict[str, Any] | None, path: Path, name: str, base: Tensor
-) -> None:
-    if torch.equal(_probe(pipe, family, call), base):
+def _check_effect(family: Family, path: Path, name: str, base: Tensor) -> None:
+    if torch.equal(_probe(family), base):
         raise UserError(f"adapter {path} changes nothing: the output with it equals the base model's")
-    with _rescaled(pipe, name, 0.0):
-        off = _probe(pipe, family, call)
+    with _rescaled(family.pipe, name, 0.0):
+        off = _probe(family)
     if not torch.allclose(off, base, rtol=1e-3, atol=1e-3 * float(base.std()), equal_nan=True):
         raise UserError(f"adapter {path} changes the model even at scale 0: it is more than a LoRA")
 
 
 @torch.no_grad()
-def _probe(pipe: Any, family: Family, call: dict[str, Any] | None) -> Tensor:
+def _probe(family: Family) -> Tensor:
     """Latents of two steps at a small size for a fixed prompt and seed: fast, and it sees every component."""
-    call = dict(call or {})
-    size = 8 * family.multiple(pipe)
-    size = min(size, family.largest_size(pipe) or size)
+    pipe, size = family.pipe, 8 * family.multiple
+    size = min(size, family.largest_size or size)
     modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
     training = [m for m in modules if m.training]
     for module in training:
@@ -302,14 +370,14 @@ def _probe(pipe: Any, family: Family, call: dict[str, Any] | None) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     try:
         output = pipe(
-            **family.arguments(family.encode(pipe, "a house by the sea", call), None),
+            **family.arguments(family.encode("a house by the sea"), None),
             height=size,
             width=size,
             num_inference_steps=2,
             guidance_scale=1.0,
             generator=torch.Generator("cpu").manual_seed(0),
             output_type="latent",
-            **call,
+            **family.call,
         )
     finally:
         pipe.set_progress_bar_config(**bar)
@@ -384,7 +452,7 @@ def _card_head(base_model: str) -> str:
     )
 
 
-def _card_body(pipe: Any, emotion_tokens: EmotionTokens | None, config: Any) -> str:
+def _card_body(pipe: Any, emotion_tokens: EmotionConditioner | None, config: Any) -> str:
     if emotion_tokens is None:
         use = "The LoRA loads in plain diffusers:"
     else:

@@ -1,4 +1,8 @@
-"""EmotionTokens: a target emotion as continuous control of any pipeline that takes prompt embeddings.
+"""Conditioners: what enters a generator beside the text, as a change of its conditioning.
+
+A `Conditioner` takes the encoded text and named tensors and gives conditioning of the same kind, so that any pipeline
+which takes prompt embeddings can be controlled. `EmotionConditioner` maps a target emotion to residuals on the text
+embeddings and, where asked for, extra tokens; its file keeps the name "emotion tokens".
 
 How emotion enters. Each row of prompt embeddings E (L, D) becomes
 
@@ -31,9 +35,10 @@ A target without numbers, or a scale of 0, leaves everything out: no residual an
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +47,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ...domain import HIGH, EmotionTarget, UserError
-from .families import Embeds
+from .families import Conditioning
 
 _FORMAT = "emoloop.emotion_tokens"
 _VERSION = 3
@@ -67,13 +72,37 @@ def points(targets: Sequence[EmotionTarget | None], device: torch.device | str |
     )
 
 
-class EmotionTokens(nn.Module):
-    """Adds (valence, arousal) to prompt embeddings.
+class Conditioner(nn.Module, ABC):
+    """A module that changes conditioning by named tensors; untrained, it changes nothing.
+
+    Attributes:
+        inputs: Names of the tensors it reads.
+    """
+
+    inputs: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def forward(self, embeds: Conditioning, inputs: Mapping[str, Tensor], scale: float = 1.0) -> Conditioning:
+        """The changed conditioning; `embeds` as they are at scale 0."""
+
+    @abstractmethod
+    def null(self, embeds: Conditioning) -> Conditioning:
+        """The negative branch beside `forward`, of the same length L."""
+
+    @abstractmethod
+    def fits(self, embeds: Conditioning) -> bool:
+        """Whether a model's embeddings have this module's widths."""
+
+
+class EmotionConditioner(Conditioner):
+    """Adds valence and arousal to prompt embeddings; reads the input "target".
 
     Attributes:
         config: The arguments it was made with; they are saved in the file's header.
         tokens: Extra tokens appended to the prompt, 0 by default.
     """
+
+    inputs: ClassVar = ("target",)
 
     def __init__(
         self,
@@ -126,23 +155,23 @@ class EmotionTokens(nn.Module):
             nn.init.zeros_(self.up_extra.weight)
 
     @classmethod
-    def for_embeds(cls, embeds: Embeds, **kwargs: Any) -> EmotionTokens:
+    def for_embeds(cls, embeds: Conditioning, **kwargs: Any) -> EmotionConditioner:
         """A module of the widths that a model's embeddings have; `kwargs` as for the constructor."""
         pooled = embeds.pooled
         return cls(embeds.prompt.shape[-1], 0 if pooled is None else pooled.shape[-1], **kwargs)
 
-    def fits(self, embeds: Embeds) -> bool:
+    def fits(self, embeds: Conditioning) -> bool:
         """Whether a model's embeddings have this module's widths."""
         pooled = 0 if embeds.pooled is None else embeds.pooled.shape[-1]
         return (embeds.prompt.shape[-1], pooled) == (self.config["dim"], self.config["pooled_dim"])
 
-    def forward(self, embeds: Embeds, wanted: Tensor, scale: float = 1.0) -> Embeds:
+    def forward(self, embeds: Conditioning, inputs: Mapping[str, Tensor], scale: float = 1.0) -> Conditioning:
         """Add the emotion.
 
         Args:
             embeds: Encoded prompts: (B, L, D) and (B, P).
-            wanted: Valence and arousal, (B, 2), NaN where an axis is not wanted; see `points`. A row of NaN
-                alone gets no residual and, with K > 0, null tokens, since a batch has one length.
+            inputs: `target`: valence and arousal, (B, 2), NaN where an axis is not wanted; see `points`. A row of
+                NaN alone gets no residual and, with K > 0, null tokens, since a batch has one length.
             scale: Strength of the residual and of what the extra tokens say; 0 returns `embeds` as they are.
 
         Returns:
@@ -150,6 +179,7 @@ class EmotionTokens(nn.Module):
         """
         if scale == 0:
             return embeds
+        wanted = inputs["target"]
         present = (~wanted.isnan().all(-1)).to(self.up.weight.dtype)[:, None] * scale
         normed, h = self._hear(embeds, wanted)
         if self.config["choices"]:
@@ -166,13 +196,13 @@ class EmotionTokens(nn.Module):
             spoken = self.extra(h).unflatten(-1, (self.tokens, -1)) * present[..., None]
             silent = self.null_extra * (1 - (present != 0).to(h.dtype))[..., None]
             prompt = self._append(prompt, embeds.prompt, spoken + silent)
-        return Embeds(prompt, pooled)
+        return Conditioning(prompt, pooled)
 
-    def choice(self, embeds: Embeds, wanted: Tensor) -> Tensor:
-        """Logits of the choice, (B, choices), for what `forward` takes."""
+    def choice(self, embeds: Conditioning, wanted: Tensor) -> Tensor:
+        """Logits of the choice, (B, choices), for embeddings and a target (B, 2)."""
         return self.choose(self._hear(embeds, wanted)[1])
 
-    def _hear(self, embeds: Embeds, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    def _hear(self, embeds: Conditioning, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Normed embeddings, and what the trunk makes of prompt and wish."""
         missing = wanted.isnan()
         numbers = torch.where(missing, 0.0, wanted) / HIGH
@@ -182,7 +212,7 @@ class EmotionTokens(nn.Module):
         wish = torch.cat([numbers, missing, *waves], -1).to(normed.dtype)
         return normed, self.trunk(torch.cat([wish, self.hear(normed.mean(1))], -1))
 
-    def null(self, embeds: Embeds) -> Embeds:
+    def null(self, embeds: Conditioning) -> Conditioning:
         """The negative branch beside `forward`: null tokens where there are extra ones, nothing else.
 
         Args:
@@ -191,7 +221,7 @@ class EmotionTokens(nn.Module):
         if not self.tokens:
             return embeds
         silent = self.null_extra.expand(len(embeds.prompt), -1, -1)
-        return Embeds(self._append(embeds.prompt, embeds.prompt, silent), embeds.pooled)
+        return Conditioning(self._append(embeds.prompt, embeds.prompt, silent), embeds.pooled)
 
     def _append(self, prompt: Tensor, source: Tensor, low: Tensor) -> Tensor:
         extra = source[:, -1:] + self.up_extra(low).to(source.dtype)
@@ -209,7 +239,7 @@ class EmotionTokens(nn.Module):
         save_file(state, path, metadata={_FORMAT: json.dumps(self.about)})
 
     @classmethod
-    def load(cls, path: Path) -> EmotionTokens:
+    def load(cls, path: Path) -> EmotionConditioner:
         """Read a file that `save` wrote; on the CPU, in eval mode.
 
         Raises:

@@ -1,7 +1,9 @@
-"""What differs between the pipeline classes: how text becomes embeddings and how they enter the call.
+"""Pipeline families: everything that differs between the pipeline classes, for sampling and training alike.
 
-Text is always encoded one prompt at a time and by us, never inside the pipeline call: so an embedding has the
-same bits in any batch, it can be cached, and emotion can be added to it.
+Sampling goes through the pipeline's own call, training through `denoise`; both see the same text embeddings.
+Text is encoded one prompt at a time, never inside the pipeline call: an embedding then has the same bits in any
+batch, can be cached, and a conditioner can change it. Everything above this file sees plain latents (B, C, H, W),
+one time per row, and a `Conditioning`.
 """
 
 from __future__ import annotations
@@ -9,20 +11,24 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from ...domain import UserError
+from .process import Diffusion, Flow, Process
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
-class Embeds:
-    """Encoded text.
+class Conditioning:
+    """What the denoiser is conditioned on, one row per image.
 
     Attributes:
         prompt: Token embeddings, shape (B, L, D).
@@ -32,52 +38,134 @@ class Embeds:
     prompt: Tensor
     pooled: Tensor | None = None
 
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Apply a function to both tensors."""
+        return Conditioning(function(self.prompt), None if self.pooled is None else function(self.pooled))
+
+    def __getitem__(self, rows: Any) -> Conditioning:
+        return self.map(lambda x: x[rows])
+
+    def to(self, *args: Any, **kwargs: Any) -> Conditioning:
+        """As `Tensor.to`."""
+        return self.map(lambda x: x.to(*args, **kwargs))
+
+    def expand(self, n: int) -> Conditioning:
+        """A single row n times."""
+        return self.map(lambda x: x.expand(n, *x.shape[1:]))
+
+    def repeat(self, k: int) -> Conditioning:
+        """The whole batch k times."""
+        return self.map(lambda x: x.repeat(k, *(1,) * (x.ndim - 1)))
+
     @staticmethod
-    def stack(rows: Sequence[Embeds]) -> Embeds:
-        """Concatenate along the batch; all rows have the same length."""
-        pooled = [row.pooled for row in rows if row.pooled is not None]
-        return Embeds(torch.cat([row.prompt for row in rows]), torch.cat(pooled) if pooled else None)
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Concatenate along the batch; all rows have the same length L."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return Conditioning(torch.cat([part.prompt for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 class Family(ABC):
-    """One class of diffusers pipelines.
+    """One class of diffusers pipelines, bound to a pipeline.
+
+    Args:
+        pipe: The pipeline.
+        call: Extra arguments of its call (`call` of `emoloop.json`: max_sequence_length …).
 
     Attributes:
         pipeline: Name of the diffusers class.
         denoiser: The component that LoRA adapts, "transformer" or "unet".
+        lora_targets: Name endings of the layers that a LoRA adapts by default.
     """
 
     pipeline: ClassVar[str]
-    denoiser: ClassVar[str] = "transformer"
+    denoiser: ClassVar[str]
+    lora_targets: ClassVar[list[str]]
 
-    def network(self, pipe: Any) -> Any:
+    def __init__(self, pipe: Any, call: Mapping[str, Any] | None = None) -> None:
+        self.pipe = pipe
+        self.call = dict(call or {})
+
+    @property
+    def module(self) -> Any:
         """The denoiser itself."""
-        return getattr(pipe, self.denoiser)
+        return getattr(self.pipe, self.denoiser)
+
+    # Text.
 
     @torch.no_grad()
-    def encode(self, pipe: Any, text: str | None, call: Mapping[str, Any] | None = None) -> Embeds:
+    def encode(self, text: str | None) -> Conditioning:
         """Encode one prompt.
 
         Args:
-            pipe: The pipeline.
             text: The prompt; None is "no negative prompt", what guidance steers away from by default.
-            call: Extra arguments of the pipeline's call; those that encoding knows are used.
 
         Returns:
             Embeddings of batch 1, on the pipeline's device and in its dtype.
         """
-        known = inspect.signature(pipe.encode_prompt).parameters
-        extra = {key: value for key, value in (call or {}).items() if key in known}
-        return self._encode(pipe, text or "", extra)
+        known = inspect.signature(self.pipe.encode_prompt).parameters
+        return self._encode(text or "", {key: value for key, value in self.call.items() if key in known})
 
     @abstractmethod
-    def _encode(self, pipe: Any, text: str, extra: dict[str, Any]) -> Embeds: ...
+    def _encode(self, text: str, extra: dict[str, Any]) -> Conditioning: ...
 
-    def guided(self, pipe: Any, guidance: float, call: Mapping[str, Any]) -> bool:
+    @property
+    def texts(self) -> list[tuple[int | None, Any]]:
+        """Where the rows of the embeddings come from, in order: (rows, tokenizer); None stands for the rest."""
+        return [(self.pipe.tokenizer.model_max_length, self.pipe.tokenizer)]
+
+    def unread(self, text: str) -> str:
+        """The end of a prompt that no text encoder reads, since it is longer than each of them takes; or ""."""
+        left = []
+        for rows, tokenizer in self.texts:
+            limit = rows or self.call.get("max_sequence_length") or self._sequence_length
+            how = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+            starts = [start for start, _ in tokenizer(text, **how).offset_mapping]
+            kept = limit - tokenizer.num_special_tokens_to_add()
+            left.append(text[starts[kept] :].strip() if len(starts) > kept else "")
+        return min(left, key=len)
+
+    @property
+    def _sequence_length(self) -> int:
+        return inspect.signature(type(self.pipe).__call__).parameters["max_sequence_length"].default
+
+    def added_last(self, prompt: str, refined: str, rows: int) -> list[int]:
+        """An order of a refined prompt's rows in which what it adds to another prompt stands at the padding's end.
+
+        None of these networks knows the order of its text: attention takes the rows as a set. So the order is free,
+        and words at the same rows behind every prompt are easier to learn than words that begin where each prompt
+        happens to end.
+
+        Args:
+            prompt: The shorter prompt.
+            refined: The longer; one that is no longer keeps its order.
+            rows: L of the embeddings (B, L, D).
+
+        Returns:
+            L row indices: the row that comes first, second and so on.
+        """
+        order, start = [], 0
+        for count, tokenizer in self.texts:
+            end = rows if count is None else min(rows, start + count)
+            short, long = (
+                len(tokenizer(text, truncation=True, max_length=end - start).input_ids)
+                for text in (prompt, refined)
+            )
+            # The last token is the end mark.
+            last, added = start + long - 1, max(0, long - short)
+            order += [*range(start, last - added), *range(last, end), *range(last - added, last)]
+            start = end
+        return order + list(range(start, rows))
+
+    # Sampling by the pipeline's call.
+
+    def guided(self, guidance: float) -> bool:
         """Whether the pipeline will run a second, negative branch."""
         return guidance > 1
 
-    def arguments(self, positive: Embeds, negative: Embeds | None) -> dict[str, Any]:
+    def arguments(self, positive: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
         """The embeddings as arguments of the pipeline's call."""
         named = {"prompt_embeds": positive.prompt, "pooled_prompt_embeds": positive.pooled}
         if negative is not None:
@@ -85,87 +173,74 @@ class Family(ABC):
             named["negative_pooled_prompt_embeds"] = negative.pooled
         return {name: value for name, value in named.items() if value is not None}
 
+    @property
     @abstractmethod
-    def multiple(self, pipe: Any) -> int:
+    def multiple(self) -> int:
         """Height and width must be multiples of this many pixels."""
 
-    def default_size(self, pipe: Any) -> int:
-        """Height and width that the pipeline takes when none are given."""
-        return pipe.default_sample_size * pipe.vae_scale_factor
+    @property
+    def default_size(self) -> int:
+        """Height and width, in pixels, that the pipeline takes when none are given."""
+        return self.pipe.default_sample_size * self.pipe.vae_scale_factor
 
-    def largest_size(self, pipe: Any) -> int | None:
+    @property
+    def largest_size(self) -> int | None:
         """The largest height and width that the model has positions for; None where there is no limit."""
         return None
 
+    # Training.
 
-class StableDiffusion3(Family):
-    """Stable Diffusion 3 and 3.5, with or without the T5 encoder."""
+    @property
+    def lora_excluded(self) -> list[str]:
+        """Layers that have a targeted name but no effect on the output."""
+        return []
 
-    pipeline = "StableDiffusion3Pipeline"
+    @abstractmethod
+    def denoise(
+        self, module: nn.Module, x: Tensor, t: Tensor, condition: Conditioning, guidance: float
+    ) -> Tensor:
+        """The network's prediction, (B, C, H, W); `guidance` matters only where it is an input."""
 
-    @override
-    def _encode(self, pipe: Any, text: str, extra: dict[str, Any]) -> Embeds:
-        prompt, _, pooled, _ = pipe.encode_prompt(
-            text, None, None, do_classifier_free_guidance=False, **extra
-        )
-        return Embeds(prompt, pooled)
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latent of one image."""
+        scale = self.pipe.vae_scale_factor
+        return self.module.config.in_channels, height // scale, width // scale
 
-    @override
-    def multiple(self, pipe: Any) -> int:
-        return pipe.vae_scale_factor * pipe.patch_size
+    def image_tokens(self, shape: tuple[int, int, int]) -> int:
+        """Tokens of one latent, for schedules that depend on it."""
+        patch = getattr(self.module.config, "patch_size", None) or 1
+        return (shape[1] // patch) * (shape[2] // patch)
 
-    @override
-    def largest_size(self, pipe: Any) -> int | None:
-        positions = pipe.transformer.config.pos_embed_max_size
-        return positions * self.multiple(pipe) if positions else None
+    def process(self) -> Process:
+        """The noise process that the pipeline's scheduler belongs to."""
+        scheduler = self.pipe.scheduler
+        return Diffusion(scheduler) if hasattr(scheduler, "alphas_cumprod") else Flow(scheduler)
 
+    # Images.
 
-class Flux(Family):
-    """FLUX.1: guidance is an input of the network; a negative branch runs only with `true_cfg_scale` > 1."""
-
-    pipeline = "FluxPipeline"
-
-    @override
-    def _encode(self, pipe: Any, text: str, extra: dict[str, Any]) -> Embeds:
-        prompt, pooled, _ = pipe.encode_prompt(text, None, **extra)
-        return Embeds(prompt, pooled)
-
-    @override
-    def guided(self, pipe: Any, guidance: float, call: Mapping[str, Any]) -> bool:
-        return call.get("true_cfg_scale", 1.0) > 1
-
-    @override
-    def multiple(self, pipe: Any) -> int:
-        return pipe.vae_scale_factor * 2
-
-
-class StableDiffusionXL(Family):
-    """Stable Diffusion XL."""
-
-    pipeline = "StableDiffusionXLPipeline"
-    denoiser = "unet"
-
-    @override
     @torch.no_grad()
-    def encode(self, pipe: Any, text: str | None, call: Mapping[str, Any] | None = None) -> Embeds:
-        """As `Family.encode`; the published weights were trained with zeros in place of an empty prompt."""
-        embeds = super().encode(pipe, text, call)
-        if text is None and pipe.config.force_zeros_for_empty_prompt and embeds.pooled is not None:
-            return Embeds(torch.zeros_like(embeds.prompt), torch.zeros_like(embeds.pooled))
-        return embeds
+    def encode_images(self, images: Sequence[Image]) -> Tensor:
+        """Latents (B, C, H, W), scaled as the network takes them; the mode and no sample, so they can be cached."""
+        vae = self.pipe.vae
+        pixels = self.pipe.image_processor.preprocess(list(images)).to(vae.device, vae.dtype)
+        encoded = vae.encode(pixels)
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return (latents - self._latent_shift) * vae.config.scaling_factor
 
-    @override
-    def _encode(self, pipe: Any, text: str, extra: dict[str, Any]) -> Embeds:
-        prompt, _, pooled, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, **extra)
-        return Embeds(prompt, pooled)
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Decoded latents: (B, 3, H, W), about [-1, 1], float32; carries gradient."""
+        vae = self.pipe.vae
+        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + self._latent_shift
+        return vae.decode(latents, return_dict=False)[0].float()
 
-    @override
-    def guided(self, pipe: Any, guidance: float, call: Mapping[str, Any]) -> bool:
-        return guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image]:
+        """Images of latents."""
+        return self.pipe.image_processor.postprocess(self.pixels(latents), output_type="pil")
 
-    @override
-    def multiple(self, pipe: Any) -> int:
-        return math.lcm(8, pipe.vae_scale_factor)
+    @property
+    def _latent_shift(self) -> float:
+        return getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
 
 
 class StableDiffusion(Family):
@@ -173,40 +248,216 @@ class StableDiffusion(Family):
 
     pipeline = "StableDiffusionPipeline"
     denoiser = "unet"
+    lora_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
 
     @override
-    def _encode(self, pipe: Any, text: str, extra: dict[str, Any]) -> Embeds:
-        prompt, _ = pipe.encode_prompt(
-            text, pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False, **extra
+    def _encode(self, text: str, extra: dict[str, Any]) -> Conditioning:
+        prompt, _ = self.pipe.encode_prompt(
+            text,
+            self.pipe._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            **extra,
         )
-        return Embeds(prompt)
+        return Conditioning(prompt)
 
     @override
-    def guided(self, pipe: Any, guidance: float, call: Mapping[str, Any]) -> bool:
-        return guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
+    def guided(self, guidance: float) -> bool:
+        return guidance > 1 and self.pipe.unet.config.time_cond_proj_dim is None
+
+    @property
+    @override
+    def multiple(self) -> int:
+        return math.lcm(8, self.pipe.vae_scale_factor)
+
+    @property
+    @override
+    def default_size(self) -> int:
+        return self.module.config.sample_size * self.pipe.vae_scale_factor
 
     @override
-    def multiple(self, pipe: Any) -> int:
-        return math.lcm(8, pipe.vae_scale_factor)
+    def denoise(
+        self, module: nn.Module, x: Tensor, t: Tensor, condition: Conditioning, guidance: float
+    ) -> Tensor:
+        return module(x, t, encoder_hidden_states=condition.prompt, return_dict=False)[0]
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL: a UNet that also takes pooled embeddings and the image's size."""
+
+    pipeline = "StableDiffusionXLPipeline"
 
     @override
-    def default_size(self, pipe: Any) -> int:
-        return pipe.unet.config.sample_size * pipe.vae_scale_factor
+    def encode(self, text: str | None) -> Conditioning:
+        """As `Family.encode`; the published weights were trained with zeros in place of an empty prompt."""
+        condition = super().encode(text)
+        zeros = text is None and self.pipe.config.force_zeros_for_empty_prompt
+        return condition.map(torch.zeros_like) if zeros else condition
+
+    @override
+    def _encode(self, text: str, extra: dict[str, Any]) -> Conditioning:
+        prompt, _, pooled, _ = self.pipe.encode_prompt(text, do_classifier_free_guidance=False, **extra)
+        return Conditioning(prompt, pooled)
+
+    @override
+    def denoise(
+        self, module: nn.Module, x: Tensor, t: Tensor, condition: Conditioning, guidance: float
+    ) -> Tensor:
+        # The size embedding says: made at this size, not cropped.
+        size = [n * self.pipe.vae_scale_factor for n in x.shape[2:]]
+        ids = torch.tensor([[*size, 0, 0, *size]], dtype=condition.prompt.dtype, device=x.device)
+        added = {"text_embeds": condition.pooled, "time_ids": ids.expand(len(x), -1)}
+        return module(
+            x, t, encoder_hidden_states=condition.prompt, added_cond_kwargs=added, return_dict=False
+        )[0]
 
 
-FAMILIES: dict[str, Family] = {
-    family.pipeline: family for family in (StableDiffusion3(), Flux(), StableDiffusionXL(), StableDiffusion())
+_JOINT_ATTENTION = [
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+]  # fmt: skip
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 and 3.5, with or without T5: a transformer over text and image tokens, flow matching."""
+
+    pipeline = "StableDiffusion3Pipeline"
+    denoiser = "transformer"
+    lora_targets = _JOINT_ATTENTION
+
+    @override
+    def _encode(self, text: str, extra: dict[str, Any]) -> Conditioning:
+        prompt, _, pooled, _ = self.pipe.encode_prompt(
+            text, None, None, do_classifier_free_guidance=False, **extra
+        )
+        return Conditioning(prompt, pooled)
+
+    @property
+    @override
+    def texts(self) -> list[tuple[int | None, Any]]:
+        """The rows of both CLIP encoders, which have one vocabulary, then T5's."""
+        rows: list[tuple[int | None, Any]] = [(self.pipe.tokenizer_max_length, self.pipe.tokenizer)]
+        return rows if self.pipe.text_encoder_3 is None else [*rows, (None, self.pipe.tokenizer_3)]
+
+    @property
+    @override
+    def multiple(self) -> int:
+        return self.pipe.vae_scale_factor * self.pipe.patch_size
+
+    @property
+    @override
+    def largest_size(self) -> int | None:
+        positions = self.pipe.transformer.config.pos_embed_max_size
+        return positions * self.multiple if positions else None
+
+    @property
+    @override
+    def lora_excluded(self) -> list[str]:
+        """The text queries of the last block, whose text output is not used."""
+        return [f"transformer_blocks.{len(self.module.transformer_blocks) - 1}.attn.add_q_proj"]
+
+    @override
+    def denoise(
+        self, module: nn.Module, x: Tensor, t: Tensor, condition: Conditioning, guidance: float
+    ) -> Tensor:
+        return module(
+            hidden_states=x,
+            timestep=t * 1000,
+            encoder_hidden_states=condition.prompt,
+            pooled_projections=condition.pooled,
+            return_dict=False,
+        )[0]
+
+
+class Flux(Family):
+    """FLUX.1: packed latents, rotary positions, guidance as an input of the network.
+
+    A negative branch runs only with `true_cfg_scale` > 1.
+    """
+
+    pipeline = "FluxPipeline"
+    denoiser = "transformer"
+    lora_targets = _JOINT_ATTENTION
+
+    @override
+    def _encode(self, text: str, extra: dict[str, Any]) -> Conditioning:
+        prompt, pooled, _ = self.pipe.encode_prompt(text, None, **extra)
+        return Conditioning(prompt, pooled)
+
+    @property
+    @override
+    def texts(self) -> list[tuple[int | None, Any]]:
+        """T5 alone: CLIP gives the pooled embeddings."""
+        return [(None, self.pipe.tokenizer_2)]
+
+    @override
+    def guided(self, guidance: float) -> bool:
+        return self.call.get("true_cfg_scale", 1.0) > 1
+
+    @property
+    @override
+    def multiple(self) -> int:
+        return self.pipe.vae_scale_factor * 2
+
+    @override
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """As the base, before packing 2 × 2."""
+        scale = self.pipe.vae_scale_factor * 2
+        return self.module.config.in_channels // 4, 2 * (height // scale), 2 * (width // scale)
+
+    @override
+    def image_tokens(self, shape: tuple[int, int, int]) -> int:
+        """A token is 2 × 2 latent pixels."""
+        return (shape[1] // 2) * (shape[2] // 2)
+
+    @override
+    def process(self) -> Process:
+        return Flow(self.pipe.scheduler, even_sigmas=True)
+
+    @override
+    def denoise(
+        self, module: nn.Module, x: Tensor, t: Tensor, condition: Conditioning, guidance: float
+    ) -> Tensor:
+        b, c, h, w = x.shape
+        rows = torch.arange(h // 2, device=x.device).repeat_interleave(w // 2)
+        columns = torch.arange(w // 2, device=x.device).repeat(h // 2)
+        image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=1).to(x.dtype)
+        packed = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * 4)
+        guided = self.module.config.guidance_embeds
+        out = module(
+            hidden_states=packed,
+            timestep=t,
+            guidance=torch.full((b,), guidance, device=x.device) if guided else None,
+            encoder_hidden_states=condition.prompt,
+            pooled_projections=condition.pooled,
+            txt_ids=torch.zeros(condition.prompt.shape[1], 3, device=x.device, dtype=x.dtype),
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+        return out.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+FAMILIES: dict[str, type[Family]] = {
+    family.pipeline: family for family in (StableDiffusion3, Flux, StableDiffusionXL, StableDiffusion)
 }
 
 
-def family_of(pipe: Any) -> Family:
-    """The family of a pipeline object, or of a class name as `model_index.json` has it.
+def family_class(names: Sequence[str]) -> type[Family]:
+    """The family of the first supported class name.
 
     Raises:
-        UserError: The class is not supported.
+        UserError: None of them is supported.
     """
-    names = [pipe] if isinstance(pipe, str) else [cls.__name__ for cls in type(pipe).__mro__]
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
     raise UserError(f"{names[0]} is not supported; these are: {', '.join(FAMILIES)}")
+
+
+def family_of(pipe: Any, call: Mapping[str, Any] | None = None) -> Family:
+    """The family of a pipeline, bound to it; `call` as for `Family`.
+
+    Raises:
+        UserError: The class is not supported.
+    """
+    return family_class([cls.__name__ for cls in type(pipe).__mro__])(pipe, call)

@@ -21,7 +21,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_e
 from ...domain import UserError
 from ...settings import GeneratorSettings
 from ..fingerprint import versions
-from .generator import GeneratedImage, ImageRequest, UnknownWord, gather_images
+from .base import GeneratedImage, ImageRequest, UnknownWord, gather_images
 
 #: What is sent where neither the settings nor a preset say otherwise.
 _STEPS, _GUIDANCE, _SIZE = 28, 4.0, 1024

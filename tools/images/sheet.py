@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ...domain import Candidate, Critique, EmotionTarget, Missing, Round, RunResult
+from ...files import replacing
 
 _COLUMNS = 8
 _CELL = 200
@@ -42,7 +43,8 @@ def draw_sheet(result: RunResult) -> Image.Image:
 
 def save_sheet(result: RunResult, path: Path) -> Path:
     """Draw a run into a PNG file."""
-    draw_sheet(result).save(path, compress_level=6)
+    with replacing(path) as beside:
+        draw_sheet(result).save(beside, compress_level=6)
     return path
 
 

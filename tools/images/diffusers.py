@@ -1,9 +1,9 @@
-"""The picture maker: a diffusers pipeline behind an asynchronous, batching, deterministic door.
+"""A diffusers pipeline in this process behind an asynchronous, batching, deterministic interface.
 
-Why not call the pipeline directly: concurrent runs must share one model, a seed must give the same picture
-whoever else asks at the same moment, and nothing may block the event loop. So the requests of all callers
-meet in one worker thread, which fills fixed-size batches (a short one is padded), draws each candidate's
-noise from its own CPU generator, and encodes each prompt by itself.
+Why not call the pipeline directly: concurrent runs must share one model, a seed must give the same picture in any
+batch, and nothing may block the event loop. So the requests of all callers meet in one worker thread, which fills
+batches of a fixed size (a short one is padded), draws each candidate's noise from its own CPU generator, and encodes
+each prompt by itself.
 """
 
 from __future__ import annotations
@@ -13,31 +13,26 @@ import copy
 import inspect
 import logging
 import re
-import sys
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ...domain import EmotionTarget, UserError
+from ...domain import UserError
 from ...settings import GeneratorSettings
 from .. import presets
-from ..diffusion.adapter import Adapter, load_artifact
+from ..diffusion.adapter import Adapter, adapters_on, load_artifact, unload
 from ..diffusion.conditioners import points
-from ..diffusion.families import Embeds, family_of
-from ..fingerprint import revision, versions
-from ..quiet import quiet
-from ..registry import resolve
-from ..threads import apart
+from ..diffusion.families import Conditioning, Family, family_of
+from ..fingerprint import versions
+from .base import GeneratedImage, ImageRequest, UnknownWord, gather_images
 from .batching import BatchWorker
 
 if TYPE_CHECKING:
@@ -53,104 +48,9 @@ _LIBRARIES = ("emoloop", "torch", "diffusers", "transformers", "peft")
 
 
 @dataclass(frozen=True)
-class ImageRequest:
-    """One image to make.
-
-    Attributes:
-        prompt: The text.
-        seed: Seed of the candidate's own noise.
-        target: The wanted emotion, for a generator that has emotion tokens; others ignore it.
-        negative_prompt: What to steer away from; None takes the generator's setting.
-    """
-
-    prompt: str
-    seed: int
-    target: EmotionTarget | None = None
-    negative_prompt: str | None = None
-
-
-@dataclass
-class GeneratedImage:
-    """An image and how it was made.
-
-    Attributes:
-        image: The picture, RGB.
-        request: What was asked for.
-        provenance: The fields of `recording.ImageGenerated` that describe the making: model, revision,
-            adapter, negative_prompt, steps, guidance, height, width, versions, seconds.
-    """
-
-    image: Image.Image
-    request: ImageRequest
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class UnknownWord:
-    """A word of a prompt that the model's tokenizer does not know.
-
-    Attributes:
-        word: The word as written.
-        nearest: Up to three known words, the most similar spelling first.
-    """
-
-    word: str
-    nearest: list[str]
-
-
-class GenerationError(Exception):
-    """At least one image of a call could not be made.
-
-    Attributes:
-        results: One entry per request, in order: the image, or the exception that concerns this request.
-    """
-
-    def __init__(self, results: Sequence[GeneratedImage | BaseException]) -> None:
-        self.results = list(results)
-        errors = [result for result in self.results if isinstance(result, BaseException)]
-        reason = str(errors[0]).strip() or type(errors[0]).__name__
-        super().__init__(f"{len(errors)} of {len(self.results)} images failed: {reason.splitlines()[0]}")
-        self.__cause__ = errors[0]
-
-
-@runtime_checkable
-class Generator(Protocol):
-    """What makes images from requests."""
-
-    async def generate(self, requests: Sequence[ImageRequest]) -> list[GeneratedImage]:
-        """Make the images, in the order of the requests.
-
-        Raises:
-            GenerationError: Some failed; its `results` hold those that did not.
-        """
-        ...
-
-    def unknown_words(self, prompt: str) -> list[UnknownWord]:
-        """The words of a prompt that the model does not know."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Model, settings in force and versions, as plain JSON."""
-        ...
-
-    async def aclose(self) -> None:
-        """Release the model; what is queued is cancelled."""
-        ...
-
-
-async def gather_images(pending: Iterable[Awaitable[GeneratedImage]]) -> list[GeneratedImage]:
-    """Await all of them; raise `GenerationError` with everything there is when some failed."""
-    done = await asyncio.gather(*pending, return_exceptions=True)
-    images = [result for result in done if isinstance(result, GeneratedImage)]
-    if len(images) < len(done):
-        raise GenerationError(done)
-    return images
-
-
-@dataclass(frozen=True)
 class _Row:
-    positive: Embeds
-    negative: Embeds | None
+    positive: Conditioning
+    negative: Conditioning | None
     seed: int
 
 
@@ -193,13 +93,13 @@ class DiffusersGenerator:
             UserError: Unsupported class, a size or default that it cannot take, an adapter that does not fit.
         """
         self.pipe: Any = pipe
-        self.family = family_of(pipe)
         settings = settings or GeneratorSettings()
         defaults = dict(defaults or {})
+        self.family = family_of(pipe, defaults.get("call"))
         self._model = model or str(pipe.config.get("_name_or_path") or type(pipe).__name__)
         self._revision = revision
         self._negative_prompt = settings.negative_prompt or defaults.get("negative_prompt")
-        self._call: dict[str, Any] = dict(defaults.get("call") or {})
+        self._call = self.family.call
         signature = inspect.signature(type(pipe).__call__).parameters
         for name in self._call:
             if name not in signature:
@@ -211,7 +111,7 @@ class DiffusersGenerator:
             chosen = getattr(settings, name)
             return chosen if chosen is not None else defaults.get(name, fallback)
 
-        size = self.family.default_size(pipe)
+        size = self.family.default_size
         self.steps: int = pick("steps", signature["num_inference_steps"].default)
         self.guidance: float = float(pick("guidance", signature["guidance_scale"].default))
         self.height: int = pick("height", size)
@@ -221,16 +121,22 @@ class DiffusersGenerator:
             if isinstance(component, torch.nn.Module):
                 # Pipelines built from configs are in train mode, and dropout would break determinism.
                 component.eval()
+        self._bar = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(disable=True)
-        self._device, self._dtype = pipe.device, self.family.network(pipe).dtype
+        self._device, self._dtype = pipe.device, self.family.module.dtype
         self.adapter: Adapter | None = None
         if settings.adapter is not None:
             self.adapter = load_artifact(
-                pipe, settings.adapter, scale=settings.adapter_scale, call=self._call
+                pipe,
+                settings.adapter,
+                scale=settings.adapter_scale,
+                call=self._call,
+                base={"model": self._model, "revision": revision},
             )
             if settings.guidance is None and self.adapter.guidance is not None:
                 self.guidance = self.adapter.guidance
-        self._embeds: OrderedDict[str | None, Embeds] = OrderedDict()
+        self._closed = False
+        self._embeds: OrderedDict[str | None, Conditioning] = OrderedDict()
         self._fair_shapes: set[tuple[int, int]] = set()
         self._worker: BatchWorker[ImageRequest, GeneratedImage] = BatchWorker(
             self._run,
@@ -267,12 +173,24 @@ class DiffusersGenerator:
                 unknown.append(UnknownWord(word, get_close_matches(word.lower(), self._known_words, 3, 0.0)))
         return unknown
 
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that is too long for every text encoder of the model; "" for most."""
+        return self._tokenizing.unread(prompt)
+
+    @cached_property
+    def _tokenizing(self) -> Family:
+        # Copies: encoding sets padding inside the fast tokenizers, which must not meet another thread's call.
+        pipe = copy.copy(self.pipe)
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            if getattr(pipe, name, None) is not None:
+                setattr(pipe, name, copy.deepcopy(getattr(pipe, name)))
+        return family_of(pipe, self._call)
+
     @cached_property
     def _word_tokenizers(self) -> list[Any]:
-        # Copies: encoding sets padding inside the fast tokenizers, which must not meet another thread's call.
-        found = [getattr(self.pipe, f"tokenizer{suffix}", None) for suffix in ("", "_2", "_3")]
+        found = [getattr(self._tokenizing.pipe, f"tokenizer{suffix}", None) for suffix in ("", "_2", "_3")]
         present = [tokenizer for tokenizer in found if tokenizer is not None]
-        return [] if any(t.unk_token_id is None for t in present) else [copy.deepcopy(t) for t in present]
+        return [] if any(t.unk_token_id is None for t in present) else present
 
     @cached_property
     def _known_words(self) -> list[str]:
@@ -300,13 +218,20 @@ class DiffusersGenerator:
         }
 
     async def aclose(self) -> None:
-        """Stop the worker; a batch that is running is cut short, what is queued is cancelled."""
+        """Stop the worker and leave the pipeline as it was; a running batch is cut short, a queued one cancelled."""
+        if self._closed:
+            return
+        self._closed = True
         self.pipe._interrupt = True
         await asyncio.to_thread(self._worker.close)
+        if self.adapter is not None:
+            unload(self.pipe, self.adapter)
+        self.pipe.set_progress_bar_config(**self._bar)
 
     @property
     def _adapter_id(self) -> str | None:
-        return self.adapter.id if self.adapter else None
+        """For the record: every adapter that is active on the pipeline, ours or not; see `adapters_on`."""
+        return adapters_on(self.pipe)
 
     def _emotional(self, request: ImageRequest) -> bool:
         adapter = self.adapter
@@ -318,7 +243,7 @@ class DiffusersGenerator:
         )
 
     def _check_size(self) -> None:
-        multiple, largest = self.family.multiple(self.pipe), self.family.largest_size(self.pipe)
+        multiple, largest = self.family.multiple, self.family.largest_size
         for name, value in (("height", self.height), ("width", self.width)):
             if value % multiple:
                 near = max(multiple, round(value / multiple) * multiple)
@@ -371,25 +296,25 @@ class DiffusersGenerator:
     def _negative(self, request: ImageRequest) -> str | None:
         return request.negative_prompt if request.negative_prompt is not None else self._negative_prompt
 
-    def _encode(self, text: str | None) -> Embeds:
+    def _encode(self, text: str | None) -> Conditioning:
         if text in self._embeds:
             self._embeds.move_to_end(text)
         else:
-            self._embeds[text] = self.family.encode(self.pipe, text, self._call)
+            self._embeds[text] = self.family.encode(text)
             if len(self._embeds) > _CACHED_PROMPTS:
                 self._embeds.popitem(last=False)
         return self._embeds[text]
 
     def _row(self, request: ImageRequest) -> _Row:
         positive = self._encode(request.prompt)
-        guided = self.family.guided(self.pipe, self.guidance, self._call)
+        guided = self.family.guided(self.guidance)
         negative = self._encode(self._negative(request)) if guided else None
         if self._emotional(request):
             assert self.adapter is not None and self.adapter.emotion_tokens is not None
             tokens = self.adapter.emotion_tokens
             with torch.no_grad():
-                wanted = points([request.target], self._device)
-                positive = tokens(positive, wanted, self.adapter.scale)
+                inputs = {"target": points([request.target], self._device)}
+                positive = tokens(positive, inputs, self.adapter.scale)
                 negative = tokens.null(negative) if negative is not None else None
         return _Row(positive, negative, request.seed)
 
@@ -443,7 +368,8 @@ class DiffusersGenerator:
         negatives = [row.negative for row in rows if row.negative is not None]
         return self.pipe(
             **self.family.arguments(
-                Embeds.stack([row.positive for row in rows]), Embeds.stack(negatives) if negatives else None
+                Conditioning.cat([row.positive for row in rows]),
+                Conditioning.cat(negatives) if negatives else None,
             ),
             height=self.height,
             width=self.width,
@@ -465,148 +391,3 @@ def _picture(pixels: np.ndarray, refused: bool) -> Image.Image | Exception:
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-
-
-def load_generator(
-    spec: GeneratorSettings | str | Path | DiffusionPipeline | Generator,
-    settings: GeneratorSettings | None = None,
-) -> Generator:
-    """A generator from whatever names one.
-
-    Args:
-        spec: Settings; or what replaces their `model`: a preset, folder or hub id, a dotted path to a
-            callable that takes the settings and returns a `Generator` (`"my_pkg.my_mod:MyGenerator"`), a
-            pipeline object, or a generator, which is returned as it is. A pipeline object that was loaded from
-            a folder with an `emoloop.json` keeps to it.
-        settings: Everything else; defaults where None.
-
-    Raises:
-        UserError: What is named is not there, is no pipeline, is not supported, or does not fit.
-    """
-    if isinstance(spec, GeneratorSettings):
-        spec, settings = spec.model, spec
-    settings = settings or GeneratorSettings()
-    if isinstance(spec, str | Path):
-        settings = settings.model_copy(update={"model": str(spec)})
-        if settings.base_url is not None:
-            from .images_api import ImagesApiGenerator
-
-            return ImagesApiGenerator(settings)
-        if ":" in str(spec) and not Path(spec).exists():
-            return resolve(str(spec), {}, "generator")(settings)
-        return apart(_open, settings)
-    if isinstance(spec, Generator):
-        return spec
-    if settings.device != "auto":
-        spec.to(_device(settings.device))
-    source = spec.config.get("_name_or_path")
-    if source and (Path(source) / presets.DEFAULTS_FILE).is_file():
-        defaults = presets.read_defaults(Path(source) / presets.DEFAULTS_FILE)
-        return DiffusersGenerator(spec, settings, revision=revision(Path(source)), defaults=defaults)
-    return DiffusersGenerator(spec, settings)
-
-
-def _open(settings: GeneratorSettings) -> DiffusersGenerator:
-    found = presets.resolve(settings.model)
-    folder = found if isinstance(found, Path) else _download(found)
-    defaults = {**presets.defaults(settings.model), **presets.read_defaults(folder / presets.DEFAULTS_FILE)}
-    device = _device(settings.device)
-    pipe = load_pipeline(folder, _dtype(settings.dtype, device), defaults.get("load") or {}).to(device)
-    return DiffusersGenerator(
-        pipe, settings, model=settings.model, revision=revision(folder), defaults=defaults
-    )
-
-
-def load_pipeline(folder: Path, dtype: torch.dtype, load: dict[str, Any] | None = None) -> Any:
-    """Load a diffusers folder, on the CPU and in eval mode.
-
-    Components that `model_index.json` leaves out or sets to null are passed as None, which is what diffusers
-    wants for an SD3 without T5. Components whose class is this package's own are imported first, since
-    diffusers imports no module that it doesn't know.
-
-    Args:
-        folder: The model folder.
-        dtype: Dtype of the weights.
-        load: Extra arguments for `from_pretrained`.
-
-    Raises:
-        UserError: No folder, not a diffusers pipeline, an unsupported class, or files that do not load.
-    """
-    index = folder / "model_index.json"
-    if not folder.is_dir():
-        raise UserError(f"no such folder: {folder}")
-    if not index.is_file():
-        raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
-    components = presets.read_defaults(index)
-    name = str(components.pop("_class_name", ""))
-    with quiet():
-        pipeline_class = getattr(import_module("diffusers"), family_of(name).pipeline)
-    parameters = inspect.signature(pipeline_class.__init__).parameters
-    # What has another default (flags such as requires_safety_checker) is no component.
-    absent = {
-        key: None
-        for key, parameter in parameters.items()
-        if key != "self"
-        and parameter.default in (None, inspect.Parameter.empty)
-        and (components.get(key) or [None])[0] is None
-    }
-    own = __name__.partition(".")[0]
-    for value in components.values():
-        if isinstance(value, list) and value and str(value[0]).partition(".")[0] == own:
-            _import_component(folder, str(value[0]))
-    try:
-        with quiet():
-            pipe = pipeline_class.from_pretrained(folder, dtype=dtype, **{**absent, **(load or {})})
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} does not load as a {name}: {reason}") from error
-    return pipe
-
-
-def _import_component(folder: Path, module: str) -> None:
-    if module not in sys.modules:
-        try:
-            import_module(module)
-        except ImportError as error:
-            raise UserError(f"{folder} names a component in {module!r}, which cannot be imported") from error
-
-
-def _download(hub_id: str) -> Path:
-    from diffusers import DiffusionPipeline
-
-    try:
-        return Path(DiffusionPipeline.download(hub_id))
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"no folder {hub_id!r} here, and the model hub did not give it: {reason}") from error
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
-
-
-__all__ = [
-    "DiffusersGenerator",
-    "GeneratedImage",
-    "GenerationError",
-    "Generator",
-    "ImageRequest",
-    "UnknownWord",
-    "load_generator",
-    "load_pipeline",
-]

@@ -1,0 +1,79 @@
+"""Writing files so that a name never stands for half a content, and asking beforehand whether one can write.
+
+A crash may leave a hidden file beside the target, never a torn one: the content is written beside, synced to
+the disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .domain import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write a file to; at the end of the block it replaces `path`.
+
+    For writers that want a name rather than bytes. When the block raises, nothing is left and `path` is as it was.
+
+    Raises:
+        OSError: The disk does not take it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays, since some writers choose a format by it.
+    beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield beside
+        _sync(beside)
+        os.replace(beside, path)
+        _sync(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes | str) -> Path:
+    """Write a file whole or not at all; text as UTF-8. Missing parent folders are made.
+
+    Raises:
+        OSError: The disk does not take it; what was there before is intact.
+    """
+    with replacing(path) as beside:
+        beside.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    return path
+
+
+def check_writable(folder: Path, name: str, hint: str = "") -> None:
+    """Find out, without writing anything, that files cannot be made in a folder that may not exist yet.
+
+    Args:
+        folder: The folder.
+        name: What the user calls it ("home", "--out"), for the message.
+        hint: How to choose another, for the message.
+
+    Raises:
+        UserError: One line that names the folder in the way.
+    """
+    found = folder.expanduser().absolute()
+    while not found.exists():
+        found = found.parent
+    mend = f" ({hint})" if hint else ""
+    if not found.is_dir():
+        raise UserError(f"cannot write to {name} {folder}: {found} is a file{mend}")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {name} {folder}: no permission in {found}{mend}")
+
+
+def _sync(path: Path) -> None:
+    # Windows cannot open a folder, and keeps its entries safe by itself.
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,60 @@
+"""From a name, settings or an object to a generator. Model libraries are imported only once it is known which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...settings import GeneratorSettings
+from .. import presets
+from ..fingerprint import revision
+from ..registry import resolve
+from .base import Generator
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def load_generator(
+    spec: GeneratorSettings | str | Path | DiffusionPipeline | Generator,
+    settings: GeneratorSettings | None = None,
+) -> Generator:
+    """A generator from whatever names one.
+
+    Args:
+        spec: Settings; or what replaces their `model`: a preset, folder or hub id, a dotted path to a
+            callable that takes the settings and returns a `Generator` (`"my_pkg.my_mod:MyGenerator"`), a
+            pipeline object, or a generator, which is returned as it is. A pipeline object that was loaded from
+            a folder with an `emoloop.json` keeps to it.
+        settings: Everything else; defaults where None.
+
+    Raises:
+        UserError: What is named is not there, is no pipeline, is not supported, or does not fit.
+    """
+    if isinstance(spec, GeneratorSettings):
+        spec, settings = spec.model, spec
+    settings = settings or GeneratorSettings()
+    if isinstance(spec, str | Path):
+        settings = settings.model_copy(update={"model": str(spec)})
+        if settings.base_url is not None:
+            from .images_api import ImagesApiGenerator
+
+            return ImagesApiGenerator(settings)
+        if ":" in str(spec) and not Path(spec).exists():
+            return resolve(str(spec), {}, "generator")(settings)
+        from ..threads import apart
+        from .pipelines import open_model
+
+        return apart(open_model, settings)
+    if isinstance(spec, Generator):
+        return spec
+    from .diffusers import DiffusersGenerator
+    from .pipelines import device_of
+
+    if settings.device != "auto":
+        spec.to(device_of(settings.device))
+    source = spec.config.get("_name_or_path")
+    if source and (Path(source) / presets.DEFAULTS_FILE).is_file():
+        defaults = presets.read_defaults(Path(source) / presets.DEFAULTS_FILE)
+        return DiffusersGenerator(spec, settings, revision=revision(Path(source)), defaults=defaults)
+    return DiffusersGenerator(spec, settings)
