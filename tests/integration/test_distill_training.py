@@ -399,7 +399,7 @@ def test_wrong_input_is_one_clear_line(world: tuple[Settings, Path], tmp_path: P
     for text, message in (
         ("train.stpes=3", "did you mean 'train.steps'"),
         ("train.lr=-1", "train.lr: Input should be greater than 0"),
-        ("train", "want key=value"),
+        ("train", "KEY=VALUE is wanted"),
     ):
         with pytest.raises(UserError, match=message):
             load_config("opd", sets=[text])

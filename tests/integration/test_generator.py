@@ -111,7 +111,7 @@ async def test_provenance_fills_the_event_and_makes_the_image_again(folder: Path
     source = load_generator(folder, GeneratorSettings(negative_prompt="dark"))
     (made,) = await source.generate([ImageRequest("a dog", 5)])
     await source.aclose()
-    event = ImageGenerated(run_id="r", sha256="0", prompt="a dog", seed=5, **made.provenance)
+    event = ImageGenerated(run_id="r", sha256="0" * 64, prompt="a dog", seed=5, **made.provenance)
     assert (event.model, event.height, event.steps, event.guidance) == (str(folder), tiny.SIZE, 2, 3.0)
     assert event.revision is not None and len(event.revision) == 64
     assert event.negative_prompt == "dark"

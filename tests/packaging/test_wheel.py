@@ -81,7 +81,6 @@ def test_every_module_imports(python, elsewhere, wheel):
     assert Path(where).is_relative_to(python.parents[1])
 
 
-@pytest.mark.xfail(reason="not there yet", strict=False)
 def test_it_tells_its_version(emoloop):
     assert PROJECT["project"]["version"] in emoloop("--version")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from emoloop.cli.distill import parse_filter
+from emoloop.cli.options import read_where
 from emoloop.domain import Emotion, EmotionTarget, UserError
 from emoloop.events import HumanFeedback
 from emoloop.rl.config import DataConfig
@@ -97,7 +97,7 @@ def test_of_several_bases_each_is_named_by_its_flag(tmp_path: Path) -> None:
         for flag in flags.split(" or "):
             name, condition = shlex.split(flag)
             assert name == "--from"
-            picked.add(origin(store, parse_filter([condition]))[0])
+            picked.add(origin(store, read_where([condition]))[0])
         assert {(base.model, base.adapter) for base in picked} == {
             ("tiny", None), ("tiny", "abcdef0123456789"), ("a model, other", None),
         }  # fmt: skip
