@@ -1,23 +1,18 @@
-"""What gets written down: the typed events and the recorder that rooms are handed.
+"""The typed events: the one vocabulary of stream, log and spans.
 
-The events are the contract between the graph, which writes them, and everything that reads a log later:
-the viewer, the exports, the distillation. Rooms receive a `Recorder` and never know what stands behind it.
+`Loop.stream` yields them, the log holds them, spans are made from them, and every other view (results, tables,
+exports, training examples) is a fold of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from .domain import Critique, EmotionTarget, Missing, RunStatus, StopReason
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 #: A content address becomes a file's name, so that nothing else may stand there.
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -31,7 +26,8 @@ class _Event(BaseModel):
 
     Attributes:
         run_id: The run.
-        seq: Place in the run, from 0; given by the log when it commits, -1 before.
+        seq: Number within the run, from 0; given by the log when it commits, -1 before.
+        cursor: Number within the log over all runs, from 1, in the order of commits; given by the log, 0 before.
         time: When it happened, UTC.
         round: The round, 0 for events that belong to the run as a whole.
         node: The graph node that wrote it.
@@ -43,6 +39,7 @@ class _Event(BaseModel):
 
     run_id: str
     seq: int = -1
+    cursor: int = Field(default=0, exclude=True)
     time: datetime = Field(default_factory=lambda: datetime.now(UTC))
     round: int = 0
     node: str
@@ -56,7 +53,10 @@ class _Event(BaseModel):
 
 
 class RunStarted(_Event):
-    """A request entered the graph. `settings` are the resolved ones, without secrets."""
+    """A request entered the graph. `settings` are the resolved ones, without secrets.
+
+    `warnings` say what is to be known of the prompt before it is painted, such as words unknown to the generator.
+    """
 
     type: Literal["run_started"] = "run_started"
     node: str = "start"
@@ -64,6 +64,7 @@ class RunStarted(_Event):
     target: EmotionTarget
     seed: int
     settings: dict[str, Any] = {}
+    warnings: list[str] = []
 
 
 class ImageGenerated(_Event):
@@ -137,6 +138,7 @@ class Rewritten(_Event):
     prompt_version: str
     usage: dict[str, int] = {}
     seconds: float | None = None
+    warnings: list[str] = []
 
 
 class HumanFeedback(_Event):
@@ -197,35 +199,3 @@ Event = Annotated[
 
 #: Parses an event of any type from a dict or JSON.
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)
-
-
-class Span(Protocol):
-    """The part of an OpenTelemetry span that rooms use."""
-
-    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
-        """Add attributes."""
-        ...
-
-
-class Recorder(Protocol):
-    """What nodes write to. One recorder serves many concurrent runs."""
-
-    async def record(self, *events: Event) -> None:
-        """Commit events in one transaction; return only when they are durable. Known keys are skipped."""
-        ...
-
-    async def put_image(self, image: Image) -> str:
-        """Store an image as PNG and return its SHA-256; the same pixels give the same address."""
-        ...
-
-    async def get_image(self, sha256: str) -> Image:
-        """The stored image, RGB."""
-        ...
-
-    async def events(self, run_id: str) -> list[Event]:
-        """The run's events in order of `seq`."""
-        ...
-
-    def span(self, name: str, attributes: Mapping[str, Any] | None = None) -> AbstractContextManager[Span]:
-        """A `gen_ai.*` span around the block; costs next to nothing when tracing is off."""
-        ...

@@ -100,14 +100,14 @@ class Critic:
 
     async def read(
         self,
-        image: Image.Image,
+        image: Image.Image | bytes,
         prompt: str,
         target: EmotionTarget,
         *,
         seed: int = 0,
     ) -> Reading:
-        """As `critique`, with what it cost."""
-        url = await asyncio.to_thread(image_url, image)
+        """As `critique`, with what it cost; a picture that is a PNG already is not encoded again."""
+        url = image_url(image) if isinstance(image, bytes) else await asyncio.to_thread(image_url, image)
         messages = self.prompt.messages((url,), prompt=prompt, target=target_text(target))
         replies: list[Reply[CriticAnswer]] = await asyncio.gather(
             *(

@@ -6,8 +6,13 @@ all runs; so each picture is safe on disk as soon as its batch is done, and not 
 
 from __future__ import annotations
 
-from ..events import ImageGenerated, Recorder
+from typing import TYPE_CHECKING, Protocol
+
+from ..events import Event, ImageGenerated
 from ..tools.images.base import Generator, ImageRequest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _FIELDS = set(ImageGenerated.model_fields) - {
     "run_id",
@@ -21,10 +26,22 @@ _FIELDS = set(ImageGenerated.model_fields) - {
 }
 
 
+class Log(Protocol):
+    """Where pictures and events go."""
+
+    async def put_image(self, image: Image) -> str:
+        """Store an image; return its SHA-256."""
+        ...
+
+    async def record(self, *events: Event) -> list[Event]:
+        """Commit events; return them as the log holds them."""
+        ...
+
+
 async def paint(
     generator: Generator,
     request: ImageRequest,
-    recorder: Recorder,
+    log: Log,
     *,
     run_id: str,
     round: int,
@@ -34,13 +51,13 @@ async def paint(
     """Make one picture, store it, log it.
 
     Returns:
-        The committed event.
+        The event as the log holds it: another one where the candidate was there already.
 
     Raises:
         Exception: What the generator or the disk raised; nothing is logged then.
     """
     [made] = await generator.generate([request])
-    sha256 = await recorder.put_image(made.image)
+    sha256 = await log.put_image(made.image)
     # What a generator leaves out: its picture says the size, and the rest stays unknown.
     known = {"model": type(generator).__name__, "height": made.image.height, "width": made.image.width}
     known |= {key: value for key, value in made.provenance.items() if key in _FIELDS}
@@ -52,5 +69,6 @@ async def paint(
         sha256=sha256,
         **{**known, "prompt": request.prompt, "seed": request.seed},
     )
-    await recorder.record(event)
-    return event
+    [stands] = await log.record(event)
+    assert isinstance(stands, ImageGenerated)
+    return stands

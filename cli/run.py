@@ -126,7 +126,7 @@ async def _run(
     """Run a request, or go on with a run where there is none, and leave its files."""
     from rich.console import Console
 
-    from ..traces.reader import result_json
+    from ..traces.fold import result_json
     from .view import show_result
 
     console = Console(stderr=True)
@@ -190,9 +190,9 @@ async def _watched(
 
         reviewer = ask if sys.stdin.isatty() else None
         if request is None:
-            return await loop.resume(run_id, on_progress=view, reviewer=reviewer)
+            return await loop.resume(run_id, on_event=view, reviewer=reviewer)
         prompt, target, seed = request
-        return await loop.run(prompt, target, seed=seed, run_id=run_id, on_progress=view, reviewer=reviewer)
+        return await loop.run(prompt, target, seed=seed, run_id=run_id, on_event=view, reviewer=reviewer)
 
 
 def _ask(console: Console, wanted: Mapping[str, Any]) -> Any:

@@ -48,10 +48,10 @@ def list_(where: opt.Where = None, home: opt.Home = None, as_json: opt.AsJson = 
 @app.command()
 def show(run: Run, home: opt.Home = None, as_json: opt.AsJson = False) -> None:
     """Show a run: its rounds, prompts, critiques and rewards."""
-    from ..traces.reader import load_run, result_json
+    from ..traces.fold import result_json
 
     with _store(home) as store:
-        result = load_run(store, store.resolve(run))
+        result = store.run(store.resolve(run))
     if as_json:
         _print(result_json(result))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from types import TracebackType
 
@@ -11,11 +12,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ..agents.schemas import target_text
 from ..domain import Candidate, Critique, RunResult, RunStatus
-from ..graph import progress as said
+from ..events import Event, Rewarded, Rewritten, RunStarted
+from ..traces.fold import Fold
 
 
 class RunView:
-    """Prints the progress messages of one run; use as a context manager and call with each message.
+    """Prints the events of one run; use as a context manager and call with each event.
 
     Args:
         console: Where to; the bar is left out where that is no terminal.
@@ -35,11 +37,9 @@ class RunView:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=None, state="")
-        self._began = self._round_began = time.monotonic()
-        self._images = 0
-        self._round = 0
-        self._made: set[int] = set()
-        self._judged: dict[int, said.Judged] = {}
+        self._round_began = time.monotonic()
+        self._fold = Fold("")
+        self._warned: set[str] = set()
 
     def __enter__(self) -> RunView:
         self._bar.start()
@@ -50,51 +50,70 @@ class RunView:
     ) -> None:
         self._bar.stop()
 
-    def __call__(self, message: said.Progress) -> None:
-        """Show one message."""
-        match message:
-            case said.RunBegan():
-                self._images = message.images
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        self._fold.apply(event)
+        match event:
+            case RunStarted():
                 # A picture takes longer than a critique; the remaining time follows the speed of late.
-                self._bar.update(self._task, total=message.rounds * message.images * 2)
+                self._bar.update(self._task, total=self._of("rounds") * self._of("images") * 2)
                 self._line(
-                    f"[bold]{escape(message.prompt)}[/]  →  {target_text(message.target)}",
-                    f"[dim]run {message.run_id} · seed {message.seed} · up to {message.rounds} rounds of "
-                    f"{message.images} images[/]",
+                    f"[bold]{escape(event.prompt)}[/]  →  {target_text(event.target)}",
+                    f"[dim]run {event.run_id} · seed {event.seed} · up to {self._of('rounds')} rounds of "
+                    f"{self._of('images')} images[/]",
                 )
-            case said.RoundBegan():
-                self._round, self._made, self._judged = message.round, set(), {}
-                self._round_began = time.monotonic()
-                self._line("", f"[bold]round {message.round}[/]  {escape(message.prompt)}")
-                if message.changes:
-                    self._line(f"  [dim]changed: {escape(message.changes)}[/]")
-            case said.ImageMade():
-                self._made.add(message.index)
-            case said.Judged():
-                self._judged[message.index] = message
-            case said.RoundEnded():
-                self._line(f"  {self._summary(message)}")
-            case said.Warned():
-                self._line(f"  [yellow]warning: {escape(message.message)}[/]")
-        done = self._images * 2 * self._round + len(self._made) + len(self._judged)
+                if not event.settings.get("loop", {}).get("rewrite_first"):
+                    self._begin(0, event.prompt)
+            case Rewritten():
+                self._begin(event.round, event.prompt, event.changes)
+            case Rewarded() if self._is_read(event.round):
+                self._line(f"  {self._summary(event.round)}")
+        self._warn()
+        row = self._fold.round(event.round).values()
+        made, read = sum(it.made is not None for it in row), sum(it.rewarded is not None for it in row)
+        images = self._of("images")
         self._bar.update(
             self._task,
-            completed=done,
-            description=f"round {self._round}",
-            state=f"images {len(self._made)}/{self._images} · read {len(self._judged)}/{self._images}",
+            completed=images * 2 * event.round + made + read,
+            description=f"round {event.round}",
+            state=f"images {made}/{images} · read {read}/{images}",
         )
 
-    def _summary(self, ended: said.RoundEnded) -> str:
+    def _of(self, option: str) -> int:
+        started = self._fold.started
+        return int(started.settings.get("loop", {}).get(option, 0)) if started else 0
+
+    def _begin(self, number: int, prompt: str, changes: str = "") -> None:
+        self._round_began = time.monotonic()
+        self._line("", f"[bold]round {number}[/]  {escape(prompt)}")
+        if changes:
+            self._line(f"  [dim]changed: {escape(changes)}[/]")
+
+    def _is_read(self, number: int) -> bool:
+        row = self._fold.round(number).values()
+        return len(row) >= self._of("images") and all(it.rewarded or not it.made for it in row)
+
+    def _warn(self) -> None:
+        # What a round lacks may still be mended until it is read.
+        for warning in self._fold.warnings():
+            number = re.match(r"round (\d+): ", warning)
+            if warning not in self._warned and (number is None or self._is_read(int(number[1]))):
+                self._warned.add(warning)
+                self._line(f"  [yellow]warning: {escape(warning)}[/]")
+
+    def _summary(self, number: int) -> str:
         seconds = f"[dim]{time.monotonic() - self._round_began:.0f} s[/]"
-        read = f"{ended.judged} of {ended.images} read"
-        if ended.mean_reward is None or ended.best_reward is None:
+        row = self._fold.round(number)
+        rewards = {index: it.reward for index, it in row.items() if it.reward is not None}
+        read = f"{len(rewards)} of {sum(it.made is not None for it in row.values())} read"
+        if not rewards:
             return f"[red]{read}[/] · {seconds}"
-        rewarded = [one for one in self._judged.values() if one.reward is not None]
-        top = max(rewarded, key=lambda one: one.reward or 0.0)
-        estimate = _estimate(top.critique) if isinstance(top.critique, Critique) else ""
-        star = " [green]★[/]" if ended.best_reward == ended.best else ""
-        mean = f"mean {ended.mean_reward:+.2f}"
-        return f"best {ended.best_reward:+.2f} ({estimate}){star} · {mean} · {read} · {seconds}"
+        top = max(rewards, key=lambda index: rewards[index])
+        critique = row[top].critique
+        estimate = _estimate(critique) if isinstance(critique, Critique) else ""
+        star = " [green]★[/]" if self._fold.best and self._fold.best[0] == number else ""
+        mean = f"mean {self._fold.mean_reward(number):+.2f}"
+        return f"best {rewards[top]:+.2f} ({estimate}){star} · {mean} · {read} · {seconds}"
 
     def _line(self, *lines: str) -> None:
         for line in lines:

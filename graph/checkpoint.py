@@ -7,17 +7,24 @@ it need not be.
 from __future__ import annotations
 
 import asyncio
+import logging
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from importlib import import_module
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import aiosqlite
 from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
 from ..domain import UserError
 from ..settings import Settings
+
+logger = logging.getLogger(__name__)
 
 #: Seconds that a writer waits for other processes.
 _BUSY = 60.0
@@ -35,13 +42,35 @@ async def open_checkpointer(settings: Settings) -> AsyncIterator[BaseCheckpointS
         async with _postgres(url) as saver:
             yield saver
         return
-    home = await asyncio.to_thread(lambda: settings.home.expanduser().absolute())
-    path = home / "checkpoints.db"
+    path = settings.home.expanduser().absolute() / "checkpoints.db"
+    await asyncio.to_thread(_set_aside_if_damaged, path)
     async with aiosqlite.connect(path, timeout=_BUSY) as connection:
-        saver = AsyncSqliteSaver(connection)
+        saver = AsyncSqliteSaver(connection, serde=_serializer())
         await saver.setup()
         await connection.execute("PRAGMA synchronous=NORMAL")
         yield saver
+
+
+def _serializer() -> JsonPlusSerializer:
+    # States are plain JSON, so nothing else is ever read: a crafted file must not make objects, let alone run code.
+    return JsonPlusSerializer(pickle_fallback=False, allowed_json_modules=None, allowed_msgpack_modules=None)
+
+
+def _set_aside_if_damaged(path: Path) -> None:
+    """Rename a file that is no database: the log is the truth, and one damaged file must not close a home."""
+    if not path.is_file():
+        return
+    try:
+        with closing(sqlite3.connect(path, timeout=_BUSY)) as connection:
+            connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        aside = path.with_name(f"{path.name}.damaged-{uuid4().hex[:8]}")
+        path.replace(aside)
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        logger.warning("%s is damaged (%s): moved to %s; runs go on from the log", path, error, aside.name)
 
 
 @asynccontextmanager
@@ -64,6 +93,6 @@ async def _postgres(url: str) -> AsyncIterator[BaseCheckpointSaver[Any]]:
         kwargs={"autocommit": True, "prepare_threshold": 0, "row_factory": rows.dict_row},
     )
     async with pool:
-        saver = savers.AsyncPostgresSaver(pool)
+        saver = savers.AsyncPostgresSaver(pool, serde=_serializer())
         await saver.setup()
         yield saver

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,15 +24,15 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph.state import CompiledStateGraph
-from langgraph.types import Command
+from langgraph.types import Command, StateSnapshot
 from pydantic import BaseModel
 from typing_extensions import TypedDict, Unpack
 
-from ..agents.ask import Asker
+from ..agents.ask import Asker, one_line
 from ..agents.critic import Critic
 from ..agents.rewriters import Rewriter, load_rewriter
 from ..domain import Critique, EmotionTarget, RunResult, RunStatus, UserError
-from ..events import Critiqued, Event, ImageGenerated, Rewarded, RunFinished, RunStarted
+from ..events import Critiqued, Event, ImageGenerated, Rewarded, RunStarted
 from ..settings import (
     GeneratorSettings,
     LVLMSettings,
@@ -45,19 +46,23 @@ from ..tools import presets
 from ..tools.images.base import Generator
 from ..tools.images.load import load_generator
 from ..tools.reward import load_reward
-from ..traces.reader import load_run
+from ..traces.fold import Fold
 from ..traces.recorder import StoreRecorder, open_recorder
 from .build import build_graph
 from .checkpoint import open_checkpointer
 from .nodes import Parts, check_request, new_run_id, read_review
-from .progress import PROGRESS, Progress, ReviewWanted, RunEnded
 from .state import Context, RunInput, State, read_run_id, read_seed, same_target
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+#: Begins nothing: the run waits for an answer that was not given.
+_WAIT = object()
 
 
 class RunOptions(TypedDict, total=False):
@@ -75,19 +80,19 @@ class RunKeywords(RunOptions, total=False):
 
     seed: int | None
     run_id: str | None
-    on_progress: Callable[[Progress], object] | None
+    on_event: Callable[[Event], object] | None
     reviewer: Callable[[dict[str, Any]], Any] | None
 
 
 class ResumeKeywords(TypedDict, total=False):
     """All keywords of `Loop.resume`."""
 
-    on_progress: Callable[[Progress], object] | None
+    on_event: Callable[[Event], object] | None
     reviewer: Callable[[dict[str, Any]], Any] | None
 
 
-#: Gets each progress message as it comes.
-OnProgress = Callable[[Progress], object]
+#: Gets each event of a run as it is committed; may be a coroutine function.
+OnEvent = Callable[[Event], object]
 
 #: Answers a review: a comment, or an object with `prompt`, `comment`, `stop`; may be a coroutine function.
 Reviewer = Callable[[dict[str, Any]], Any]
@@ -265,7 +270,7 @@ class Loop:
         *,
         seed: int | None = None,
         run_id: str | None = None,
-        on_progress: OnProgress | None = None,
+        on_event: OnEvent | None = None,
         reviewer: Reviewer | None = None,
         **options: Unpack[RunOptions],
     ) -> RunResult:
@@ -277,7 +282,7 @@ class Loop:
             seed: Makes the run repeatable; drawn at random, and logged, where it is left out.
             run_id: Name of the run. A run of this name that broke off is continued, one that is complete is
                 returned as it is.
-            on_progress: Called with each message of `stream`.
+            on_event: Called with each event of `stream`.
             reviewer: Answers reviews (`review=True`); without one, the run returns with status INTERRUPTED
                 and waits for `resume`.
             **options: `rounds`, `images`, `tolerance`, `patience`, `review`, over the settings.
@@ -290,15 +295,16 @@ class Loop:
             UserError: The request is wrong; nothing was written.
             Exception: What went wrong beyond retries; the run is saved and `resume` continues it.
         """
-        messages = self.stream(prompt, target, seed=seed, run_id=run_id, **options)
-        return await self._finish(messages, on_progress, reviewer)
+        name = read_run_id(run_id) if run_id is not None else new_run_id()
+        events = self.stream(prompt, target, seed=seed, run_id=name, **options)
+        return await self._finish(name, events, on_event, reviewer)
 
     async def resume(
         self,
         run_id: str,
         answer: Any = None,
         *,
-        on_progress: OnProgress | None = None,
+        on_event: OnEvent | None = None,
         reviewer: Reviewer | None = None,
     ) -> RunResult:
         """Go on with a run that broke off, failed, or waits for a review; finished work is not repeated.
@@ -306,14 +312,15 @@ class Loop:
         Args:
             run_id: The run's id, an unambiguous beginning of it, or "last".
             answer: The answer to a review.
-            on_progress: As for `run`.
+            on_event: As for `run`.
             reviewer: As for `run`.
 
         Raises:
             UserError: No such run, it was made with another model or reward than this loop's, or the answer
                 is none; the run waits as before.
         """
-        return await self._finish(self.stream_resume(run_id, answer), on_progress, reviewer)
+        name = await asyncio.to_thread(self.recorder.store.resolve, run_id)
+        return await self._finish(name, self.stream_resume(name, answer), on_event, reviewer)
 
     async def stream(
         self,
@@ -323,8 +330,11 @@ class Loop:
         seed: int | None = None,
         run_id: str | None = None,
         **options: Unpack[RunOptions],
-    ) -> AsyncIterator[Progress]:
-        """As `run`, yielding typed messages; the last one is `RunEnded` (or `ReviewWanted`).
+    ) -> AsyncGenerator[Event]:
+        """As `run`, yielding the run's events as they are committed.
+
+        A run that was begun before is told from its beginning. The last event is `run_finished`; without one, the
+        run waits for a review (`loop.review(run_id)` has the question).
 
         Raises:
             UserError: The request is wrong; nothing was written.
@@ -335,43 +345,47 @@ class Loop:
         seed = read_seed(seed)
         asked = wanted.model_dump(mode="json", exclude_none=True)
         name = read_run_id(run_id) if run_id is not None else new_run_id()
-        events = await self.recorder.events(name) if run_id is not None else []
-        if events:
-            started = _started(events)
+        fold = await self.recorder.fold(name)
+        if fold.events:
+            started = _started(fold)
             known = started.target.model_dump(mode="json")
             if started.prompt != text or not same_target(known, asked) or seed not in (None, started.seed):
                 raise UserError(f"run {name!r} exists and was asked for something else: choose another id")
-            async for message in self.stream_resume(name):
-                yield message
-            return
-        begin: RunInput = {"prompt": text, "target": asked, "seed": seed}
-        async for message in self._drive(begin, name, context):
-            yield message
+            events = self.stream_resume(name)
+        else:
+            events = self._drive({"prompt": text, "target": asked, "seed": seed}, name, context)
+        async with aclosing(events):
+            async for event in events:
+                yield event
 
-    async def stream_resume(self, run_id: str, answer: Any = None) -> AsyncIterator[Progress]:
-        """As `resume`, yielding typed messages."""
+    async def stream_resume(self, run_id: str, answer: Any = None) -> AsyncGenerator[Event]:
+        """As `resume`, yielding all events of the run, those of before first."""
         name = await asyncio.to_thread(self.recorder.store.resolve, run_id)
-        events = await self.recorder.events(name)
-        if any(isinstance(e, RunFinished) and e.status is RunStatus.COMPLETED for e in events):
-            yield RunEnded(run_id=name, result=await self._result(name))
+        fold = await self.recorder.fold(name)
+        if fold.status is RunStatus.COMPLETED:
+            for event in await self.recorder.events(name):
+                yield event
             return
-        self._check_same_parts(events)
-        snapshot = await self.graph.aget_state(_config(name))
+        self._check_same_parts(name, await self.recorder.events(name))
+        snapshot = await self._snapshot(name)
         begin: Any = None
-        if snapshot.interrupts:
-            if answer is None:
-                yield ReviewWanted(run_id=name, review=snapshot.interrupts[0].value)
-                return
+        if snapshot is not None and snapshot.interrupts:
             # A wrong answer must not get into the saved state: every later try would meet it again.
             # LangGraph takes an empty object for no answer.
-            begin = Command(resume=read_review(answer) or {"comment": ""})
-        elif not snapshot.next:
+            begin = _WAIT if answer is None else Command(resume=read_review(answer) or {"comment": ""})
+        elif snapshot is None or not snapshot.next:
             # No checkpoint, or a run that failed: the log knows the way from the start.
-            started = _started(events)
+            started = _started(fold)
             asked = started.target.model_dump(mode="json", exclude_none=True)
             begin = {"prompt": started.prompt, "target": asked, "seed": started.seed}
-        async for message in self._drive(begin, name, None):
-            yield message
+        async with aclosing(self._drive(begin, name, None)) as events:
+            async for event in events:
+                yield event
+
+    async def review(self, run_id: str) -> dict[str, Any] | None:
+        """What a run asks a person: round, prompt, target, tried, best; None where it does not wait for one."""
+        snapshot = await self._snapshot(run_id)
+        return snapshot.interrupts[0].value if snapshot is not None and snapshot.interrupts else None
 
     def run_sync(
         self, prompt: str, target: EmotionTarget | Mapping[str, Any], **options: Unpack[RunKeywords]
@@ -395,44 +409,79 @@ class Loop:
 
     # ---- inside
 
-    async def _drive(self, begin: Any, run_id: str, context: Context | None) -> AsyncIterator[Progress]:
-        review: Any = None
-        # Each step is saved before the next one begins: the default keeps an unbounded backlog.
-        async for mode, chunk in self.graph.astream(
-            begin, _config(run_id), context=context, stream_mode=["custom", "updates"], durability="sync"
-        ):
-            if mode == "custom":
-                yield PROGRESS.validate_python(chunk)
-            elif isinstance(chunk, dict) and "__interrupt__" in chunk:
-                review = chunk["__interrupt__"][0].value
-        if review is not None:
-            yield ReviewWanted(run_id=run_id, review=review)
-        else:
-            yield RunEnded(run_id=run_id, result=await self._result(run_id))
+    async def _drive(self, begin: Any, run_id: str, context: Context | None) -> AsyncGenerator[Event]:
+        """Run the graph, yielding the run's events from its first one on.
+
+        The graph runs in a task of its own, so that nothing of it is left in the caller's context between events.
+        """
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
+
+        def follow(events: Sequence[Event]) -> None:
+            for event in events:
+                if event.run_id == run_id:
+                    loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        async with AsyncExitStack() as stack:
+            work: asyncio.Task[Any] | None = None
+            if begin is not _WAIT:
+                await stack.enter_async_context(self.recorder.claimed(run_id))
+                stack.enter_context(self.recorder.subscribed(follow))
+            for event in await self.recorder.events(run_id):
+                yield event
+            if begin is _WAIT:
+                return
+            # Each step is saved before the next one begins: the default keeps an unbounded backlog.
+            call = self.graph.ainvoke(begin, _config(run_id), context=context, durability="sync")
+            work = asyncio.create_task(call)
+            stack.push_async_callback(_cancelled, work)
+            work.add_done_callback(lambda _: queue.put_nowait(None))
+            while (event := await queue.get()) is not None:
+                yield event
+            # What a commit told just before the graph ended is on its way through the event loop.
+            await asyncio.sleep(0)
+            while not queue.empty():
+                if (event := queue.get_nowait()) is not None:
+                    yield event
+            await work
 
     async def _finish(
-        self, messages: AsyncIterator[Progress], on_progress: OnProgress | None, reviewer: Reviewer | None
+        self,
+        run_id: str,
+        events: AsyncIterator[Event],
+        on_event: OnEvent | None,
+        reviewer: Reviewer | None,
     ) -> RunResult:
+        seen = -1
         while True:
-            last: Progress | None = None
-            async for message in messages:
-                last = message
-                if on_progress is not None:
-                    on_progress(message)
-            if isinstance(last, RunEnded):
-                return last.result
-            assert isinstance(last, ReviewWanted)
+            async for event in events:
+                # After a review the run is told from its beginning again.
+                if event.seq > seen and on_event is not None:
+                    told = on_event(event)
+                    if inspect.isawaitable(told):
+                        await told
+                seen = max(seen, event.seq)
+            result = await self.recorder.result(run_id)
+            review = await self.review(run_id) if result.status is RunStatus.RUNNING else None
+            if review is None:
+                return result
             if reviewer is None:
-                result = await self._result(last.run_id)
                 return result.model_copy(update={"status": RunStatus.INTERRUPTED})
-            answer = reviewer(last.review)
+            answer = reviewer(review)
             answer = await answer if inspect.isawaitable(answer) else answer
-            messages = self.stream_resume(last.run_id, {} if answer is None else answer)
+            events = self.stream_resume(run_id, {} if answer is None else answer)
 
-    async def _result(self, run_id: str) -> RunResult:
-        return await asyncio.to_thread(load_run, self.recorder.store, run_id)
+    async def _snapshot(self, run_id: str) -> StateSnapshot | None:
+        """The run's saved state; None where there is none, or it cannot be read: the log is the truth."""
+        try:
+            return await self.graph.aget_state(_config(run_id))
+        except Exception as error:
+            logger.warning(
+                "the saved state of run %s cannot be read, the log is used: %s", run_id, one_line(error)
+            )
+            await self.forget(run_id)
+            return None
 
-    def _check_same_parts(self, events: list[Event]) -> None:
+    def _check_same_parts(self, run_id: str, events: list[Event]) -> None:
         """Refuse to mix: what was made, read or valued is not comparable with another model's."""
         parts = self.parts
         made = (e for e in events if isinstance(e, ImageGenerated))
@@ -449,7 +498,7 @@ class Loop:
             for key, value in now.items() if first else ():
                 if (then := getattr(first, key)) != value:
                     raise UserError(
-                        f"run {events[0].run_id!r} was made with {what}{key} {then}, this loop has {value}: "
+                        f"run {run_id!r} was made with {what}{key} {then}, this loop has {value}: "
                         "resume it with the settings that it began with"
                     )
 
@@ -488,11 +537,17 @@ def _context(options: Mapping[str, Any]) -> Context:
         raise UserError(f"a run has no option {unknown}: known are {known}") from None
 
 
-def _started(events: list[Event]) -> RunStarted:
-    found = next((e for e in events if isinstance(e, RunStarted)), None)
-    if found is None:
-        raise UserError("the log of this run has no beginning")
-    return found
+def _started(fold: Fold) -> RunStarted:
+    if fold.started is None:
+        raise UserError(f"the log of run {fold.run_id!r} has no beginning")
+    return fold.started
+
+
+async def _cancelled(task: asyncio.Task[Any]) -> None:
+    """End a task that may be done; its own error has been told, or nobody is there to be told."""
+    task.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        await task
 
 
 def _load_generator(spec: Any, settings: Settings) -> Generator:

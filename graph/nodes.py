@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,15 +19,13 @@ from langgraph.runtime import Runtime
 from langgraph.types import interrupt
 
 from ..agents.ask import one_line
-from ..agents.critic import Critic, valued
+from ..agents.critic import Critic, Reading, valued
 from ..agents.generator import paint
-from ..agents.rewriters import KEPT, Rewriter
+from ..agents.rewriters import Rewriter
 from ..domain import (
-    Candidate,
     Critique,
     EmotionTarget,
     Missing,
-    Round,
     RunStatus,
     StopReason,
     UserError,
@@ -48,10 +45,9 @@ from ..events import (
 from ..settings import Settings
 from ..tools.images.base import GenerationError, Generator, ImageRequest, unread_text
 from ..tools.reward import Reward
-from ..traces.reader import load_run
+from ..traces.fold import Fold, Tried
 from ..traces.recorder import StoreRecorder
 from . import policy
-from .progress import ImageMade, Judged, RoundBegan, RoundEnded, RunBegan, Warned
 from .retry import ATTEMPTS, retryable
 from .state import Context, State, candidate_seed, read_prompt, read_run_id, read_seed, same_target
 
@@ -122,24 +118,15 @@ class Nodes:
                 target=target,
                 seed=secrets.randbelow(2**31) if seed is None else seed,
                 settings=self.parts.snapshot(options),
+                warnings=prompt_notes(self.parts.generator, prompt, []),
             )
-            await self.parts.recorder.record(started)
+            await self._record(runtime, started)
         else:
             # A run keeps the options that it began with, whatever the settings say by now.
             options = {
                 **options,
                 **{k: v for k, v in started.settings.get("loop", {}).items() if k in options},
             }
-        runtime.stream_writer(
-            RunBegan(
-                run_id=run_id,
-                prompt=prompt,
-                target=target,
-                seed=started.seed,
-                rounds=options["rounds"],
-                images=options["images"],
-            ).model_dump(mode="json")
-        )
         return {
             "run_id": run_id,
             "prompt": prompt,
@@ -154,7 +141,7 @@ class Nodes:
             "stop_reason": None,
             "gain": None,
             "best_gain": None,
-            "warnings": self._unknown(runtime, run_id, prompt, []),
+            "warnings": started.warnings,
         }
 
     async def _find(
@@ -163,21 +150,21 @@ class Nodes:
         """The run that the request begins or continues; a thread may hold several, one after the other."""
         execution = runtime.execution_info
         thread = execution.thread_id if execution else None
-        base = read_run_id(thread or new_run_id())
+        # A thread id may be a number or a UUID, as everywhere in LangGraph.
+        base = read_run_id(new_run_id() if thread is None else str(thread))
         count = 1
         while True:
             run_id = base if count == 1 else f"{base}.{count}"
-            events = await self.parts.recorder.events(run_id)
-            started = next((e for e in events if isinstance(e, RunStarted)), None)
+            fold = await self.parts.recorder.fold(run_id)
+            started = fold.started
             if started is None:
                 return run_id, None
-            finished = any(isinstance(e, RunFinished) and e.status is RunStatus.COMPLETED for e in events)
             same = (
                 started.prompt == prompt
                 and same_target(started.target.model_dump(mode="json"), target)
                 and seed in (None, started.seed)
             )
-            if same and not finished:
+            if same and fold.status is not RunStatus.COMPLETED:
                 return run_id, started
             count += 1
 
@@ -185,54 +172,40 @@ class Nodes:
 
     async def generate(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Make the round's pictures that are not there yet."""
-        run_id, number, prompt = state["run_id"], state["round"], state["current"]
-        events = await self.parts.recorder.events(run_id)
-        node = _node("generate", events)
-        rewritten = next((e for e in events if isinstance(e, Rewritten) and e.round == number), None)
-        runtime.stream_writer(
-            RoundBegan(
-                run_id=run_id,
-                round=number,
-                prompt=prompt,
-                changes=rewritten.changes if rewritten else "",
-                why=rewritten.why if rewritten else "",
-            ).model_dump(mode="json")
-        )
-        made = {e.index: e for e in events if isinstance(e, ImageGenerated) and e.round == number}
-        given_up = {
-            e.index: e.reason
-            for e in events
-            if isinstance(e, GenerationFailed) and e.round == number and e.node == node
-        }
-        for event in made.values():
-            _tell_image(runtime, event)
-        rest = [i for i in range(state["options"]["images"]) if i not in made and i not in given_up]
-        target = read_target(state["target"])
-        requests = [
-            ImageRequest(
-                prompt=prompt, seed=candidate_seed(state["options"]["seed"], number, index), target=target
+        number, prompt, options = state["round"], state["current"], state["options"]
+        fold = await self.parts.recorder.fold(state["run_id"])
+        node, target = _node("generate", fold), read_target(state["target"])
+        row = fold.round(number)
+        made = {index for index, tried in row.items() if tried.made}
+        given_up = {index for index, tried in row.items() if tried.failed and tried.failed.node == node}
+        requests = {
+            index: ImageRequest(
+                prompt=prompt, seed=candidate_seed(options["seed"], number, index), target=target
             )
-            for index in rest
-        ]
+            for index in range(options["images"])
+            if index not in made | given_up
+        }
 
         async def one(index: int, request: ImageRequest) -> ImageGenerated:
             event = await paint(
                 self.parts.generator,
                 request,
                 self.parts.recorder,
-                run_id=run_id,
+                run_id=state["run_id"],
                 round=number,
                 index=index,
                 node=node,
             )
-            _tell_image(runtime, event)
+            _tell(runtime, event)
             return event
 
-        results = await asyncio.gather(*map(one, rest, requests), return_exceptions=True)
+        results = await asyncio.gather(
+            *(one(index, request) for index, request in requests.items()), return_exceptions=True
+        )
         failed: dict[int, Exception] = {}
-        for index, result in zip(rest, results, strict=True):
+        for index, result in zip(requests, results, strict=True):
             if isinstance(result, ImageGenerated):
-                made[index] = result
+                made.add(index)
             elif isinstance(result, Exception):
                 failed[index] = _cause(result)
             else:
@@ -240,135 +213,89 @@ class Nodes:
         for error in failed.values():
             if isinstance(error, UserError) or (retryable(error) and _may_retry(runtime)):
                 raise error
-        for (index, error), request in zip(
-            failed.items(), (requests[rest.index(i)] for i in failed), strict=True
-        ):
+        for index, error in failed.items():
             logger.warning("image %d of round %d failed", index, number, exc_info=error)
-            given_up[index] = one_line(error)
-            await self.parts.recorder.record(
+        await self._record(
+            runtime,
+            *(
                 GenerationFailed(
-                    run_id=run_id,
+                    run_id=state["run_id"],
                     round=number,
                     index=index,
                     node=node,
                     prompt=prompt,
-                    seed=request.seed,
-                    reason=given_up[index],
+                    seed=requests[index].seed,
+                    reason=one_line(error),
                 )
-            )
-        warnings = state["warnings"]
-        if given_up:
-            total, reason = state["options"]["images"], _most_common(given_up.values())
-            what = (
-                "no image could be made"
-                if not made
-                else f"{len(given_up)} of {total} images could not be made"
-            )
-            warnings = self._warn(runtime, run_id, f"round {number}: {what}: {reason}", warnings)
-        return {"warnings": warnings, "stop_reason": None if made else StopReason.ERROR.value}
+                for index, error in failed.items()
+            ),
+        )
+        fold = await self.parts.recorder.fold(state["run_id"])
+        return {"warnings": fold.warnings(), "stop_reason": None if made else StopReason.ERROR.value}
 
     # ---- critique
 
     async def critique(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Read the round's pictures, value them, and decide whether to go on."""
-        run_id, number = state["run_id"], state["round"]
-        target, options = read_target(state["target"]), state["options"]
-        events = await self.parts.recorder.events(run_id)
-        node, reward_node = _node("critique", events), _node("reward", events)
-        tried = {
-            e.index for e in events if isinstance(e, Rewarded) and e.round == number and e.node == reward_node
-        }
-        rounds = (await self._history(run_id))[: number + 1]
-        todo: list[Candidate] = []
-        for candidate in rounds[number].candidates:
-            if candidate.reward is not None or candidate.index in tried:
-                _tell_judged(runtime, run_id, candidate)
-            else:
-                todo.append(candidate)
-        errors = await asyncio.gather(
-            *(self._judge(state, runtime, candidate, target, node, reward_node) for candidate in todo)
-        )
+        number, options = state["round"], state["options"]
+        fold = await self.parts.recorder.fold(state["run_id"])
+        nodes = _node("critique", fold), _node("reward", fold)
+        todo = [
+            tried
+            for _, tried in sorted(fold.round(number).items())
+            if tried.made
+            and tried.reward is None
+            and (tried.rewarded is None or tried.rewarded.node != nodes[1])
+        ]
+        errors = await asyncio.gather(*(self._judge(state, runtime, tried, nodes) for tried in todo))
         for error in errors:
             if error is not None:
                 raise error
-        rounds = (await self._history(run_id))[: number + 1]
-        current = rounds[number]
+        fold = await self.parts.recorder.fold(state["run_id"])
         stop = policy.decide(
-            rounds,
-            target,
+            fold,
+            number,
+            read_target(state["target"]),
             rounds=options["rounds"],
             tolerance=options["tolerance"],
             patience=options["patience"],
             exhaust=options["exhaust"],
         )
-        best = policy.best_of(rounds)
-        rewards = [c.reward for c in current.candidates if c.reward is not None]
-        runtime.stream_writer(
-            RoundEnded(
-                run_id=run_id,
-                round=number,
-                mean_reward=current.mean_reward,
-                best_reward=max(rewards) if rewards else None,
-                best=best.reward if best else None,
-                judged=len(rewards),
-                images=len(current.candidates),
-            ).model_dump(mode="json")
-        )
-        warnings = state["warnings"]
-        lacking = [c for c in current.candidates if c.reward is None]
-        if lacking:
-            reasons = _missing_reasons(lacking, await self.parts.recorder.events(run_id))
-            kind = "critique" if any(isinstance(c.critique, Missing) for c in lacking) else "reward"
-            total = len(current.candidates)
-            what = f"no {kind} at all" if not rewards else f"{len(lacking)} of {total} {kind}s missing"
-            warnings = self._warn(
-                runtime, run_id, f"round {number}: {what}: {_most_common(reasons)}", warnings
-            )
         summary = {
-            "prompt": current.prompt,
-            "images": [c.sha256 for c in current.candidates],
-            "mean_reward": current.mean_reward,
+            "prompt": fold.prompt(number),
+            "images": [tried.made.sha256 for _, tried in sorted(fold.round(number).items()) if tried.made],
+            "mean_reward": fold.mean_reward(number),
         }
         return {
             "rounds": [*state["rounds"][:number], summary],
-            "best": _reference(best) if best else None,
+            "best": self._best(fold),
             "stop_reason": stop.value if stop else None,
-            "warnings": warnings,
+            "warnings": fold.warnings(),
         }
 
     async def _judge(
-        self,
-        state: State,
-        runtime: Runtime[Context],
-        candidate: Candidate,
-        target: EmotionTarget,
-        node: str,
-        reward_node: str,
+        self, state: State, runtime: Runtime[Context], tried: Tried, nodes: tuple[str, str]
     ) -> Exception | None:
         """Read and value what one candidate lacks; an error means that the node should be tried again."""
-        parts, run_id, critique = self.parts, state["run_id"], candidate.critique
-        place = {
-            "run_id": run_id,
-            "round": candidate.round,
-            "index": candidate.index,
-            "sha256": candidate.sha256,
-        }
+        parts, made, critique = self.parts, tried.made, tried.critique
+        assert made is not None
+        target = read_target(state["target"])
+        place = {"run_id": made.run_id, "round": made.round, "index": made.index, "sha256": made.sha256}
         read: list[Critiqued] = []
         if not isinstance(critique, Critique):
-            image = await parts.recorder.get_image(candidate.sha256)
-            reading = await parts.critic.read(image, state["prompt"], target, seed=candidate.seed or 0)
-            if (
-                reading.error is not None
-                and not parts.patient
-                and retryable(reading.error)
-                and _may_retry(runtime)
-            ):
+            try:
+                png = await self._picture(made, target)
+            except _Lost as error:
+                reading = Reading(Missing(reason=str(error)))
+            else:
+                reading = await parts.critic.read(png, state["prompt"], target, seed=made.seed or 0)
+            if self._try_again(reading.error, runtime):
                 return reading.error
             critique = reading.critique
             read.append(
                 Critiqued(
                     **place,
-                    node=node,
+                    node=nodes[0],
                     critique=critique,
                     model=parts.critic.model,
                     prompt_version=parts.critic.prompt.id,
@@ -377,19 +304,38 @@ class Nodes:
                 )
             )
         value, reason = await valued(parts.reward, critique, target)
-        await parts.recorder.record(
+        await self._record(
+            runtime,
             *read,
             Rewarded(
                 **place,
-                node=reward_node,
+                node=nodes[1],
                 name=parts.reward.name,
                 version=parts.reward.version,
                 value=value,
                 reason=reason,
             ),
         )
-        _tell_judged(runtime, run_id, candidate.model_copy(update={"critique": critique, "reward": value}))
         return None
+
+    async def _picture(self, made: ImageGenerated, target: EmotionTarget) -> bytes:
+        """A logged picture; one that is lost or damaged is made again from its event.
+
+        Raises:
+            _Lost: It cannot be made again.
+        """
+        recorder = self.parts.recorder
+        try:
+            return await recorder.get_png(made.sha256)
+        except OSError as error:
+            logger.warning("picture %s of run %s: %s; making it again", made.sha256, made.run_id, error)
+            if made.seed is None:
+                raise _Lost(f"the picture is lost ({one_line(error)}) and its seed is not known") from error
+            request = ImageRequest(prompt=made.prompt, seed=made.seed, target=target)
+            [again] = await self.parts.generator.generate([request])
+            if await recorder.put_image(again.image) != made.sha256:
+                raise _Lost(f"the picture is lost ({one_line(error)}) and comes out otherwise now") from error
+            return await recorder.get_png(made.sha256)
 
     # ---- review and rewrite
 
@@ -408,18 +354,20 @@ class Nodes:
         given = read_review(answer)
         if comment := given.get("comment") or "":
             best = state.get("best")
-            await self.parts.recorder.record(
+            await self._record(
+                runtime,
                 HumanFeedback(
                     run_id=state["run_id"],
                     round=state["round"],
                     sha256=best["sha256"] if best else None,
                     comment=comment,
-                )
+                ),
             )
         if given.get("stop"):
             return {"stop_reason": StopReason.STOPPED.value}
         if prompt := given.get("prompt"):
-            await self.parts.recorder.record(
+            await self._record(
+                runtime,
                 Rewritten(
                     run_id=state["run_id"],
                     round=state["round"] + 1,
@@ -427,109 +375,105 @@ class Nodes:
                     why=comment,
                     model="human",
                     prompt_version="human",
-                )
+                ),
             )
         return {"comment": comment}
 
     async def rewrite(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Write the next round's prompt."""
         # Before anything was painted, the rewrite is for round 0 itself.
-        run_id, number = state["run_id"], state["round"] + 1 if state["rounds"] else 0
-        events = await self.parts.recorder.events(run_id)
-        event = next((e for e in events if isinstance(e, Rewritten) and e.round == number), None)
-        if event is None:
-            event = await self._write(state, runtime, number)
-        warnings = state["warnings"]
-        if event.why.startswith(KEPT):
-            warnings = self._warn(runtime, run_id, f"round {number}: {event.why}", warnings)
-        warnings = self._unknown(runtime, run_id, event.prompt, warnings, f"round {number}: ")
+        number = state["round"] + 1 if state["rounds"] else 0
+        fold = await self.parts.recorder.fold(state["run_id"])
+        event = fold.rewrites.get(number) or await self._write(state, runtime, number)
+        warnings = (await self.parts.recorder.fold(state["run_id"])).warnings()
         return {"round": number, "current": event.prompt, "comment": "", "warnings": warnings}
 
     async def _write(self, state: State, runtime: Runtime[Context], number: int) -> Rewritten:
         parts, run_id = self.parts, state["run_id"]
-        rounds = (await self._history(run_id))[:number]
+        result = await parts.recorder.result(run_id)
         rewriter = parts.rewriter(state["options"]["rewriter"])
         rewrite = await rewriter.rewrite(
             state["prompt"],
             read_target(state["target"]),
-            rounds,
+            result.rounds[:number],
             comment=state.get("comment", ""),
             seed=candidate_seed(state["options"]["seed"], number, -1),
         )
-        if (
-            rewrite.error is not None
-            and not parts.patient
-            and retryable(rewrite.error)
-            and _may_retry(runtime)
-        ):
+        if rewrite.error is not None and self._try_again(rewrite.error, runtime):
             raise rewrite.error
-        event = Rewritten(
-            run_id=run_id,
-            round=number,
-            prompt=rewrite.prompt,
-            changes=rewrite.changes,
-            why=rewrite.why,
-            model=rewriter.model,
-            prompt_version=rewriter.prompt_id,
-            usage=rewrite.usage,
-            seconds=round(rewrite.seconds, 4),
+        notes = prompt_notes(parts.generator, rewrite.prompt, state["warnings"])
+        [event] = await self._record(
+            runtime,
+            Rewritten(
+                run_id=run_id,
+                round=number,
+                prompt=rewrite.prompt,
+                changes=rewrite.changes,
+                why=rewrite.why,
+                model=rewriter.model,
+                prompt_version=rewriter.prompt_id,
+                usage=rewrite.usage,
+                seconds=round(rewrite.seconds, 4),
+                warnings=[*([rewrite.why] if rewrite.refused else []), *notes],
+            ),
         )
-        await parts.recorder.record(event)
+        assert isinstance(event, Rewritten)
         return event
 
     # ---- finish
 
     async def finish(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Name the winner and close the run."""
-        run_id, stop = state["run_id"], StopReason(state["stop_reason"] or StopReason.ERROR)
+        stop = StopReason(state["stop_reason"] or StopReason.ERROR)
         failed = stop in (StopReason.NO_CRITIQUE, StopReason.NO_REWARD, StopReason.ERROR)
         status = RunStatus.FAILED if failed else RunStatus.COMPLETED
-        result = await asyncio.to_thread(load_run, self.parts.recorder.store, run_id)
-        best = result.best
-        events = await self.parts.recorder.events(run_id)
-        await self.parts.recorder.record(
+        fold = await self.parts.recorder.fold(state["run_id"])
+        best = self._best(fold)
+        await self._record(
+            runtime,
             RunFinished(
-                run_id=run_id,
-                node=_node("finish", events),
+                run_id=state["run_id"],
+                node=_node("finish", fold),
                 status=status,
                 stop_reason=stop,
-                best=best.sha256 if best else None,
-                best_round=best.round if best else None,
-                gain=result.gain,
-                best_gain=result.best_gain,
-                warnings=state["warnings"],
-            )
+                best=best["sha256"] if best else None,
+                best_round=best["round"] if best else None,
+                gain=fold.gain,
+                best_gain=fold.best_gain,
+                warnings=fold.warnings(),
+            ),
         )
         return {
             "status": status.value,
             "stop_reason": stop.value,
-            "best": _reference(best) if best else None,
-            "gain": result.gain,
-            "best_gain": result.best_gain,
+            "best": best,
+            "gain": fold.gain,
+            "best_gain": fold.best_gain,
         }
 
     # ---- shared
 
-    async def _history(self, run_id: str) -> list[Round]:
-        return (await asyncio.to_thread(load_run, self.parts.recorder.store, run_id)).rounds
+    async def _record(self, runtime: Runtime[Context], *events: Event) -> list[Event]:
+        """Commit events and tell the stream; what stands in the log is returned, not what was given."""
+        stand = await self.parts.recorder.record(*events)
+        for event in stand:
+            _tell(runtime, event)
+        return stand
 
-    def _warn(self, runtime: Runtime[Context], run_id: str, message: str, warnings: list[str]) -> list[str]:
-        if message in warnings:
-            return warnings
-        runtime.stream_writer(Warned(run_id=run_id, message=message).model_dump(mode="json"))
-        return [*warnings, message]
+    def _try_again(self, error: Exception | None, runtime: Runtime[Context]) -> bool:
+        return error is not None and not self.parts.patient and retryable(error) and _may_retry(runtime)
 
-    def _unknown(
-        self, runtime: Runtime[Context], run_id: str, prompt: str, warnings: list[str], where: str = ""
-    ) -> list[str]:
-        # A rewriter keeps the neutral prompt's words, and once is enough to be told of each.
-        message = unknown_words(self.parts.generator, prompt, said="\n".join(warnings))
-        warnings = self._warn(runtime, run_id, where + message, warnings) if message else warnings
-        unread = unread_text(self.parts.generator, prompt)
-        if not unread:
-            return warnings
-        message = f"the prompt is too long for the model, which does not read its end: {unread!r}"
-        return self._warn(runtime, run_id, where + message, warnings)
+    def _best(self, fold: Fold) -> dict[str, Any] | None:
+        """The best candidate as the state names it."""
+        best = fold.candidate(fold.best, self.parts.recorder.store.blobs.path) if fold.best else None
+        if best is None:
+            return None
+        named = best.model_dump(include={"round", "index", "sha256", "prompt", "seed", "reward"})
+        return {**named, "image": str(best.path)}
+
+
+class _Lost(Exception):
+    """A logged picture is gone."""
 
 
 def check_request(parts: Parts, prompt: Any, target: Any) -> tuple[str, EmotionTarget]:
@@ -558,6 +502,19 @@ def unknown_words(generator: Generator, prompt: str, said: str = "") -> str | No
     return f"the model does not know {named}"
 
 
+def prompt_notes(generator: Generator, prompt: str, said: list[str]) -> list[str]:
+    """What is to be known of a prompt before it is painted: unknown words, and an end that is not read.
+
+    A rewriter keeps the neutral prompt's words, and once is enough to be told of each: what was said is left out.
+    """
+    unknown = unknown_words(generator, prompt, said="\n".join(said))
+    unread = unread_text(generator, prompt)
+    long = (
+        f"the prompt is too long for the model, which does not read its end: {unread!r}" if unread else None
+    )
+    return [note for note in (unknown, long) if note]
+
+
 def read_review(answer: Any) -> dict[str, Any]:
     """A person's answer to a review.
 
@@ -575,14 +532,13 @@ def read_review(answer: Any) -> dict[str, Any]:
     return {**answer, "prompt": read_prompt(answer["prompt"])} if answer.get("prompt") else answer
 
 
-def _node(name: str, events: list[Event]) -> str:
+def _node(name: str, fold: Fold) -> str:
     """A node's name in this attempt at the run.
 
     A run that failed may be resumed, and what failed is tried again: under another name, since the log skips
     what it knows.
     """
-    failures = sum(isinstance(e, RunFinished) and e.status is not RunStatus.COMPLETED for e in events)
-    return f"{name}.{failures + 1}" if failures else name
+    return f"{name}.{fold.failures + 1}" if fold.failures else name
 
 
 def _may_retry(runtime: Runtime[Context]) -> bool:
@@ -596,55 +552,6 @@ def _cause(error: Exception) -> Exception:
     return cause if isinstance(cause, Exception) else error
 
 
-def _missing_reasons(lacking: list[Candidate], events: list[Event]) -> list[str]:
-    """Why each of the candidates has no reward; the log knows for those that were read."""
-    logged = {(e.round, e.index): e.reason for e in events if isinstance(e, Rewarded)}
-    return [
-        it.critique.reason
-        if isinstance(it.critique, Missing)
-        else logged.get((it.round, it.index)) or "the reward could not be had"
-        for it in lacking
-    ]
-
-
-def _most_common(reasons: Any) -> str:
-    counts = Counter(reasons)
-    reason, _ = counts.most_common(1)[0]
-    return reason if len(counts) == 1 else f"{reason} (and {len(counts) - 1} other reasons)"
-
-
-def _reference(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "round": candidate.round,
-        "index": candidate.index,
-        "sha256": candidate.sha256,
-        "image": str(candidate.path) if candidate.path else None,
-        "prompt": candidate.prompt,
-        "seed": candidate.seed,
-        "reward": candidate.reward,
-    }
-
-
-def _tell_image(runtime: Runtime[Context], event: ImageGenerated) -> None:
-    runtime.stream_writer(
-        ImageMade(
-            run_id=event.run_id,
-            round=event.round,
-            index=event.index,
-            sha256=event.sha256,
-            seed=event.seed or 0,
-        ).model_dump(mode="json")
-    )
-
-
-def _tell_judged(runtime: Runtime[Context], run_id: str, candidate: Candidate) -> None:
-    if candidate.critique is not None:
-        runtime.stream_writer(
-            Judged(
-                run_id=run_id,
-                round=candidate.round,
-                index=candidate.index,
-                critique=candidate.critique,
-                reward=candidate.reward,
-            ).model_dump(mode="json")
-        )
+def _tell(runtime: Runtime[Context], event: Event) -> None:
+    # LangGraph's `custom` stream is for clients of a server, so it is plain JSON.
+    runtime.stream_writer(event.model_dump(mode="json"))

@@ -6,9 +6,8 @@ round of which nothing is known. A change here changes what logged runs mean, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ..domain import Candidate, Critique, EmotionTarget, Round, StopReason
+from ..domain import Critique, EmotionTarget, Missing, StopReason
+from ..traces.fold import Fold
 
 POLICY_VERSION = 1
 
@@ -16,19 +15,12 @@ POLICY_VERSION = 1
 SHOWN = 0.5
 
 
-def best_of(rounds: Sequence[Round]) -> Candidate | None:
-    """The candidate with the highest reward, the earliest of several; None where nothing was rewarded."""
-    rewarded = [c for round in rounds for c in round.candidates if c.reward is not None]
-    return max(rewarded, key=lambda c: c.reward or 0.0) if rewarded else None
-
-
-def reached(candidate: Candidate, target: EmotionTarget, tolerance: float) -> bool:
-    """Whether a candidate is what was wanted.
+def reached(critique: Critique | Missing | None, target: EmotionTarget, tolerance: float) -> bool:
+    """Whether a candidate of this critique is what was wanted.
 
     Within `tolerance` of the target on each wanted axis, of the wanted category if there is one, and with at
     least half of the neutral prompt (`SHOWN`) in it.
     """
-    critique = candidate.critique
     if not isinstance(critique, Critique) or critique.alignment < SHOWN:
         return False
     if target.category is not None and critique.category != target.category:
@@ -38,7 +30,8 @@ def reached(candidate: Candidate, target: EmotionTarget, tolerance: float) -> bo
 
 
 def decide(
-    tried: Sequence[Round],
+    fold: Fold,
+    last: int,
     target: EmotionTarget,
     *,
     rounds: int,
@@ -46,10 +39,11 @@ def decide(
     patience: int,
     exhaust: bool = False,
 ) -> StopReason | None:
-    """Whether to stop after the last of the rounds.
+    """Whether to stop after a round.
 
     Args:
-        tried: The rounds so far, at least one.
+        fold: The run so far.
+        last: The round that was just read, from 0.
         target: The wanted emotion.
         rounds: How many rounds there may be.
         tolerance: How near is reached, on each wanted axis.
@@ -60,19 +54,17 @@ def decide(
         The reason to stop, or None to go on.
     """
     if exhaust:
-        if len(tried) < rounds:
+        if last + 1 < rounds:
             return None
-        return StopReason.ROUNDS_USED if best_of(tried) else StopReason.NO_CRITIQUE
-    if best_of(tried[-1:]) is None:
-        read = any(isinstance(it.critique, Critique) for it in tried[-1].candidates)
+        return StopReason.ROUNDS_USED if fold.best else StopReason.NO_CRITIQUE
+    if fold.best is None or fold.mean_reward(last) is None:
+        read = any(isinstance(tried.critique, Critique) for tried in fold.round(last).values())
         return StopReason.NO_REWARD if read else StopReason.NO_CRITIQUE
-    best = best_of(tried)
-    assert best is not None
-    if reached(best, target, tolerance):
+    if reached(fold.tried[fold.best].critique, target, tolerance):
         return StopReason.TARGET_REACHED
-    if len(tried) >= rounds:
+    if last + 1 >= rounds:
         return StopReason.ROUNDS_USED
     # `best` is the earliest of the best, so its round is the last that brought something better.
-    if len(tried) - 1 - best.round >= patience:
+    if last - fold.best[0] >= patience:
         return StopReason.NO_IMPROVEMENT
     return None

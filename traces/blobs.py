@@ -46,7 +46,10 @@ class BlobStore:
         try:
             # The time of the last claim tells `TraceStore.remove` that somebody else still wants this blob.
             os.utime(target)
+            whole = target.read_bytes() == data
         except FileNotFoundError:
+            whole = False
+        if not whole:  # absent, or damaged since
             self._write(target, data)
         _sync_folder(target.parent)
         return sha256

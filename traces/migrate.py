@@ -1,8 +1,7 @@
 """From older logs to this version's, in steps; from newer ones not at all.
 
-Each step lifts the tables and the event bodies from one version to the next, inside one transaction, and the
-derived tables are made again at the end. So only the events need care, and a step that fails leaves the log
-as it was.
+A step lifts the events of one version to the tables of today, inside one transaction, and the derived tables are
+made again at the end. So only the events need care, and a step that fails leaves the log as it was.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from sqlalchemy import Connection, MetaData, Table, insert, inspect, select, tex
 
 from ..domain import UserError
 from ..events import EVENT, SCHEMA_VERSION, Event
-from . import derive
+from .fold import Fold
 from .schema import TABLES_VERSION, candidates, events, meta, metadata, runs
 
 
@@ -39,8 +38,7 @@ def migrate(connection: Connection) -> None:
     if found is None:
         metadata.create_all(connection)
     else:
-        for step in range(found, TABLES_VERSION):
-            _STEPS[step](connection)
+        _STEPS[found](connection)
         rebuild(connection)
     connection.execute(meta.delete().where(meta.c.key == "tables_version"))
     connection.execute(insert(meta).values(key="tables_version", value=str(TABLES_VERSION)))
@@ -61,28 +59,50 @@ def rebuild(connection: Connection) -> None:
         connection.execute(table.delete())
     run_ids = connection.scalars(select(events.c.run_id).distinct().order_by(events.c.run_id)).all()
     for run_id in run_ids:
-        bodies = connection.scalars(
-            select(events.c.body).where(events.c.run_id == run_id).order_by(events.c.seq)
-        )
-        derive.apply(connection, [EVENT.validate_json(body) for body in bodies])
+        query = select(events.c.body).where(events.c.run_id == run_id).order_by(events.c.seq)
+        whole = Fold(run_id, (EVENT.validate_json(body) for body in connection.scalars(query)))
+        if row := whole.run_row():
+            connection.execute(insert(runs).values(row))
+        if whole.tried:
+            connection.execute(insert(candidates), [whole.candidate_row(key) for key in whole.tried])
 
 
 def _from_0(connection: Connection) -> None:
     # Version 0 had `events (run_id, seq, body)` alone: no idempotency key, and bodies without a version.
-    connection.execute(text("ALTER TABLE events RENAME TO events_0"))
-    metadata.create_all(connection)
-    old = Table("events_0", MetaData(), autoload_with=connection)
-    rows = connection.execute(
-        select(old.c.run_id, old.c.seq, old.c.body).order_by(old.c.run_id, old.c.seq)
-    ).all()
+    old = _set_aside(connection)
+    query = select(old.c.run_id, old.c.seq, old.c.body).order_by(old.c.run_id, old.c.seq)
     seen: set[tuple[str, int, str, int]] = set()
-    for run_id, seq, body in rows:
+    for run_id, seq, body in connection.execute(query).all():
         raw = body if isinstance(body, dict) else json.loads(body)
         event = EVENT.validate_python({**raw, "run_id": run_id, "seq": seq, "schema_version": SCHEMA_VERSION})
         if event.key not in seen:
             seen.add(event.key)
             connection.execute(insert(events).values(row_of(event)))
     old.drop(connection)
+
+
+def _from_1(connection: Connection) -> None:
+    # Version 1 had no cursor: (run_id, seq) was the primary key. Runs overlapped, so the order is that of time.
+    for table in (runs, candidates):
+        table.drop(connection)
+    old = _set_aside(connection)
+    names = [column.name for column in events.columns if column.name != "cursor"]
+    rows = select(*(old.c[name] for name in names)).order_by(old.c.time, old.c.run_id, old.c.seq)
+    connection.execute(insert(events).from_select(names, rows))
+    old.drop(connection)
+
+
+def _set_aside(connection: Connection) -> Table:
+    """Rename the old `events` and make this version's tables."""
+    connection.execute(text("ALTER TABLE events RENAME TO events_old"))
+    old = Table("events_old", MetaData(), autoload_with=connection)
+    if connection.dialect.name == "postgresql":
+        # A renamed table keeps the names of its constraints, which are unique in the schema.
+        for name in inspect(connection).get_unique_constraints("events_old"):
+            connection.execute(text(f'ALTER TABLE events_old DROP CONSTRAINT "{name["name"]}"'))
+        connection.execute(text("ALTER TABLE events_old DROP CONSTRAINT IF EXISTS events_pkey"))
+    metadata.create_all(connection)
+    return old
 
 
 def row_of(event: Event) -> dict[str, object]:
@@ -99,5 +119,5 @@ def row_of(event: Event) -> dict[str, object]:
     }
 
 
-#: From which version: what lifts the log to the next.
-_STEPS: dict[int, Callable[[Connection], None]] = {0: _from_0}
+#: From which version: what lifts its events to the tables of today.
+_STEPS: dict[int, Callable[[Connection], None]] = {0: _from_0, 1: _from_1}

@@ -1,55 +1,179 @@
-"""The recorder that rooms are handed: events to the store, spans to OpenTelemetry, nothing on the event loop.
+"""The log as async code uses it: committed events, pictures, and nothing on the event loop.
 
-Events of all runs go through one thread, because a database has one writer anyway and waiting in a queue is
-cheaper than waiting for a lock. Images are encoded in a few others: zlib lets go of the GIL.
+One thread writes, because a database has one writer anyway. All that is waiting when it gets its turn is committed
+in one transaction (a group commit), so that many runs share the cost of a sync. Whoever subscribes gets the events
+that a commit added, in the order of their cursors: the loop's stream and the spans are such subscribers.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
-from ..events import Event, Recorder, Span
+from ..domain import RunResult, UserError
+from ..events import Event
 from ..settings import Settings
-from .spans import NoSpan, Tracing, open_tracing
-from .store import TraceStore, open_store
+from .database import StoreError
+from .fold import Fold
+from .spans import SpanSubscriber, open_spans
+from .store import Subscriber, TraceStore, open_store
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 T = TypeVar("T")
 
-_NO_SPAN = NoSpan()
+#: Events in one transaction.
+_LARGEST = 512
+
+#: Seconds that a claim on a run lasts without renewal, and between renewals.
+_LEASE, _RENEW = 60.0, 20.0
 
 
-class StoreRecorder(Recorder):
-    """A recorder over a trace store; serves many concurrent runs and event loops.
+class _Waiting:
+    """Events that somebody waits to see committed."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self.events = events
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[list[Event]] = self.loop.create_future()
+
+    def settle(self, outcome: list[Event] | BaseException) -> None:
+        if self.future.done():  # nobody waits any more
+            return
+        if isinstance(outcome, BaseException):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+class StoreRecorder:
+    """Writes and follows a trace store; serves many concurrent runs and event loops.
 
     Args:
         store: Where events and images go; closed with the recorder.
-        tracing: Live spans, or None.
+        spans: A subscriber that sends spans, or None.
     """
 
-    def __init__(self, store: TraceStore, tracing: Tracing | None = None) -> None:
+    def __init__(self, store: TraceStore, spans: SpanSubscriber | None = None) -> None:
         self.store = store
-        self._tracing = tracing
+        self._spans = spans
+        if spans is not None:
+            store.subscribers.append(spans)
+        self._queue: deque[_Waiting] = deque()
+        self._guard = threading.Lock()
+        self._writing = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="emoloop-log")
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="emoloop-blobs")
 
-    async def record(self, *events: Event) -> None:
-        """Commit events in one transaction; return only when they are durable. Known keys are skipped.
+    # ---- events
+
+    async def record(self, *events: Event) -> list[Event]:
+        """Commit events; return only when they are durable.
+
+        Returns:
+            The events as the log holds them: where a key was known, the first event of that key.
 
         Raises:
             StoreError: The database failed; none of the events was written.
         """
         if not events:
-            return
-        await _in(self._writer, self.store.append, *events)
-        if self._tracing is not None:
-            self._tracing.annotate(events)
+            return []
+        waiting = _Waiting(events)
+        with self._guard:
+            self._queue.append(waiting)
+            start, self._writing = not self._writing, True
+        if start:
+            self._writer.submit(self._write)
+        return await waiting.future
+
+    def _write(self) -> None:
+        while group := self._next_group():
+            outcomes = self._commit(group)
+            for loop in {waiting.loop for waiting in group}:
+                here = [pair for pair in zip(group, outcomes, strict=True) if pair[0].loop is loop]
+                with suppress(RuntimeError):  # an event loop that was closed meanwhile
+                    loop.call_soon_threadsafe(_settle, here)
+
+    def _next_group(self) -> list[_Waiting]:
+        group: list[_Waiting] = []
+        size = 0
+        with self._guard:
+            while self._queue and (not group or size + len(self._queue[0].events) <= _LARGEST):
+                group.append(self._queue.popleft())
+                size += len(group[-1].events)
+            self._writing = bool(group)
+        return group
+
+    def _commit(self, group: list[_Waiting]) -> list[list[Event] | BaseException]:
+        try:
+            return list(self.store.append_all([waiting.events for waiting in group]))
+        except Exception as error:
+            if len(group) == 1:
+                return [error]
+            # One batch that the database refuses must not take the others along.
+            return [outcome for waiting in group for outcome in self._commit([waiting])]
+
+    @contextmanager
+    def subscribed(self, subscriber: Subscriber) -> Iterator[None]:
+        """Have a function called, in the writer's thread, with the events of each commit from now on."""
+        self.store.subscribers.append(subscriber)
+        try:
+            yield
+        finally:
+            self.store.subscribers.remove(subscriber)
+
+    async def events(self, run_id: str) -> list[Event]:
+        """The run's events in order of `seq`."""
+        return await self._in(self._workers, self.store.events, run_id)
+
+    async def fold(self, run_id: str) -> Fold:
+        """The run's state as the log has it now."""
+        return await self._in(self._workers, self.store.fold, run_id)
+
+    async def result(self, run_id: str) -> RunResult:
+        """The run as the loop returns it."""
+        whole = await self.fold(run_id)
+        return whole.result(self.store.blobs.path, self.store.home)
+
+    @asynccontextmanager
+    async def claimed(self, run_id: str) -> AsyncIterator[None]:
+        """Hold a run while it is worked on, so that nobody else works on it at the same time.
+
+        Raises:
+            UserError: Somebody else does.
+        """
+        owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        while (other := await self._in(self._workers, self.store.lease, run_id, owner, _LEASE)) is not None:
+            if not _is_gone(other):
+                raise UserError(
+                    f"run {run_id!r} is being worked on by {other}: wait until it is done, or choose another id"
+                )
+            await self._in(self._workers, self.store.release, run_id, other)
+        renewing = asyncio.create_task(self._renew(run_id, owner))
+        try:
+            yield
+        finally:
+            renewing.cancel()
+            with suppress(asyncio.CancelledError, StoreError):
+                await renewing
+            with suppress(StoreError):
+                await self._in(self._workers, self.store.release, run_id, owner)
+
+    async def _renew(self, run_id: str, owner: str) -> None:
+        while True:
+            await asyncio.sleep(_RENEW)
+            await self._in(self._workers, self.store.lease, run_id, owner, _LEASE)
+
+    # ---- images
 
     async def put_image(self, image: Image) -> str:
         """Store an image as PNG and return its SHA-256; the same pixels give the same address.
@@ -57,7 +181,15 @@ class StoreRecorder(Recorder):
         Raises:
             OSError: The disk refused.
         """
-        return await _in(self._workers, self.store.blobs.put_image, image)
+        return await self._in(self._workers, self.store.blobs.put_image, image)
+
+    async def get_png(self, sha256: str) -> bytes:
+        """The stored image as PNG.
+
+        Raises:
+            OSError: It is not there, or damaged.
+        """
+        return await self._in(self._workers, self.store.blobs.get_bytes, sha256)
 
     async def get_image(self, sha256: str) -> Image:
         """The stored image, RGB.
@@ -65,23 +197,17 @@ class StoreRecorder(Recorder):
         Raises:
             OSError: It is not there, or damaged.
         """
-        return await _in(self._workers, self.store.blobs.get_image, sha256)
+        return await self._in(self._workers, self.store.blobs.get_image, sha256)
 
-    async def events(self, run_id: str) -> list[Event]:
-        """The run's events in order of `seq`."""
-        return await _in(self._workers, self.store.events, run_id)
-
-    def span(self, name: str, attributes: Mapping[str, Any] | None = None) -> AbstractContextManager[Span]:
-        """A `gen_ai.*` span around the block; costs next to nothing when tracing is off."""
-        return nullcontext(_NO_SPAN) if self._tracing is None else self._tracing.span(name, attributes)
+    # ---- closing
 
     def close(self) -> None:
         """Finish what is being written, send the spans, close the store. May be called twice."""
         self._writer.shutdown()
         self._workers.shutdown()
-        if self._tracing is not None:
-            self._tracing.close()
-            self._tracing = None
+        if self._spans is not None:
+            self._spans.close()
+            self._spans = None
         self.store.close()
 
     async def aclose(self) -> None:
@@ -94,6 +220,28 @@ class StoreRecorder(Recorder):
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
+    async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
+
+
+def _is_gone(owner: str) -> bool:
+    """Whether a claim's owner was a process of this machine that is no more."""
+    host, _, rest = owner.rpartition(":")[0].rpartition(":")
+    if host != socket.gethostname() or not rest.isdigit():
+        return False
+    try:
+        os.kill(int(rest), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _settle(pairs: list[tuple[_Waiting, list[Event] | BaseException]]) -> None:
+    for waiting, outcome in pairs:
+        waiting.settle(outcome)
+
 
 def open_recorder(settings: Settings) -> StoreRecorder:
     """Open the log for writing, with live spans if an OTLP endpoint is configured.
@@ -102,8 +250,4 @@ def open_recorder(settings: Settings) -> StoreRecorder:
         UserError: The home cannot be written, or the database is not ours to use.
     """
     store = open_store(settings)
-    return StoreRecorder(store, open_tracing(settings))
-
-
-async def _in(pool: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any) -> T:
-    return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
+    return StoreRecorder(store, open_spans(settings, store))

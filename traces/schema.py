@@ -1,8 +1,8 @@
 """The tables, for SQLite and PostgreSQL alike.
 
-`events` is append-only and the truth. `runs` and `candidates` say the same in a shape that SQL can filter;
-they are written in the transaction of their events, so they never lag, and `TraceStore.rebuild` makes them
-again. Event bodies are JSON text: the log has to give back exactly what it was handed.
+`events` is append-only and the truth. `runs` and `candidates` are what `fold.Fold` makes of it, in a shape that SQL
+can filter; they are written in the transaction of their events, so they never lag, and `TraceStore.rebuild` makes
+them again. Event bodies are JSON text: the log has to give back exactly what it was handed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from sqlalchemy import (
+    BigInteger,
     Column,
     DateTime,
     Dialect,
@@ -24,8 +25,8 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-#: Version of the tables (events carry their own, `recording.SCHEMA_VERSION`).
-TABLES_VERSION = 1
+#: Version of the tables (events carry their own, `events.SCHEMA_VERSION`).
+TABLES_VERSION = 2
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -72,15 +73,28 @@ meta = Table(
 events = Table(
     "events",
     metadata,
-    Column("run_id", String(128), primary_key=True),
-    Column("seq", Integer, primary_key=True, autoincrement=False),
+    # Grows with every commit and is never given twice, so that a reader may go on after the last one it saw.
+    Column("cursor", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("run_id", String(128), nullable=False),
+    Column("seq", Integer, nullable=False),
     Column("round", Integer, nullable=False),
     Column("node", String(128), nullable=False),
     Column("index", Integer, nullable=False),
     Column("type", String(64), nullable=False),
     Column("time", UtcDateTime, nullable=False),
     Column("body", Text, nullable=False),
+    UniqueConstraint("run_id", "seq", name="events_seq"),
     UniqueConstraint("run_id", "round", "node", "index", name="events_idempotency"),
+    sqlite_autoincrement=True,
+)
+
+#: Who works on a run, and until when (POSIX seconds) others leave it alone.
+leases = Table(
+    "leases",
+    metadata,
+    Column("run_id", String(128), primary_key=True),
+    Column("owner", String(128), nullable=False),
+    Column("expires", Float, nullable=False),
 )
 
 runs = Table(

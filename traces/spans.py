@@ -1,8 +1,9 @@
-"""OpenTelemetry spans: a projection of the log's call sites, off unless an OTLP endpoint is configured.
+"""OpenTelemetry spans: a projection of committed events, off unless an OTLP endpoint is configured.
 
-Names follow the GenAI semantic conventions (`gen_ai.*`, still in development; the strings live here because
-their Python constants are private). Spans are for looking at: the batch processor drops them under load, so
-nothing is ever computed from them. `replay` makes them again from the log, whole, with the events' own times.
+Live spans and replayed ones come from the same function over the same events, so they are equal: ids, parents,
+times, content. Names follow the GenAI semantic conventions (`gen_ai.*`, still in development; the strings live here
+because their Python constants are private). Spans are for looking at: the batch processor drops them under load, so
+nothing is ever computed from them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,6 @@ from ..events import (
     Rewritten,
     RunFinished,
     RunStarted,
-    Span,
 )
 from ..settings import Settings, TraceSettings
 from .blobs import BlobStore
@@ -34,8 +33,10 @@ from .database import StoreError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
+    from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
     from opentelemetry.sdk.trace.export import SpanExporter
+
+    from .store import TraceStore
 
 #: The conventions that the names were taken from.
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.0"
@@ -55,86 +56,72 @@ CONTENT = frozenset(
 #: Calls that leave the agent for a model; everything else happens inside.
 _CLIENT = frozenset({"chat", "generate_content", "embeddings"})
 
+#: An agent's work in one round: its name and the round.
+Turn = tuple[str, int]
+
 #: Characters of one attribute; OpenTelemetry's own default is no limit.
 _LONGEST = 32_768
 
 _BATCH = 512
 
 
-class Tracing:
-    """Live spans through one tracer provider of our own, so that the host program's is left alone.
+class SpanSubscriber:
+    """Sends the spans of runs while they grow; to be called with the events of each commit.
+
+    A round is sent when the next one begins or the run ends, the root when the run ends; on `close`, what is left.
+    Spans of a run never enter the host program's context.
 
     Args:
-        provider: Where spans go.
+        processor: Where spans go.
+        store: The log, for the beginning of a run that another process began.
         capture_content: Whether attributes in `CONTENT` may pass.
     """
 
-    def __init__(self, provider: TracerProvider, *, capture_content: bool) -> None:
-        self._provider = provider
-        self._tracer = provider.get_tracer("emoloop", schema_url=SCHEMA_URL)
+    def __init__(self, processor: SpanProcessor, store: TraceStore, *, capture_content: bool) -> None:
+        self._processor = processor
+        self._store = store
         self._capture = capture_content
+        self._logs: dict[str, list[Event]] = {}
+        self._unsent: dict[str, dict[Turn, None]] = {}
 
-    @contextmanager
-    def span(self, name: str, attributes: Mapping[str, Any] | None = None) -> Iterator[Span]:
-        """A span around the block, the current one inside it; an exception marks it with `error.type`."""
-        from opentelemetry.trace import Status, StatusCode
-
-        given = {**_defaults(name), **(attributes or {})}
-        with self._tracer.start_as_current_span(
-            name,
-            kind=_kind(name),
-            attributes=flatten(given, self._capture),
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            try:
-                yield _Live(span, self._capture)
-            except BaseException as error:
-                span.set_attribute("error.type", type(error).__qualname__)
-                # A message may quote a prompt, so it is content as well.
-                span.set_status(Status(StatusCode.ERROR, str(error) if self._capture else None))
-                raise
-
-    def annotate(self, batch: Iterable[Event]) -> None:
-        """Put critiques and rewards on the current span as `gen_ai.evaluation.result` events."""
-        from opentelemetry.trace import get_current_span
-
-        span = get_current_span()
-        for event in batch:
-            for attributes in _evaluations(event):
-                span.add_event("gen_ai.evaluation.result", flatten(attributes, self._capture))
+    def __call__(self, events: Sequence[Event]) -> None:
+        """Take the events of a commit."""
+        for event in events:
+            if event.run_id not in self._logs:
+                known = self._store.events(event.run_id) if event.seq > 0 else []
+                self._logs[event.run_id] = [it for it in known if it.seq < event.seq]
+            self._logs[event.run_id].append(event)
+            unsent = self._unsent.setdefault(event.run_id, {})
+            if isinstance(event, Rewritten | RunFinished):
+                ended = isinstance(event, RunFinished)
+                self._send(event.run_id, [t for t in unsent if ended or t[1] < event.round], root=ended)
+            if (turn := _turn_of(event)) is not None:
+                self._unsent.setdefault(event.run_id, {})[turn] = None
 
     def close(self) -> None:
         """Send what is left."""
-        self._provider.shutdown()
+        for run_id in list(self._logs):
+            self._send(run_id, list(self._unsent[run_id]), root=True)
+        self._processor.shutdown()
+
+    def _send(self, run_id: str, turns: list[Turn], *, root: bool) -> None:
+        log = self._logs[run_id]
+        for span in spans_of(log, self._store.blobs, capture_content=self._capture, only=turns, root=root):
+            self._processor.on_end(span)
+        for turn in turns:
+            self._unsent[run_id].pop(turn, None)
+        if root:
+            del self._logs[run_id], self._unsent[run_id]
 
 
-class _Live:
-    def __init__(self, span: Any, capture: bool) -> None:
-        self._span = span
-        self._capture = capture
-
-    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
-        self._span.set_attributes(flatten(attributes, self._capture))
-
-
-class NoSpan:
-    """What a block gets where tracing is off."""
-
-    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-
-def open_tracing(settings: Settings) -> Tracing | None:
+def open_spans(settings: Settings, store: TraceStore) -> SpanSubscriber | None:
     """Live spans, if an endpoint is set in `traces.otlp_endpoint` or in OpenTelemetry's own variables."""
     if endpoint(settings.traces) is None:
         return None
-    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    provider = TracerProvider(resource=_resource(), span_limits=_limits())
-    provider.add_span_processor(BatchSpanProcessor(open_exporter(settings.traces)))
-    return Tracing(provider, capture_content=settings.traces.capture_content)
+    processor = BatchSpanProcessor(open_exporter(settings.traces))
+    return SpanSubscriber(processor, store, capture_content=settings.traces.capture_content)
 
 
 def endpoint(settings: TraceSettings) -> str | None:
@@ -188,7 +175,12 @@ def replay(
 
 
 def spans_of(
-    events: Iterable[Event], blobs: BlobStore, *, capture_content: bool = False
+    events: Iterable[Event],
+    blobs: BlobStore,
+    *,
+    capture_content: bool = False,
+    only: Iterable[Turn] | None = None,
+    root: bool = True,
 ) -> list[ReadableSpan]:
     """The spans of one run: the workflow, an agent's turn per round, the model calls under it.
 
@@ -196,32 +188,48 @@ def spans_of(
         events: The run's events in order of `seq`, beginning with `run_started`.
         blobs: Where images lie; content names them by `file:` URI and never holds them.
         capture_content: Whether prompts and answers go on the spans.
+        only: The turns to give; None gives all.
+        root: Whether to give the workflow's span.
     """
     log = list(events)
     if not log:
         return []
     build = _Builder(log[0].run_id, capture_content)
     first, last = min(map(_begin, log)), max(event.time for event in log)
-    root = build.span("invoke_workflow emoloop", _workflow(log), first, last, ("workflow",), None)
-    for agent, types in _AGENTS.items():
-        for round_ in sorted({event.round for event in log if isinstance(event, types)}):
-            turn = [event for event in log if isinstance(event, types) and event.round == round_]
-            start, end = min(map(_begin, turn)), max(event.time for event in turn)
-            attributes = {"gen_ai.agent.name": agent, "emoloop.round": round_}
-            place = (agent, round_)
-            parent = build.span(f"invoke_agent {agent}", attributes, start, end, place, root)
-            for event in turn:
-                if isinstance(event, Rewarded):
-                    continue
-                results = [
-                    (attributes, other.time)
-                    for other in turn
-                    if isinstance(event, Critiqued) and (other is event or _rewards(other, event))
-                    for attributes in _evaluations(other)
-                ]
-                name, attributes = _call(event, blobs)
-                build.span(name, attributes, _begin(event), event.time, event.key, parent, results)
+    workflow = build.span("invoke_workflow emoloop", _workflow(log), first, last, ("workflow",), None)
+    if not root:
+        build.spans.clear()
+    turns: dict[Turn, list[Event]] = {}
+    for event in log:
+        if (turn := _turn_of(event)) is not None:
+            turns.setdefault(turn, []).append(event)
+    order = list(_AGENTS)
+    for turn in sorted(turns if only is None else only, key=lambda turn: (order.index(turn[0]), turn[1])):
+        _add_turn(build, turn, turns[turn], workflow, blobs)
     return build.spans
+
+
+def _add_turn(build: _Builder, turn: Turn, log: list[Event], workflow: Any, blobs: BlobStore) -> None:
+    agent, round_ = turn
+    attributes = {"gen_ai.agent.name": agent, "emoloop.round": round_}
+    start, end = min(map(_begin, log)), max(event.time for event in log)
+    parent = build.span(f"invoke_agent {agent}", attributes, start, end, turn, workflow)
+    for event in log:
+        if isinstance(event, Rewarded):
+            continue
+        results = [
+            (found, other.time)
+            for other in log
+            if isinstance(event, Critiqued) and (other is event or _rewards(other, event))
+            for found in _evaluations(other)
+        ]
+        name, attributes = _call(event, blobs)
+        build.span(name, attributes, _begin(event), event.time, event.key, parent, results)
+
+
+def _turn_of(event: Event) -> Turn | None:
+    agents = (agent for agent, types in _AGENTS.items() if isinstance(event, types))
+    return next(((agent, event.round) for agent in agents), None)
 
 
 _AGENTS: dict[str, tuple[type, ...]] = {
@@ -233,7 +241,7 @@ _AGENTS: dict[str, tuple[type, ...]] = {
 
 
 def flatten(attributes: Mapping[str, Any], capture_content: bool) -> dict[str, Any]:
-    """What OpenTelemetry accepts: no None, nested values as JSON, content only if wanted."""
+    """What OpenTelemetry accepts: no None, nested values as JSON, content only if wanted, nothing too long."""
     flat: dict[str, Any] = {}
     for key, value in attributes.items():
         if value is None or (key in CONTENT and not capture_content):
@@ -241,7 +249,8 @@ def flatten(attributes: Mapping[str, Any], capture_content: bool) -> dict[str, A
         plain = isinstance(value, str | bool | int | float)
         if isinstance(value, list | tuple):
             plain = all(isinstance(item, str) for item in value)
-        flat[key] = value if plain else json.dumps(value, ensure_ascii=False, default=str)
+        value = value if plain else json.dumps(value, ensure_ascii=False, default=str)
+        flat[key] = value[:_LONGEST] if isinstance(value, str) else value
     return flat
 
 
@@ -367,15 +376,10 @@ def _evaluations(event: Event) -> Iterator[dict[str, Any]]:
 def _resource() -> Resource:
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 
-    # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES go first.
-    ours = Resource({SERVICE_NAME: "emoloop"})
-    return ours if "OTEL_SERVICE_NAME" not in os.environ else Resource.create()
-
-
-def _limits() -> SpanLimits:
-    from opentelemetry.sdk.trace import SpanLimits
-
-    return SpanLimits(max_span_attribute_length=_LONGEST)
+    named = "OTEL_SERVICE_NAME" in os.environ or SERVICE_NAME in os.environ.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    )
+    return Resource.create({} if named else {SERVICE_NAME: "emoloop"})
 
 
 class _Builder:

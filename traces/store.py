@@ -6,29 +6,48 @@ here is synchronous and safe for many threads; `recorder.py` is the door for asy
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Connection, Engine, and_, delete, func, insert, or_, select
+from pydantic import ValidationError
+from sqlalchemy import Connection, Engine, Table, and_, delete, func, insert, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
 
-from ..domain import UserError
+from ..domain import RunResult, UserError
 from ..events import EVENT, Event
 from ..settings import Settings
-from . import derive, migrate
+from . import migrate
 from .blobs import BlobStore
 from .database import WRITES, StoreError, lock, open_database, store_errors
+from .fold import Fold
 from .rows import CandidateRow, RunFilter, RunRow
-from .schema import candidates, events, runs
+from .schema import candidates, events, leases, runs
 
 __all__ = ["CandidateRow", "RunFilter", "RunRow", "StoreError", "TraceStore", "open_store"]
+
+logger = logging.getLogger(__name__)
+
+#: Is called, in the thread that wrote, with the events that a commit added.
+Subscriber = Callable[[Sequence[Event]], object]
+
+#: Runs whose state is kept in memory while they are written.
+_FOLDS = 256
 
 
 class TraceStore:
     """Events, derived tables and blobs. Safe for many threads; open one per process.
 
     Use `open_store`. All methods raise `StoreError` where the database fails.
+
+    Attributes:
+        subscribers: Are told of each commit, in the order of cursors.
 
     Args:
         engine: The database, at `TABLES_VERSION`.
@@ -40,48 +59,142 @@ class TraceStore:
         self.blobs = blobs
         self.home = home
         self._engine = engine
+        self.subscribers: list[Subscriber] = []
+        self._lock = threading.Lock()
+        self._folds: dict[str, _Held] = {}
+        self._upserts: dict[str, Any] = {}
         self._writer = engine.execution_options(**{WRITES: True})
 
-    def append(self, *batch: Event) -> list[int]:
+    def append(self, *batch: Event) -> list[Event]:
         """Write events in one transaction; return when they are durable.
 
-        An event whose idempotency key is known is skipped, the first one stands.
-
         Returns:
-            The `seq` of each event, in the order given; for a known one the `seq` it has had.
+            The events as the log holds them, with `seq` and `cursor`, in the order given. Where an idempotency key
+            was known, that is the first event of the key and not the one given.
         """
-        if not batch:
-            return []
-        with self._write() as connection:
-            run_ids = sorted({event.run_id for event in batch})
-            lock(connection, *run_ids)
-            known: dict[tuple[str, int, str, int], int] = {}
-            following: dict[str, int] = {}
-            for run_id in run_ids:
-                rounds = {event.round for event in batch if event.run_id == run_id}
-                columns = (events.c.round, events.c.node, events.c.index, events.c.seq)
-                for round_, node, index, seq in connection.execute(
-                    select(*columns).where(events.c.run_id == run_id, events.c.round.in_(rounds))
-                ):
-                    known[run_id, round_, node, index] = seq
-                last = connection.scalar(select(func.max(events.c.seq)).where(events.c.run_id == run_id))
-                following[run_id] = 0 if last is None else last + 1
-            fresh: list[Event] = []
-            for event in batch:
-                if event.key not in known:
-                    known[event.key] = following[event.run_id]
-                    following[event.run_id] += 1
-                    fresh.append(event.model_copy(update={"seq": known[event.key]}))
-            if fresh:
-                connection.execute(insert(events), [migrate.row_of(event) for event in fresh])
-                derive.apply(connection, fresh)
-        return [known[event.key] for event in batch]
+        return self.append_all([batch])[0] if batch else []
+
+    def append_all(self, batches: Sequence[Sequence[Event]]) -> list[list[Event]]:
+        """`append` for several callers in one transaction (a group commit)."""
+        batch = [event for group in batches for event in group]
+        with self._lock:
+            try:
+                with self._write() as connection:
+                    stand, fresh = self._append(connection, batch)
+            except BaseException:
+                # What was folded may not be in the log.
+                self._folds.clear()
+                raise
+            for subscriber in tuple(self.subscribers) if fresh else ():
+                subscriber(fresh)
+        found = iter(stand)
+        return [[next(found) for _ in group] for group in batches]
+
+    def _append(self, connection: Connection, batch: Sequence[Event]) -> tuple[list[Event], list[Event]]:
+        run_ids = sorted({event.run_id for event in batch})
+        # Cursors have to be given in the order of commits, so writers of other processes wait here.
+        lock(connection, "emoloop append")
+        self._load(connection, run_ids)
+        stand: list[Event] = []
+        fresh: list[Event] = []
+        touched: dict[tuple[str, int, int], None] = {}
+        for event in batch:
+            held = self._folds[event.run_id]
+            known = held.known.get(event.key)
+            if known is None:
+                event = event.model_copy(update={"seq": held.next})
+                held.next += 1
+                held.known[event.key] = known = event
+                held.fold.apply(event)
+                fresh.append(event)
+                if (event.round, event.index) in held.fold.tried:
+                    touched[event.run_id, event.round, event.index] = None
+            stand.append(known)
+        if fresh:
+            before = connection.scalar(select(func.max(events.c.cursor))) or 0
+            connection.execute(insert(events), [migrate.row_of(event) for event in fresh])
+            self._number(connection, before, fresh)
+            rows = [self._folds[run_id].fold.candidate_row((n, index)) for run_id, n, index in touched]
+            self._upsert(connection, candidates, rows)
+            changed = dict.fromkeys(event.run_id for event in fresh)
+            summaries = (self._folds[run_id].fold.run_row() for run_id in changed)
+            self._upsert(connection, runs, [row for row in summaries if row is not None])
+        while len(self._folds) > _FOLDS:
+            del self._folds[next(iter(self._folds))]
+        return stand, fresh
+
+    def fold(self, run_id: str) -> Fold:
+        """The state of a run as the log has it now; it grows with the run's events."""
+        with self._lock, self.read() as connection:
+            self._load(connection, [run_id])
+            return self._folds[run_id].fold
+
+    def _load(self, connection: Connection, run_ids: Sequence[str]) -> None:
+        """Have the runs' folds at hand, as the log has them now: another process may have written as well."""
+        last = select(events.c.run_id, func.max(events.c.seq)).where(events.c.run_id.in_(run_ids))
+        ends = {run_id: seq for run_id, seq in connection.execute(last.group_by(events.c.run_id))}
+        for run_id in run_ids:
+            held = self._folds.pop(run_id, None)
+            following = ends.get(run_id, -1) + 1
+            if held is None or held.next != following:
+                log = _read(connection, run_id) if following else []
+                held = _Held(Fold(run_id, log), {event.key: event for event in log}, following)
+            self._folds[run_id] = held  # the most recently used last
+
+    def _number(self, connection: Connection, before: int, fresh: Sequence[Event]) -> None:
+        """Tell the events their cursors."""
+        query = select(events.c.run_id, events.c.seq, events.c.cursor).where(events.c.cursor > before)
+        found = {(run_id, seq): cursor for run_id, seq, cursor in connection.execute(query)}
+        for event in fresh:
+            _set_cursor(event, found[event.run_id, event.seq])
+
+    def _upsert(self, connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            return
+        statement = self._upserts.get(table.name)
+        if statement is None:
+            given = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+            keys = [column.name for column in table.primary_key]
+            values = {
+                column.name: given.excluded[column.name]
+                for column in table.columns
+                if column.name not in keys
+            }
+            statement = self._upserts[table.name] = given.on_conflict_do_update(
+                index_elements=keys, set_=values
+            )
+        connection.execute(statement, rows)
 
     def events(self, run_id: str) -> list[Event]:
         """The run's events in order of `seq`; empty for an unknown run."""
-        query = select(events.c.body).where(events.c.run_id == run_id).order_by(events.c.seq)
         with self.read() as connection:
-            return [EVENT.validate_json(body) for body in connection.scalars(query)]
+            return _read(connection, run_id)
+
+    def tail(self, cursor: int = 0, limit: int = 1000) -> list[Event]:
+        """Events of all runs in the order of their commits.
+
+        Args:
+            cursor: Only events after this one; 0 begins with the first.
+            limit: At most so many.
+        """
+        query = select(events.c.cursor, events.c.body).where(events.c.cursor > cursor)
+        with self.read() as connection:
+            return [
+                event
+                for number, body in connection.execute(query.order_by(events.c.cursor).limit(limit))
+                if (event := _parse(number, body)) is not None
+            ]
+
+    def run(self, run_id: str) -> RunResult:
+        """A run as the loop returned it, or as far as it has come; candidates know where their images lie.
+
+        Raises:
+            UserError: There is no such run.
+        """
+        whole = Fold(run_id, self.events(run_id))
+        if whole.started is None:
+            raise UserError(f"no run {run_id!r} in {self.home} (see `emoloop traces list`)")
+        return whole.result(self.blobs.path, self.home)
 
     def runs(self, where: RunFilter | None = None) -> list[RunRow]:
         """Runs, newest first."""
@@ -117,9 +230,10 @@ class TraceStore:
         if name == "last":
             found = [row.run_id for row in self.runs(RunFilter(limit=1))]
         else:
-            query = select(runs.c.run_id).where(runs.c.run_id.startswith(name, autoescape=True)).limit(5)
+            query = select(runs.c.run_id).where(runs.c.run_id.startswith(name, autoescape=True))
             with self.read() as connection:
-                found = list(connection.scalars(query))
+                # The exact id is the shortest that begins with itself.
+                found = list(connection.scalars(query.order_by(runs.c.run_id).limit(5)))
             found = [name] if name in found else found
         if not found:
             raise UserError(f"no run {name!r} in {self.home} (see `emoloop traces list`)")
@@ -138,8 +252,9 @@ class TraceStore:
         """
         gone = 0
         orphans: dict[str, datetime] = {}
-        with self._write() as connection:
-            lock(connection, *sorted(run_ids))
+        with self._lock, self._write() as connection:
+            self._folds.clear()
+            lock(connection, "emoloop append")
             for run_id in run_ids:
                 named = self._named(connection, run_id)
                 for table in (candidates, runs):
@@ -159,8 +274,35 @@ class TraceStore:
 
     def rebuild(self) -> None:
         """Make the derived tables again from the events."""
-        with self._write() as connection:
+        with self._lock, self._write() as connection:
+            lock(connection, "emoloop append")
             migrate.rebuild(connection)
+
+    def lease(self, run_id: str, owner: str, seconds: float) -> str | None:
+        """Claim a run for work, or renew the claim.
+
+        Args:
+            run_id: The run.
+            owner: Who claims it; the same name renews.
+            seconds: How long others leave it alone.
+
+        Returns:
+            None where the run is the owner's now; else who holds it.
+        """
+        now = time.time()
+        with self._write() as connection:
+            lock(connection, run_id)
+            held = select(leases.c.owner).where(leases.c.run_id == run_id, leases.c.expires > now)
+            other = connection.scalar(held)
+            if other is not None and other != owner:
+                return other
+            self._upsert(connection, leases, [{"run_id": run_id, "owner": owner, "expires": now + seconds}])
+        return None
+
+    def release(self, run_id: str, owner: str) -> None:
+        """Give a claim back."""
+        with self._write() as connection:
+            connection.execute(delete(leases).where(leases.c.run_id == run_id, leases.c.owner == owner))
 
     def close(self) -> None:
         """Let go of the database."""
@@ -181,9 +323,9 @@ class TraceStore:
         )
         query = select(candidates.c.sha256, candidates.c.latents, events.c.time).join(events, made)
         named: dict[str, datetime] = {}
-        for sha256, latents, time in connection.execute(query.where(candidates.c.run_id == run_id)):
+        for sha256, latents, made_at in connection.execute(query.where(candidates.c.run_id == run_id)):
             for address in filter(None, (sha256, latents)):
-                named[address] = max(time, named.get(address, time))
+                named[address] = max(made_at, named.get(address, made_at))
         return named
 
     @contextmanager
@@ -196,6 +338,45 @@ class TraceStore:
     def _write(self) -> Iterator[Connection]:
         with store_errors(self._engine), self._writer.begin() as connection:
             yield connection
+
+
+@dataclass
+class _Held:
+    """A run that is being written.
+
+    Attributes:
+        fold: Its state.
+        known: Its events by idempotency key.
+        next: The `seq` of its next event.
+    """
+
+    fold: Fold
+    known: dict[tuple[str, int, str, int], Event]
+    next: int
+
+
+def _read(connection: Connection, run_id: str) -> list[Event]:
+    query = select(events.c.cursor, events.c.body).where(events.c.run_id == run_id).order_by(events.c.seq)
+    rows = connection.execute(query)
+    return [event for cursor, body in rows if (event := _parse(cursor, body)) is not None]
+
+
+def _parse(cursor: int, body: str) -> Event | None:
+    try:
+        event = EVENT.validate_json(body)
+    except ValidationError as error:
+        # One damaged event must not take the others of its run along.
+        logger.warning(
+            "event %d of the log cannot be read and is left out: %s", cursor, error.errors()[0]["msg"]
+        )
+        return None
+    _set_cursor(event, cursor)
+    return event
+
+
+def _set_cursor(event: Event, cursor: int) -> None:
+    # Frozen for everybody else; a copy would cost more than reading the event.
+    object.__setattr__(event, "cursor", cursor)
 
 
 def open_store(settings: Settings, *, read_only: bool = False) -> TraceStore:

@@ -19,7 +19,6 @@ from typing import Any
 from ...domain import RunResult, RunStatus
 from ...events import Event
 from ...settings import Settings
-from ...traces.reader import load_run
 from ...traces.store import open_store
 
 #: Given a home and whether to resume, the command line of one process.
@@ -154,9 +153,7 @@ def _read(home: Path) -> tuple[list[RunResult], list[Event]]:
     with open_store(Settings(home=home), read_only=True) as store:
         rows = store.runs()
         assert len(rows) <= 1, "a resumed run must not begin another"
-        return [load_run(store, row.run_id) for row in rows], [
-            e for row in rows for e in store.events(row.run_id)
-        ]
+        return [store.run(row.run_id) for row in rows], [e for row in rows for e in store.events(row.run_id)]
 
 
 def _essence(result: RunResult) -> Any:

@@ -7,15 +7,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from emoloop.domain import EmotionTarget
+from emoloop.events import RunStarted
 from emoloop.graph.loop import open_loop
-from emoloop.graph.progress import RunBegan
 from painter import Painter
 from scripted import Scripted
 
 
 async def main(home: str, resume: bool) -> None:
     def tell(message: object) -> None:
-        if isinstance(message, RunBegan):
+        if isinstance(message, RunStarted):
             print(f"run {message.run_id}", file=sys.stderr, flush=True)
 
     loop = open_loop(
@@ -26,9 +26,9 @@ async def main(home: str, resume: bool) -> None:
     )
     async with loop:
         if resume:
-            await loop.resume("last", on_progress=tell)
+            await loop.resume("last", on_event=tell)
         else:
-            await loop.run("a dog", EmotionTarget(valence=2, arousal=-1), seed=7, on_progress=tell)
+            await loop.run("a dog", EmotionTarget(valence=2, arousal=-1), seed=7, on_event=tell)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from emoloop.rl.rollouts import LogRollouts
 from emoloop.traces.exchange.export import export_pickapic
 from emoloop.traces.exchange.intake import import_pickapic
 from emoloop.traces.exchange.reflection import export_reflection
-from emoloop.traces.reader import load_run
 from emoloop.traces.store import open_store
 from PIL import Image
 from rl_log import noise_image, run_events, settings_for, write_log
@@ -132,7 +131,7 @@ def _import(folder: Path, picture: object, kind: pa.DataType | None = None, **co
         import_pickapic(store, folder / "x.parquet", target=EmotionTarget(valence=1), model="miniature")
         [run] = store.runs()
         row = next(store.candidates(run.run_id))
-        return store.blobs.get_image(row.sha256 or ""), row, load_run(store, run.run_id)
+        return store.blobs.get_image(row.sha256 or ""), row, store.run(run.run_id)
 
 
 def test_an_imported_picture_is_kept_as_people_saw_it_and_nothing_is_made_up(tmp_path: Path) -> None:

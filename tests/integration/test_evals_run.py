@@ -120,14 +120,13 @@ def test_cost_is_that_of_one_delivered_image(report):
 
 def test_every_delivery_has_a_run_in_the_log_that_can_be_read_back(report):
     from emoloop.settings import load_settings
-    from emoloop.traces.reader import load_run
     from emoloop.traces.store import open_store
 
     document, outcome, folder = report
     store = open_store(load_settings({"home": document["home"]}), read_only=True)
     try:
         for row in outcome.rows:
-            run = load_run(store, row.delivery.run_id)
+            run = store.run(row.delivery.run_id)
             assert run.prompt == row.request.prompt
             assert sum(len(round.candidates) for round in run.rounds) == len(row.delivery.shots)
     finally:

@@ -211,7 +211,7 @@ def test_an_error_beyond_retries_is_one_line_and_resumable(shell, monkeypatch):
         raise PermissionError("read-only disk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(StoreRecorder, "get_image", broken)
+        patch.setattr(StoreRecorder, "get_png", broken)
         code, _, err = shell("run", *ASKED)
     assert code == 1
     assert "broke off: PermissionError: read-only disk" in err
@@ -237,7 +237,7 @@ def test_debugging_shows_where_it_broke(shell, monkeypatch):
         raise PermissionError("read-only disk")
 
     monkeypatch.setenv("EMOLOOP_DEBUG", "1")
-    monkeypatch.setattr(StoreRecorder, "get_image", broken)
+    monkeypatch.setattr(StoreRecorder, "get_png", broken)
     monkeypatch.setattr(sys, "argv", ["emoloop", "run", *ASKED, "--model", "drawing:make"])
     with pytest.raises(PermissionError):
         cli.main()

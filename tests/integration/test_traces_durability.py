@@ -17,7 +17,6 @@ import pytest
 from emoloop.domain import Critique, EmotionTarget, RunStatus, StopReason, UserError
 from emoloop.events import Critiqued, HumanFeedback, ImageGenerated, Rewarded, RunFinished, RunStarted
 from emoloop.settings import Settings
-from emoloop.traces.reader import load_run
 from emoloop.traces.store import RunFilter, StoreError, open_store
 from PIL import Image
 
@@ -36,8 +35,8 @@ with open_store(Settings(home=home)) as store:
     for index in range(count):
         sha256 = store.blobs.put_image(Image.new("RGB", (16, 16), (index % 256, index // 256, 0)))
         made = dict(prompt="p", seed=index, model="m", steps=1, guidance=1.0, height=16, width=16)
-        (seq,) = store.append(ImageGenerated(run_id=run_id, index=index, sha256=sha256, **made))
-        print(seq, sha256, flush=True)
+        (event,) = store.append(ImageGenerated(run_id=run_id, index=index, sha256=sha256, **made))
+        print(event.seq, sha256, flush=True)
 """
 
 
@@ -101,7 +100,7 @@ def test_a_full_database_is_one_clear_line_and_loses_nothing(tmp_path):
             store.append(HumanFeedback(run_id="one", index=1, comment="x" * 100_000))
         with store._engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA max_page_count=1000000")
-        assert store.append(HumanFeedback(run_id="one", index=1)) == [1]
+        assert store.append(HumanFeedback(run_id="one", index=1))[0].seq == 1
         assert len(store.events("one")) == 2
 
 
@@ -140,8 +139,8 @@ def test_an_old_log_is_brought_up_to_date(version_0):
         assert [event.seq for event in store.events("old")] == [0, 1, 3, 4, 5]
         (row,) = store.runs(RunFilter(category="awe"))
         assert (row.best_reward, row.images, row.status) == (0.5, 1, RunStatus.COMPLETED)
-        assert load_run(store, "old").best is not None
-        assert store.append(HumanFeedback(run_id="old")) == [6]
+        assert store.run("old").best is not None
+        assert store.append(HumanFeedback(run_id="old"))[0].seq == 6
     with open_store(settings) as store:
         assert len(store.events("old")) == 6
 
@@ -226,7 +225,7 @@ def test_postgres_keeps_the_same_promises(postgres, tmp_path):
             ),
             Rewarded(run_id="one", sha256=sha256, name="emotion", version="1", value=0.5),
         ]
-        assert store.append(*batch) == other.append(*batch) == [0, 1, 2, 3]
+        assert store.append(*batch) == other.append(*batch)
         assert other.events("one")[1].key == batch[1].key
         (row,) = other.runs(RunFilter(valence=(0.5, 1.5), prompt="P", limit=3))
         assert (row.best_reward, row.seed, row.started) == (0.5, 2**64 - 1, batch[0].time)
@@ -241,7 +240,7 @@ def test_postgres_keeps_the_same_promises(postgres, tmp_path):
         before = store.runs(), list(store.candidates("one"))
         store.rebuild()
         assert (store.runs(), list(store.candidates("one"))) == before
-        assert load_run(store, "one").best is not None
+        assert store.run("one").best is not None
         assert store.remove("one") == (64, 1)
         assert store.runs() == []
 

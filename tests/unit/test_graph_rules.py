@@ -16,13 +16,15 @@ from emoloop.domain import (
     UserError,
     read_target,
 )
+from emoloop.events import Critiqued, Rewarded
 from emoloop.graph.collect import read_line
 from emoloop.graph.nodes import read_review
-from emoloop.graph.policy import best_of, decide, reached
+from emoloop.graph.policy import decide, reached
 from emoloop.graph.retry import retryable
 from emoloop.graph.state import Context, candidate_seed, read_prompt, read_run_id
 from emoloop.settings import LoopSettings, lvlm_settings, merged, pruned
 from emoloop.tools.reward import EmotionReward, emotion_error, load_reward
+from emoloop.traces.fold import Fold
 from langgraph.errors import NodeTimeoutError
 
 TARGET = EmotionTarget(valence=2, arousal=-1)
@@ -50,7 +52,17 @@ def round_of(number: int, *rewards: float | None, **read: float) -> Round:
 def stop(
     *rounds: Round, target: EmotionTarget = TARGET, most: int = 5, patience: int = 2
 ) -> StopReason | None:
-    return decide(rounds, target, rounds=most, tolerance=0.2, patience=patience)
+    return decide(fold_of(*rounds), len(rounds) - 1, target, rounds=most, tolerance=0.2, patience=patience)
+
+
+def fold_of(*rounds: Round) -> Fold:
+    fold = Fold("one")
+    for candidate in (candidate for round in rounds for candidate in round.candidates):
+        at = {"run_id": "one", "round": candidate.round, "index": candidate.index, "sha256": "0" * 64}
+        assert candidate.critique is not None
+        fold.apply(Critiqued(**at, critique=candidate.critique, model="m", prompt_version="1"))
+        fold.apply(Rewarded(**at, name="emotion", version="1", value=candidate.reward))
+    return fold
 
 
 # ---- policy
@@ -83,19 +95,18 @@ def test_a_round_without_any_reward_ends_the_run():
 
 def test_reached_needs_every_wanted_axis_the_category_and_the_content():
     [near] = round_of(0, 1.0, valence=1.8, arousal=-1.2).candidates
-    assert reached(near, TARGET, 0.2)
-    assert not reached(near, TARGET, 0.1)
-    assert reached(near, EmotionTarget(valence=2), 0.2)
-    assert not reached(near, EmotionTarget(valence=2, category=Emotion.AMUSEMENT), 0.2)
+    assert reached(near.critique, TARGET, 0.2)
+    assert not reached(near.critique, TARGET, 0.1)
+    assert reached(near.critique, EmotionTarget(valence=2), 0.2)
+    assert not reached(near.critique, EmotionTarget(valence=2, category=Emotion.AMUSEMENT), 0.2)
     [other] = round_of(0, 1.0, valence=2.0, arousal=-1.0, alignment=0.4).candidates
-    assert not reached(other, TARGET, 0.2)
+    assert not reached(other.critique, TARGET, 0.2)
     assert stop(round_of(0, 1.0, valence=1.9, arousal=-1.0)) is StopReason.TARGET_REACHED
 
 
 def test_the_earliest_of_equals_wins():
-    best = best_of([round_of(0, 0.1, 0.5), round_of(1, 0.5)])
-    assert best is not None and (best.round, best.index) == (0, 1)
-    assert best_of([round_of(0, None)]) is None
+    assert fold_of(round_of(0, 0.1, 0.5), round_of(1, 0.5)).best == (0, 1)
+    assert fold_of(round_of(0, None)).best is None
 
 
 # ---- retries

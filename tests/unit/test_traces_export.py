@@ -54,7 +54,8 @@ def test_json_lines_parse_back_into_the_same_events(store):
     assert [event.run_id for event in events if event.type == "run_started"] == [
         f"run{n:02}" for n in range(10)
     ]
-    assert events[: len(store.events("run00"))] == store.events("run00")
+    kept = [event.model_copy(update={"cursor": 0}) for event in store.events("run00")]
+    assert events[: len(kept)] == kept
 
 
 def test_a_pair_is_the_winner_against_the_worst_of_round_0(store):

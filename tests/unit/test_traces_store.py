@@ -20,8 +20,8 @@ from emoloop.events import (
     RunStarted,
 )
 from emoloop.settings import Settings
-from emoloop.traces.reader import load_run, result_json
-from emoloop.traces.schema import candidates, runs
+from emoloop.traces.fold import Fold, fold, result_json
+from emoloop.traces.schema import candidates, events, runs
 from emoloop.traces.store import RunFilter, TraceStore, open_store
 from PIL import Image
 from sqlalchemy import select
@@ -110,6 +110,10 @@ def a_run(
     return events
 
 
+def seqs(events: list[Event]) -> list[int]:
+    return [event.seq for event in events]
+
+
 def tables(store: TraceStore) -> dict[str, list[tuple]]:
     with store.read() as connection:
         return {
@@ -120,8 +124,9 @@ def tables(store: TraceStore) -> dict[str, list[tuple]]:
 
 def test_events_come_back_as_they_went_in(store):
     batch = a_run(store, "one", [[0.1, None], [0.5, 0.3]])
-    assert store.append(*batch) == list(range(len(batch)))
-    assert store.events("one") == [event.model_copy(update={"seq": n}) for n, event in enumerate(batch)]
+    assert seqs(store.append(*batch)) == list(range(len(batch)))
+    kept = [event.model_copy(update={"seq": n, "cursor": n + 1}) for n, event in enumerate(batch)]
+    assert store.events("one") == kept
     assert store.events("other") == []
 
 
@@ -133,7 +138,7 @@ def test_a_known_key_is_skipped_and_keeps_its_seq(store):
     assert store.append(*again) == first
     assert (store.events("one"), tables(store)) == before
     twice = HumanFeedback(run_id="one", rating=1.0)
-    assert store.append(twice, twice) == [len(batch)] * 2
+    assert seqs(store.append(twice, twice)) == [len(batch)] * 2
 
 
 def test_every_rating_of_every_picture_is_kept(store):
@@ -141,30 +146,30 @@ def test_every_rating_of_every_picture_is_kept(store):
         HumanFeedback(run_id="one", sha256=sha, rating=rating)
         for sha, rating in (("a" * 64, 1.0), ("b" * 64, 1.0), ("a" * 64, 5.0), ("a" * 64, 1.0))
     ]
-    assert store.append(*said) == store.append(*said) == [0, 1, 2, 3]
+    assert seqs(store.append(*said)) == seqs(store.append(*said)) == [0, 1, 2, 3]
     numbered = [HumanFeedback(run_id="one", sha256="a" * 64, rating=1.0, index=n) for n in (0, 1, 1)]
-    assert store.append(*numbered) == [4, 5, 5]
+    assert seqs(store.append(*numbered)) == [4, 5, 5]
     # A node that runs again says the same comment once.
     notes = [HumanFeedback(run_id="one", sha256=sha, comment="more sun") for sha in ("a" * 64, "a" * 64)]
-    assert store.append(*notes) == [6, 6]
+    assert seqs(store.append(*notes)) == [6, 6]
 
 
 def test_seq_is_dense_and_monotone_for_each_run_of_a_mixed_batch(store):
     one, two = a_run(store, "one", [[0.1]]), a_run(store, "two", [[0.2]])
     mixed = [event for pair in zip(one, two, strict=True) for event in pair]
-    assert store.append(*mixed) == [n for n in range(len(one)) for _ in range(2)]
+    assert seqs(store.append(*mixed)) == [n for n in range(len(one)) for _ in range(2)]
 
 
 def test_a_failing_batch_leaves_nothing(store, monkeypatch):
-    from emoloop.traces import derive
-
     def fail(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(derive, "apply", fail)
+    monkeypatch.setattr(Fold, "run_row", fail)
     with pytest.raises(RuntimeError):
         store.append(*a_run(store, "one", [[0.1]]))
+    monkeypatch.undo()
     assert store.events("one") == []
+    assert len(store.append(*a_run(store, "one", [[0.1]]))) == 5
 
 
 def test_the_list_of_runs_says_how_each_went(store):
@@ -202,7 +207,7 @@ def test_a_missing_critique_gives_way_to_a_later_one_and_a_value_does_not(store)
         )
     (row,) = store.candidates("one")
     assert (row.reward, row.missing, row.valence) == (0.7, None, 1.0)
-    assert load_run(store, "one").best.reward == 0.7
+    assert store.run("one").best.reward == 0.7
 
 
 def test_a_second_critic_only_says_how_sure_the_first_one_was(store):
@@ -279,7 +284,7 @@ def test_a_run_answers_to_its_beginning(store):
 
 def test_a_run_is_rebuilt_from_its_events(store):
     store.append(*a_run(store, "one", [[0.1, None], [0.5, 0.3]]))
-    result = load_run(store, "one")
+    result = store.run("one")
     assert (result.status, result.stop_reason) == (RunStatus.COMPLETED, StopReason.ROUNDS_USED)
     assert [len(round_.candidates) for round_ in result.rounds] == [2, 2]
     assert result.rounds[1].why == "too little"
@@ -292,19 +297,19 @@ def test_a_run_is_rebuilt_from_its_events(store):
     assert document["best"]["estimate"]["category"] == "awe"
     assert document["rounds"][0]["candidates"][1]["reward"] is None
     with pytest.raises(UserError):
-        load_run(store, "nothing")
+        store.run("nothing")
 
 
 def test_a_resumed_run_is_running_again_until_its_last_word(store):
     store.append(*a_run(store, "one", [[0.1]], finish=False))
     broken = {"run_id": "one", "status": RunStatus.INTERRUPTED, "stop_reason": StopReason.ERROR}
     store.append(RunFinished(**broken))
-    assert store.runs()[0].status == load_run(store, "one").status == RunStatus.INTERRUPTED
+    assert store.runs()[0].status == store.run("one").status == RunStatus.INTERRUPTED
     more = a_run(store, "one", [[0.1], [0.4]])
     store.append(*more[:-1])
-    assert store.runs()[0].status == load_run(store, "one").status == RunStatus.RUNNING
+    assert store.runs()[0].status == store.run("one").status == RunStatus.RUNNING
     store.append(more[-1].model_copy(update={"index": 1}))
-    assert store.runs()[0].status == load_run(store, "one").status == RunStatus.COMPLETED
+    assert store.runs()[0].status == store.run("one").status == RunStatus.COMPLETED
     before = tables(store)
     store.rebuild()
     assert tables(store) == before
@@ -350,11 +355,11 @@ def test_many_threads_and_runs_do_not_mix(store):
 
     def write(name):
         gate.wait()
-        return [seq for event in batches[name] for seq in store.append(event)]
+        return [seq for event in batches[name] for seq in seqs(store.append(event))]
 
     with ThreadPoolExecutor(16) as pool:
         written = list(pool.map(write, names))
-    assert all(seqs == list(range(len(batches[name]))) for seqs, name in zip(written, names, strict=True))
+    assert all(got == list(range(len(batches[name]))) for got, name in zip(written, names, strict=True))
     for name in names:
         assert [event.key for event in store.events(name)] == [event.key for event in batches[name]]
 
@@ -362,8 +367,8 @@ def test_many_threads_and_runs_do_not_mix(store):
 def test_threads_on_one_run_never_share_a_seq(store):
     notes = [HumanFeedback(run_id="one", index=n) for n in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        seqs = [seq for given in pool.map(store.append, notes) for seq in given]
-    assert sorted(seqs) == list(range(40))
+        got = [seq for given in pool.map(store.append, notes) for seq in seqs(given)]
+    assert sorted(got) == list(range(40))
 
 
 def test_reading_needs_a_log_and_no_permission_to_write(settings, tmp_path):
@@ -428,7 +433,7 @@ def test_no_comment_is_lost_with_or_without_a_picture(store):
         for sha in ("a" * 64, None)
         for comment in ("more sun", "less sun", "more sun")
     ]
-    assert store.append(*said) == [0, 1, 0, 2, 3, 2]
+    assert seqs(store.append(*said)) == [0, 1, 0, 2, 3, 2]
     assert [e.comment for e in store.events("one")] == ["more sun", "less sun"] * 2
 
 
@@ -438,3 +443,73 @@ def test_an_address_that_is_none_never_gets_into_the_log(address):
         HumanFeedback(run_id="one", sha256=address, comment="x")
     with pytest.raises(ValueError, match="sha256"):
         Rewarded(run_id="one", sha256=address, name="emotion", version="1", value=0.5)
+
+
+def test_a_reader_follows_all_runs_in_the_order_of_commits(store):
+    one, two = a_run(store, "one", [[0.1]]), a_run(store, "two", [[0.2]])
+    written = [event for pair in zip(one, two, strict=True) for event in store.append(*pair)]
+    assert store.tail() == written
+    assert [event.cursor for event in written] == list(range(1, len(written) + 1))
+    assert store.tail(3, limit=2) == written[3:5]
+    store.remove("one")
+    (more,) = store.append(HumanFeedback(run_id="two", comment="more sun"))
+    assert more.cursor > written[-1].cursor and store.tail(written[-1].cursor) == [more]
+
+
+def test_what_stood_is_given_back_and_not_what_came_later(store):
+    (first,) = store.append(Rewritten(run_id="one", round=1, prompt="a", model="m", prompt_version="1"))
+    (again,) = store.append(Rewritten(run_id="one", round=1, prompt="b", model="m", prompt_version="1"))
+    assert again == first and again.prompt == "a"
+
+
+def test_two_stores_on_one_log_see_each_other(settings, store):
+    batch = a_run(store, "one", [[0.1, 0.2], [0.3, None]])
+    with open_store(settings) as other:
+        for number, event in enumerate(batch):
+            (store, other)[number % 2].append(event)
+        assert [event.seq for event in other.events("one")] == list(range(len(batch)))
+    before = tables(store)
+    store.rebuild()
+    assert tables(store) == before
+
+
+def test_a_group_of_callers_shares_one_commit_and_subscribers_hear_of_it_once(store):
+    heard: list[Event] = []
+    store.subscribers.append(heard.extend)
+    one, two = a_run(store, "one", [[0.1]]), a_run(store, "two", [[0.2]])
+    first, second = store.append_all([one, two])
+    assert (seqs(first), seqs(second)) == (list(range(len(one))), list(range(len(two))))
+    assert heard == [*first, *second]
+    store.append(*one)
+    assert heard == [*first, *second]
+
+
+def test_a_fold_may_be_followed_event_by_event(store):
+    batch = store.append(*a_run(store, "one", [[0.1, None], [0.5, 0.3]]))
+    following = Fold("one")
+    for number, event in enumerate(batch, start=1):
+        following.apply(event)
+        if number > 1:
+            assert following.result() == fold(batch[:number])
+    assert following.result(store.blobs.path, store.home) == store.run("one")
+    with pytest.raises(ValueError, match="no beginning"):
+        fold(batch[1:])
+
+
+def test_a_damaged_event_leaves_the_others_readable(store):
+    store.append(*a_run(store, "one", [[0.1], [0.5]]))
+    with store._write() as connection:
+        connection.execute(events.update().where(events.c.seq == 3).values(body='{"type": "rewarded"'))
+    assert len(store.events("one")) == 8
+    assert store.run("one").best is not None
+
+
+def test_a_run_is_one_owners_at_a_time(store):
+    assert store.lease("one", "a", 60) is None
+    assert store.lease("one", "b", 60) == "a"
+    assert store.lease("one", "a", 60) is None
+    store.release("one", "b")
+    assert store.lease("one", "b", 60) == "a"
+    store.release("one", "a")
+    assert store.lease("one", "b", -1) is None
+    assert store.lease("one", "c", 60) is None  # b's time was over

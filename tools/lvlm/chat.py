@@ -39,11 +39,13 @@ def to_openai(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     return convert_to_openai_messages(list(messages), text_format="block")
 
 
-def image_url(image: Image.Image) -> str:
-    """The image as a base64 PNG data URL: lossless, and encoded at the fastest level."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def image_url(image: Image.Image | bytes) -> str:
+    """The image, or the bytes of a PNG, as a base64 data URL: lossless, and encoded at the fastest level."""
+    if not isinstance(image, bytes):
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG", compress_level=1)
+        image = buffer.getvalue()
+    return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 def image_from_url(url: str) -> Image.Image:

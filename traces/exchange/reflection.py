@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from ...domain import Critique, EmotionTarget, RunResult, UserError
-from ..reader import load_run
 from ..rows import RunFilter
 from ..store import TraceStore
 
@@ -50,7 +49,7 @@ def export_reflection(store: TraceStore, where: RunFilter | None, path: Path) ->
     try:
         with beside.open("w", encoding="utf-8") as file:
             for row in reversed(store.runs(where)):
-                trajectory = _trajectory(load_run(store, row.run_id))
+                trajectory = _trajectory(store.run(row.run_id))
                 if trajectory is None:
                     continue
                 for image in trajectory["images"]:

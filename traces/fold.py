@@ -1,0 +1,437 @@
+"""A run's state as a fold of its events: the one place that says what the events of a run mean.
+
+`Fold.apply` takes the next event in constant time, so a run may be followed while it grows. The graph decides by
+it, the store writes the rows of `runs` and `candidates` from it, and `fold` gives the result that the loop returns.
+A candidate keeps the first critique and the first reward that hold a value: judging a log again later adds events
+and does not change what the run did. A missing one gives way to a value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ..domain import Candidate, Critique, Missing, Round, RunResult, RunStatus, StopReason
+from ..events import (
+    Critiqued,
+    Event,
+    GenerationFailed,
+    ImageGenerated,
+    Rewarded,
+    Rewritten,
+    RunFinished,
+    RunStarted,
+)
+
+#: Columns of `candidates` that an `image_generated` fills.
+_RECIPE = (
+    "negative_prompt",
+    "sha256",
+    "latents",
+    "model",
+    "revision",
+    "adapter",
+    "steps",
+    "guidance",
+    "height",
+    "width",
+)
+
+
+@dataclass(slots=True)
+class Tried:
+    """What is known of one candidate: each field is the event or value that stands.
+
+    Attributes:
+        made: The image, or None.
+        failed: Why there is no image, where none could be made.
+        critique: The reading, or why there is none.
+        rewarded: The first reward with a value; else the last one without.
+        missing: Why there is no reward; None where there is one, or nothing was tried yet.
+        spread: How far readings of this image differ, on the axis where they differ most.
+    """
+
+    made: ImageGenerated | None = None
+    failed: GenerationFailed | None = None
+    critique: Critique | Missing | None = None
+    rewarded: Rewarded | None = None
+    missing: str | None = None
+    spread: float | None = None
+
+    @property
+    def reward(self) -> float | None:
+        """The reward that stands."""
+        return self.rewarded.value if self.rewarded else None
+
+
+class Fold:
+    """A run after the events that were applied.
+
+    Attributes:
+        run_id: The run.
+        events: How many events were applied.
+        started: Its beginning, or None.
+        finished: How it ended; None while it goes on, and again when a failed run is resumed.
+        failures: How often it ended without being complete.
+        rewrites: The rewrites by round.
+        tried: Candidates by (round, index).
+        best: (round, index) of the highest reward, the earliest of several; None where nothing was rewarded.
+        updated: Time of the last event.
+    """
+
+    def __init__(self, run_id: str, events: Iterable[Event] = ()) -> None:
+        self.run_id = run_id
+        self.events = 0
+        self.started: RunStarted | None = None
+        self.finished: RunFinished | None = None
+        self.failures = 0
+        self.rewrites: dict[int, Rewritten] = {}
+        self.tried: dict[tuple[int, int], Tried] = {}
+        self.best: tuple[int, int] | None = None
+        self.updated: datetime | None = None
+        self._rounds: dict[int, dict[int, Tried]] = {}
+        self._images = 0
+        self._rewarded = 0
+        self._made_by: tuple[str, str | None] | None = None
+        for event in events:
+            self.apply(event)
+
+    # ---- applying
+
+    def apply(self, event: Event) -> None:
+        """Take the run's next event."""
+        self.events += 1
+        self.updated = event.time
+        match event:
+            case RunStarted() if self.started is None:
+                self.started = event
+            case ImageGenerated():
+                self._reopen()
+                tried = self._at(event)
+                self._images += tried.made is None
+                tried.made = event
+                self._made_by = self._made_by or (event.model, event.adapter)
+            case GenerationFailed():
+                self._reopen()
+                tried = self._at(event)
+                tried.failed, tried.missing = event, event.reason
+            case Critiqued():
+                self._critiqued(self._at(event), event.critique)
+            case Rewarded():
+                self._reward(self._at(event), event)
+            case Rewritten():
+                self._reopen()
+                self.rewrites.setdefault(event.round, event)
+            case RunFinished():
+                self.finished = event
+                self.failures += event.status is not RunStatus.COMPLETED
+            case _:
+                pass
+
+    def _at(self, event: Event) -> Tried:
+        key = event.round, event.index
+        tried = self.tried.get(key)
+        if tried is None:
+            tried = self.tried[key] = self._rounds.setdefault(event.round, {})[event.index] = Tried()
+        return tried
+
+    def _reopen(self) -> None:
+        # Work after a run failed or was interrupted means that it was resumed.
+        if self.finished is not None and self.finished.status is not RunStatus.COMPLETED:
+            self.finished = None
+
+    def _critiqued(self, tried: Tried, critique: Critique | Missing) -> None:
+        if isinstance(critique, Missing):
+            if not isinstance(tried.critique, Critique):
+                tried.critique, tried.missing = critique, critique.reason
+        elif isinstance(tried.critique, Critique):
+            # A later reading changes nothing that the run did; it only says how sure the first one was.
+            first = tried.critique
+            apart = max(abs(first.valence - critique.valence), abs(first.arousal - critique.arousal))
+            tried.spread = max(apart, tried.spread or 0.0)
+        else:
+            tried.critique, tried.missing = critique, None
+            spreads = (critique.valence_spread, critique.arousal_spread)
+            tried.spread = max((value for value in spreads if value is not None), default=None)
+
+    def _reward(self, tried: Tried, event: Rewarded) -> None:
+        if tried.reward is not None:
+            return
+        tried.rewarded = event
+        if event.value is None:
+            tried.missing = tried.missing or event.reason or "no reward"
+            return
+        tried.missing = None
+        self._rewarded += 1
+        key = event.round, event.index
+        held = self.tried[self.best].reward if self.best is not None else None
+        if held is None or event.value > held or (event.value == held and key < (self.best or key)):
+            self.best = key
+
+    # ---- reading
+
+    @property
+    def status(self) -> RunStatus:
+        """How the run stands."""
+        return self.finished.status if self.finished else RunStatus.RUNNING
+
+    @property
+    def gain(self) -> float | None:
+        """Mean reward of the winning round minus mean reward of round 0; None where either has none."""
+        first = self.mean_reward(0)
+        winning = self.mean_reward(self.best[0]) if self.best else None
+        return None if first is None or winning is None else winning - first
+
+    @property
+    def best_gain(self) -> float | None:
+        """Best reward minus best reward of round 0; None where round 0 has none."""
+        first = self.rewards(0)
+        best = self.tried[self.best].reward if self.best else None
+        return best - max(first) if first and best is not None else None
+
+    def rewards(self, number: int) -> list[float]:
+        """The rewards of a round, in order of index whatever the order of the events."""
+        row = sorted(self.round(number).items())
+        return [tried.reward for _, tried in row if tried.reward is not None]
+
+    def mean_reward(self, number: int) -> float | None:
+        """Mean reward of a round; None where nothing in it was rewarded."""
+        known = self.rewards(number)
+        return sum(known) / len(known) if known else None
+
+    def round(self, number: int) -> dict[int, Tried]:
+        """The candidates of a round, by index."""
+        return self._rounds.get(number, {})
+
+    def prompt(self, number: int) -> str:
+        """The prompt of a round."""
+        if rewrite := self.rewrites.get(number):
+            return rewrite.prompt
+        if number == 0 and self.started:
+            return self.started.prompt
+        made = (tried.made for tried in self.round(number).values())
+        return next((event.prompt for event in made if event), "")
+
+    def warnings(self) -> list[str]:
+        """One line for each thing that went wrong without ending the run, in the order of rounds."""
+        lines = list(self.started.warnings) if self.started else []
+        for number in sorted({*self._rounds, *self.rewrites}):
+            if rewrite := self.rewrites.get(number):
+                lines += [f"round {number}: {warning}" for warning in rewrite.warnings]
+            lines += [f"round {number}: {line}" for line in self.problems(number)]
+        return list(dict.fromkeys(lines))
+
+    def problems(self, number: int) -> list[str]:
+        """What a round lacks: images that could not be made, readings and rewards that could not be had."""
+        row = self.round(number).values()
+        made = [tried for tried in row if tried.made]
+        failed = [tried.failed.reason for tried in row if tried.failed and not tried.made]
+        lacking = [tried for tried in made if tried.reward is None and tried.missing]
+        lines = []
+        if failed:
+            what = (
+                f"{len(failed)} of {len(row)} images could not be made" if made else "no image could be made"
+            )
+            lines.append(f"{what}: {_most_common(failed)}")
+        if lacking:
+            kind = "critique" if any(isinstance(tried.critique, Missing) for tried in lacking) else "reward"
+            none = all(tried.reward is None for tried in made)
+            what = f"no {kind} at all" if none else f"{len(lacking)} of {len(made)} {kind}s missing"
+            lines.append(f"{what}: {_most_common([tried.missing or '' for tried in lacking])}")
+        return lines
+
+    def candidate(self, key: tuple[int, int], path: Callable[[str], Path] | None = None) -> Candidate | None:
+        """A candidate in the terms of the domain; None where it has no image.
+
+        Args:
+            key: (round, index).
+            path: Where the image of a SHA-256 lies.
+        """
+        tried = self.tried[key]
+        if tried.made is None:
+            return None
+        critique = tried.critique
+        if critique is None and tried.rewarded and tried.rewarded.reason:
+            critique = Missing(reason=tried.rewarded.reason)
+        return Candidate(
+            round=key[0],
+            index=key[1],
+            prompt=tried.made.prompt,
+            seed=tried.made.seed,
+            sha256=tried.made.sha256,
+            path=path(tried.made.sha256) if path else None,
+            model=tried.made.model,
+            adapter=tried.made.adapter,
+            critique=critique,
+            reward=tried.reward,
+        )
+
+    def result(self, path: Callable[[str], Path] | None = None, home: Path | None = None) -> RunResult:
+        """The run as the loop returns it; one that goes on, or broke off, is `running` without a stop reason.
+
+        Args:
+            path: Where the image of a SHA-256 lies.
+            home: The folder of the log.
+
+        Raises:
+            ValueError: The run has no beginning.
+        """
+        if self.started is None:
+            raise ValueError(f"the log of run {self.run_id!r} has no beginning")
+        painted = (key[0] for key, tried in self.tried.items() if tried.made)
+        rounds = {n: Round(prompt=self.prompt(n)) for n in sorted({0, *self.rewrites, *painted})}
+        for number, rewrite in self.rewrites.items():
+            rounds[number] = Round(prompt=rewrite.prompt, changes=rewrite.changes, why=rewrite.why)
+        best = None
+        for key in sorted(self.tried):
+            if candidate := self.candidate(key, path):
+                rounds[key[0]].candidates.append(candidate)
+                best = candidate if key == self.best else best
+        return RunResult(
+            run_id=self.run_id,
+            status=self.status,
+            stop_reason=self.finished.stop_reason if self.finished else None,
+            prompt=self.started.prompt,
+            target=self.started.target,
+            best=best,
+            rounds=list(rounds.values()),
+            gain=self.gain,
+            best_gain=self.best_gain,
+            home=home,
+            warnings=self.finished.warnings if self.finished else self.warnings(),
+        )
+
+    # ---- rows of the derived tables
+
+    def run_row(self) -> dict[str, Any] | None:
+        """The run's row of `runs`; None for events without a beginning."""
+        started = self.started
+        if started is None:
+            return None
+        best = self.tried[self.best] if self.best else None
+        stop: StopReason | None = self.finished.stop_reason if self.finished else None
+        valence, arousal = started.target.point
+        return {
+            "run_id": self.run_id,
+            "status": self.status,
+            "stop_reason": stop,
+            "started": started.time,
+            "updated": self.updated,
+            "finished": self.finished.time if self.finished else None,
+            "prompt": _text(started.prompt),
+            "prompt_hash": hash_prompt(started.prompt),
+            "seed": started.seed,
+            "valence": started.target.valence,
+            "arousal": started.target.arousal,
+            "category": started.target.category,
+            "point_valence": valence,
+            "point_arousal": arousal,
+            "model": self._made_by[0] if self._made_by else None,
+            "adapter": self._made_by[1] if self._made_by else None,
+            "events": self.events,
+            "rounds": len(self._rounds),
+            "images": self._images,
+            "missing": len(self.tried) - self._rewarded,
+            "best_round": self.best[0] if self.best else None,
+            "best_index": self.best[1] if self.best else None,
+            "best_sha256": best.made.sha256 if best and best.made else None,
+            "best_prompt": _text(best.made.prompt) if best and best.made else None,
+            "best_reward": best.reward if best else None,
+            "gain": self.gain,
+            "best_gain": self.best_gain,
+        }
+
+    def candidate_row(self, key: tuple[int, int]) -> dict[str, Any]:
+        """A candidate's row of `candidates`."""
+        tried = self.tried[key]
+        made, source, read = tried.made, tried.made or tried.failed, tried.critique
+        read = read if isinstance(read, Critique) else None
+        rewarded = tried.rewarded if tried.reward is not None else None
+        return {
+            "run_id": self.run_id,
+            "round": key[0],
+            "index": key[1],
+            "prompt": _text(source.prompt) if source else None,
+            "prompt_hash": hash_prompt(source.prompt) if source else None,
+            "seed": source.seed if source else None,
+            **{name: _text(getattr(made, name)) if made else None for name in _RECIPE},
+            "valence": read.valence if read else None,
+            "arousal": read.arousal if read else None,
+            "category": read.category if read else None,
+            "alignment": read.alignment if read else None,
+            "spread": tried.spread,
+            "reward": tried.reward,
+            "reward_name": rewarded.name if rewarded else None,
+            "reward_version": rewarded.version if rewarded else None,
+            "missing": _text(tried.missing),
+        }
+
+
+def fold(
+    events: Iterable[Event], path: Callable[[str], Path] | None = None, home: Path | None = None
+) -> RunResult:
+    """A run's result from its events, in order of `seq`.
+
+    Args:
+        events: All events of one run.
+        path: Where the image of a SHA-256 lies.
+        home: The folder of the log.
+
+    Raises:
+        ValueError: There are no events, or they lack the beginning.
+    """
+    log = list(events)
+    if not log:
+        raise ValueError("a run has at least one event")
+    return Fold(log[0].run_id, log).result(path, home)
+
+
+def result_json(result: RunResult) -> dict[str, Any]:
+    """The document that `emoloop run --json` and `emoloop traces show --json` print."""
+
+    def shot(it: Candidate) -> dict[str, Any]:
+        kept = it.model_dump(mode="json", include={"sha256", "seed", "reward", "critique"})
+        return {"image": None if it.path is None else str(it.path), **kept}
+
+    document = result.model_dump(
+        mode="json",
+        include={"run_id", "status", "stop_reason", "prompt", "target", "gain", "best_gain", "warnings"},
+    )
+    best = result.best
+    if best is not None:
+        estimate = best.critique if isinstance(best.critique, Critique) else None
+        read = {"valence", "arousal", "category", "alignment"}
+        document["best"] = {
+            **best.model_dump(mode="json", include={"sha256", "prompt", "seed", "round", "index", "reward"}),
+            "image": None if best.path is None else str(best.path),
+            "estimate": None if estimate is None else estimate.model_dump(mode="json", include=read),
+        }
+    else:
+        document["best"] = None
+    document["rounds"] = [
+        {**it.model_dump(include={"prompt", "changes", "why"}), "candidates": list(map(shot, it.candidates))}
+        for it in result.rounds
+    ]
+    document["home"] = None if result.home is None else str(result.home)
+    return document
+
+
+def hash_prompt(prompt: str) -> str:
+    """SHA-256 of a prompt, in hexadecimal: what groups candidates of one prompt in SQL."""
+    return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+def _text(value: Any) -> Any:
+    # PostgreSQL refuses NUL in text; the event's JSON body keeps it.
+    return value.replace("\0", "�") if isinstance(value, str) else value
+
+
+def _most_common(reasons: list[str]) -> str:
+    counts = Counter(reasons)
+    reason, _ = counts.most_common(1)[0]
+    return reason if len(counts) == 1 else f"{reason} (and {len(counts) - 1} other reasons)"
