@@ -96,7 +96,7 @@ def load_prompt(name: str) -> Prompt:
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
         raise UserError(f"no prompt {name!r}: known are {known}, or give a path to a .yaml file") from None
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"prompt {path}: {' '.join(str(error).split())}") from error
     keys = ("name", "version", "system", "task", "question")
     if not isinstance(content, dict) or set(content) != set(keys):

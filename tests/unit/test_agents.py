@@ -379,3 +379,9 @@ def test_a_rewriter_that_is_none_is_refused():
         load_rewriter("smple", Asker(Scripted()))
     with pytest.raises(UserError, match="has no name, model, prompt_id, rewrite"):
         load_rewriter("builtins:slice", Asker(Scripted()))
+
+
+def test_a_prompt_file_in_another_encoding_is_one_line(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes("name: café\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"mine\.yaml: .*utf-8"):
+        load_prompt(str(tmp_path / "mine.yaml"))
