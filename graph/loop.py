@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, aclosing, suppress
@@ -33,6 +32,7 @@ from ..agents.critic import Critic
 from ..agents.rewriters import Rewriter, load_rewriter
 from ..domain import Critique, EmotionTarget, RunResult, RunStatus, UserError
 from ..events import Critiqued, Event, ImageGenerated, Rewarded, RunStarted
+from ..files import check_writable
 from ..settings import (
     GeneratorSettings,
     LVLMSettings,
@@ -182,7 +182,8 @@ class Loop:
         """
         if self._stack is not None:
             raise RuntimeError(_OPEN)
-        await asyncio.to_thread(_check_home, self.settings.home)
+        # Before any model is loaded.
+        await asyncio.to_thread(check_writable, self.settings.home, "home", "set another with EMOLOOP_HOME")
         async with AsyncExitStack() as stack:
             self._parts = await self._open_parts(stack)
             saver = await stack.enter_async_context(open_checkpointer(self.settings))
@@ -579,19 +580,6 @@ def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Callable
     critic = Critic(asker, lvlm.critic_prompt or wanted.get("critic_prompt", "critic"), lvlm.samples)
     prompt = lvlm.rewriter_prompt or wanted.get("rewriter_prompt", "rewriter")
     return critic, cache(lambda name: load_rewriter(name, asker, prompt))
-
-
-def _check_home(home: Path) -> None:
-    """Find out before any model is loaded that the home cannot be written; writes nothing."""
-    folder = home.expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"cannot write to home {home}: {folder} is a file (set another with EMOLOOP_HOME)")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(
-            f"cannot write to home {home}: no permission in {folder} (set another with EMOLOOP_HOME)"
-        )
 
 
 def _given(settings: Mapping[str, Any] | BaseModel) -> dict[str, Any]:
