@@ -10,6 +10,7 @@ make up for the difference between what its words promised and what the critic s
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -86,7 +87,17 @@ def describe(scene: Scene, colour: tuple[float, float]) -> str:
     )
 
 
-def _suggest(rng: Rng, scene: Scene, miss: tuple[float | None, float | None]) -> str:
+def seen(scene: Scene, pixels: NDArray[np.uint8]) -> dict[str, str]:
+    """The beginning of a critique that the law agrees with: what is seen, and the two numbers."""
+    valence, arousal = law.affect(scene, pixels)
+    return {
+        "analysis": describe(scene, law.colour_affect(pixels)),
+        "valence": signed(valence),
+        "arousal": signed(arousal),
+    }
+
+
+def _suggest(rng: Rng, scene: Scene, miss: Sequence[float | None]) -> str:
     words = [
         f"{'raise' if gap > 0 else 'lower'} {axis}"
         for axis, gap in zip(("valence", "arousal"), miss, strict=True)
@@ -115,20 +126,18 @@ def critic_example(rng: Rng, folds: tuple[int, ...], score_only: float = 0.12) -
     prompt = world.caption(rng, told, world.sample_named(rng, told))
     wanted, target = _draw_target(rng)
     task = f"prompt: {prompt}\ntarget: {target}\n"
-    v, a = round(valence, 1), round(arousal, 1)
+    answer = seen(scene, pixels)
     if rng.random() < score_only:
-        answer = {"valence": signed(v), "arousal": signed(a)}
+        del answer["analysis"]
         return Example("critic", task, "score:", json.dumps(answer), pixels, scene)
-    valence_gap, arousal_gap = (
-        aim if aim is None else aim - x for aim, x in zip(wanted, (v, a), strict=True)
-    )
-    answer = {
-        "analysis": describe(scene, law.colour_affect(pixels)),
-        "valence": signed(v),
-        "arousal": signed(a),
+    gaps = [
+        None if aim is None else aim - float(answer[axis])
+        for aim, axis in zip(wanted, ("valence", "arousal"), strict=True)
+    ]
+    answer |= {
         "category": law.category(valence, arousal, scene.companions),
         "alignment": f"{alignment(world.parse(prompt), scene):.1f}",
-        "suggestion": _suggest(rng, scene, (valence_gap, arousal_gap)),
+        "suggestion": _suggest(rng, scene, gaps),
     }
     return Example("critic", task, "critique:", json.dumps(answer), pixels, scene)
 
@@ -280,8 +289,8 @@ def rewriter_example(rng: Rng) -> Example:
         "changes": ", ".join(text for text, _ in pieces) or "keep",
         "prompt": write(neutral, base, now),
     }
-    wanted_axes = (float(x) if axis else None for x, axis in zip(target, axes, strict=True))
-    wanted_text = _target_text(rng, *wanted_axes, law.category(*target))
+    aims = [float(x) if axis else None for x, axis in zip(target, axes, strict=True)]
+    wanted_text = _target_text(rng, aims[0], aims[1], law.category(*target))
     task = f"prompt: {neutral}\ntarget: {wanted_text}\n"
     for state, reading in history[-2:]:
         prompt = neutral if state is base else write(neutral, base, state)

@@ -36,13 +36,13 @@ class Value:
 
     Attributes:
         words: Phrases that name it.
-        prior: Probability; None where all values of the factor are equally likely.
+        prior: Probability; 0 where all values of the factor are equally likely.
         look: How it looks: `sky` and `ground` (top and bottom RGB) of a place, `rgb` of a tint, `chroma` of a
             saturation.
     """
 
     words: tuple[str, ...]
-    prior: float | None
+    prior: float
     look: dict[str, Any]
 
 
@@ -50,7 +50,7 @@ def _thing(icon: str, words: list[str], region: str = "", **more: Any) -> Thing:
     return Thing(icon, tuple(words), region == "sky", **more)
 
 
-def _value(words: list[str], prior: float | None = None, **look: Any) -> Value:
+def _value(words: list[str], prior: float = 0.0, **look: Any) -> Value:
     return Value(tuple(words), prior, look)
 
 

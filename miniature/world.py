@@ -81,7 +81,7 @@ FOLDS = {
 
 def _draw(rng: Rng, factor: str) -> str:
     names, prior = list(FACTORS[factor]), [value.prior for value in FACTORS[factor].values()]
-    return names[rng.integers(len(names)) if prior[0] is None else rng.choice(len(names), p=prior)]
+    return names[rng.choice(len(names), p=prior) if any(prior) else rng.integers(len(names))]
 
 
 def sample_companions(rng: Rng, count: int, avoid: tuple[Placed, ...] = ()) -> tuple[Placed, ...]:

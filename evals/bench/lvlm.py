@@ -9,6 +9,7 @@ busy machine cancels out.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import secrets
 import statistics
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 from PIL import Image
 
 from ...agents.ask import read
@@ -35,6 +36,9 @@ from ...tools.lvlm.scores import read_scores, score_only
 from ...tools.lvlm.vllm import VLLMChat
 
 CRITIQUE = response_format("critique", CRITIC_SCHEMA)
+
+#: Conversations; chat models take them as one union type, other runnables as another.
+Questions = list[Any]
 
 #: Repetitions of each rate, in turns.
 TURNS = 3
@@ -73,8 +77,8 @@ async def main(
     chat: Any = await asyncio.to_thread(load_lvlm, settings)
     assert isinstance(chat, VLLMChat)
     try:
-        questions = [case.ask(critic) for case in cases]
-        answers = await _gather(chat.bind(response_format=CRITIQUE), questions[:n])
+        questions: Questions = [case.ask(critic) for case in cases]
+        answers = await chat.bind(response_format=CRITIQUE).abatch(questions[:n], return_exceptions=True)
         points = [_point(answer) for answer in answers]
         figures = {"valid_json": statistics.fmean(point is not None for point in points)}
         differences: list[dict[str, Any]] = []
@@ -91,9 +95,9 @@ async def main(
             figures[f"{rate}_{name.replace('-', '_')}"] = own
 
         scorer = load_prompt("score-compact" if name.endswith("-compact") else "score")
-        scores = [case.ask(scorer) for case in cases]
+        scores: Questions = [case.ask(scorer) for case in cases]
         figures |= await _rates(chat, questions, scores, concurrency)
-        scored = await _gather(score_only(chat), scores[:n])
+        scored = await score_only(chat).abatch(scores[:n], return_exceptions=True)
         figures |= _accuracy("score", [_expected(answer) for answer in scored], cases)
     finally:
         await asyncio.to_thread(chat.close)
@@ -152,17 +156,7 @@ def _preset(model: str) -> dict[str, Any]:
         return {}
 
 
-async def _gather(model: Any, questions: Sequence[list[BaseMessage]]) -> list[AIMessage | Exception]:
-    async def one(messages: list[BaseMessage]) -> AIMessage | Exception:
-        try:
-            return await model.ainvoke(messages)
-        except Exception as error:
-            return error
-
-    return await asyncio.gather(*(one(messages) for messages in questions))
-
-
-def _point(answer: AIMessage | Exception) -> tuple[float, float] | None:
+def _point(answer: BaseMessage | Exception) -> tuple[float, float] | None:
     """The numbers of a critique; None where the answer is none."""
     if isinstance(answer, Exception):
         return None
@@ -174,7 +168,8 @@ def _point(answer: AIMessage | Exception) -> tuple[float, float] | None:
     return critique.valence, critique.arousal
 
 
-def _expected(answer: AIMessage | Exception) -> tuple[float, float] | None:
+def _expected(answer: BaseMessage | Exception) -> tuple[float, float] | None:
+    """The numbers of a score-only answer; None where there is no answer."""
     if isinstance(answer, Exception):
         return None
     scores = read_scores(answer)
@@ -196,12 +191,12 @@ def _accuracy(
 
 
 async def _agreement(
-    chat: VLLMChat, settings: LVLMSettings, questions: list[list[BaseMessage]], answers: list[Any]
+    chat: VLLMChat, settings: LVLMSettings, questions: Questions, answers: list[Any]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     local = settings.model_copy(update={"engine": "embedded", "max_tokens": chat.max_tokens})
     model: Any = load_lvlm(local)
     try:
-        own = await _gather(model.bind(response_format=CRITIQUE), questions)
+        own = await model.bind(response_format=CRITIQUE).abatch(questions, return_exceptions=True)
     finally:
         model.close()
     agree, same, differences = 0, 0, []
@@ -238,8 +233,7 @@ async def _margin(chat: VLLMChat, question: list[BaseMessage], theirs: str, ours
 async def _hit_rate(
     chat: VLLMChat, prompt: Any, cases: list[_Case], runs: int, candidates: int, image_first: bool
 ) -> float:
-    """Prompt tokens out of the cache, as a share of those that an earlier request of the run or the rubric
-    had.
+    """Prompt tokens out of the cache, as a share of those that an earlier request had as well.
 
     Runs ask at once; within a run the pictures come together, as in a round.
     """
@@ -259,16 +253,13 @@ async def _hit_rate(
         words: Any = user.content
         beginning = [system, HumanMessage([words[0], {"type": "text", "text": "zz"}])]
         shareable += await _common(chat, conversation(run), beginning) * (candidates - 1)
-        urls = [cases[(run * candidates + index) % len(cases)].url for index in range(candidates)]
-        asked = [conversation(run, url) for url in urls]
-        tasks.append(_gather(bound, [_turned(messages) for messages in asked] if image_first else asked))
+        pictures = (cases[(run * candidates + index) % len(cases)].url for index in range(candidates))
+        chats = (conversation(run, url) for url in pictures)
+        tasks.append(bound.abatch([_turned(chat) if image_first else chat for chat in chats]))
     hits = 0
-    for answers in await asyncio.gather(*tasks):
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-            details: Any = (answer.usage_metadata or {}).get("input_token_details") or {}
-            hits += details.get("cache_read", 0)
+    for answer in itertools.chain(*await asyncio.gather(*tasks)):
+        details: Any = (getattr(answer, "usage_metadata", None) or {}).get("input_token_details") or {}
+        hits += details.get("cache_read", 0)
     return hits / shareable
 
 
@@ -282,8 +273,8 @@ def _turned(messages: list[BaseMessage]) -> list[BaseMessage]:
 
 async def _common(chat: VLLMChat, first: list[BaseMessage], second: list[BaseMessage]) -> int:
     """Tokens that two conversations begin with."""
-    pair = [await _tokens(chat, side) for side in (first, second)]
-    return next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
+    pairs = zip(await _tokens(chat, first), await _tokens(chat, second), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 async def _tokens(chat: VLLMChat, messages: list[BaseMessage]) -> list[int]:
@@ -299,34 +290,26 @@ async def _tokens(chat: VLLMChat, messages: list[BaseMessage]) -> list[int]:
 
 
 async def _rates(
-    chat: VLLMChat, questions: list[list[BaseMessage]], scores: list[list[BaseMessage]], concurrency: int
+    chat: VLLMChat, questions: Questions, scores: Questions, concurrency: int
 ) -> dict[str, float]:
     critique, score = chat.bind(response_format=CRITIQUE), score_only(chat)
-    seconds = dict.fromkeys(("one", "many", "scores"), 0.0)
     many = 3 * concurrency
-    plan = (
-        ("one", critique, questions, 8),
-        ("many", critique, questions, many),
-        ("scores", score, scores, many),
-    )
-
-    async def clock(kind: str, model: Any, asked: list[list[BaseMessage]]) -> None:
-        slots = asyncio.Semaphore(1 if kind == "one" else concurrency)
-
-        async def one(messages: list[BaseMessage]) -> None:
-            async with slots:
-                await model.ainvoke(messages)
-
-        began = time.perf_counter()
-        await asyncio.gather(*(one(messages) for messages in asked))
-        seconds[kind] += time.perf_counter() - began
-
-    await _gather(critique, questions[:concurrency])
-    await _gather(score, scores[:concurrency])
+    #: Kind of rate → what is asked, of what, how often in a turn, how many at a time.
+    plan: dict[str, tuple[Any, Questions, int, int]] = {
+        "one": (critique, questions, 8, 1),
+        "many": (critique, questions, many, concurrency),
+        "scores": (score, scores, many, concurrency),
+    }
+    seconds = dict.fromkeys(plan, 0.0)
+    for model, items in ((critique, questions), (score, scores)):
+        await model.abatch(items[:concurrency], return_exceptions=True)
     for turn in range(TURNS):
-        for kind, model, items, count in plan:
-            await clock(kind, model, [items[(turn * count + i) % len(items)] for i in range(count)])
-    rate = {kind: TURNS * count / seconds[kind] for kind, _, _, count in plan}
+        for kind, (model, items, count, at_once) in plan.items():
+            asked = [items[(turn * count + i) % len(items)] for i in range(count)]
+            began = time.perf_counter()
+            await model.abatch(asked, {"max_concurrency": at_once})
+            seconds[kind] += time.perf_counter() - began
+    rate = {kind: TURNS * count / seconds[kind] for kind, (_, _, count, _) in plan.items()}
     return {
         "concurrency_gain": rate["many"] / rate["one"],
         "score_only_gain": rate["scores"] / rate["many"],
