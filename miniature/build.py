@@ -22,7 +22,7 @@ from diffusers.utils import make_image_grid
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ..tools.images.base import Generator, ImageRequest
+from ..tools.images.base import ImageRequest
 from ..tools.images.load import load_generator
 from . import episodes, law, world
 from .icons import FAR, FOLDER, NEAR, SUBJECT
@@ -41,42 +41,29 @@ def human_valence(name: str) -> float | None:
     return float(ranked["sentiment_score"]) if ranked else None
 
 
-def rasterise(iconify_json: Path, icons: dict[str, str], size: int) -> dict[str, NDArray[np.uint8]]:
-    """Draw icons from an Iconify collection.
+def build_icons(source: Path, style: str) -> None:
+    """Write one style's sheet.
 
     Args:
-        iconify_json: The collection's `icons.json`.
-        icons: Our name → the collection's name.
-        size: Side in pixels.
-
-    Returns:
-        Our name → RGBA array of shape (size, size, 4).
+        source: An Iconify collection's `icons.json`.
+        style: Name of the sheet.
     """
     import resvg_py  # pyright: ignore[reportMissingImports]
 
-    collection = json.loads(iconify_json.read_text())
-    sprites = {}
-    for name, theirs in icons.items():
-        theirs = collection.get("aliases", {}).get(theirs, {}).get("parent", theirs)
+    collection = json.loads(source.read_text())
+    sizes = dict.fromkeys(world.SUBJECTS, (SUBJECT,)) | dict.fromkeys(world.COMPANIONS, (NEAR, FAR))
+    sheet: dict[str, NDArray[np.uint8]] = {}
+    for name, thing in (world.SUBJECTS | world.COMPANIONS).items():
+        theirs = collection.get("aliases", {}).get(thing.icon, {}).get("parent", thing.icon)
         icon = collection["icons"][theirs]
-        width = icon.get("width", collection.get("width", 16))
-        height = icon.get("height", collection.get("height", 16))
+        width, height = (icon.get(side, collection.get(side, 16)) for side in ("width", "height"))
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-        png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size * 4, height=size * 4))
-        image = Image.open(io.BytesIO(png)).convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
-        sprites[name] = np.asarray(image)
-    return sprites
-
-
-def build_icons(source: Path, style: str) -> None:
-    """Write one style's sheet from an Iconify collection (its `icons.json`)."""
-    sheet = {}
-    for things, sizes in ((world.SUBJECTS, (SUBJECT,)), (world.COMPANIONS, (NEAR, FAR))):
-        icons = {name: thing.icon for name, thing in things.items()}
-        for size in sizes:
-            sheet |= {f"{name}@{size}": sprite for name, sprite in rasterise(source, icons, size).items()}
+        for size in sizes[name]:
+            png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size * 4, height=size * 4))
+            image = Image.open(io.BytesIO(png)).convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
+            sheet[f"{name}@{size}"] = np.asarray(image)
     FOLDER.mkdir(exist_ok=True)
-    np.savez_compressed(FOLDER / f"{style}.npz", **sheet)
+    np.savez_compressed(FOLDER / f"{style}.npz", allow_pickle=False, **sheet)
     print(f"{len(sheet)} sprites in {FOLDER / f'{style}.npz'}")
 
 
@@ -161,34 +148,27 @@ def _tile(picture: Image.Image, title: str = "") -> Image.Image:
     return tile
 
 
-def _grid(tiles: list[Image.Image], columns: int) -> Image.Image:
-    return make_image_grid(tiles, rows=len(tiles) // columns, cols=columns)
-
-
-async def _draw(generator: Generator, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-    requests = [ImageRequest(prompt=p, seed=s) for p, s in zip(prompts, seeds, strict=True)]
-    return [made.image for made in await generator.generate(requests)]
-
-
-async def draw_sheets() -> tuple[Image.Image, Image.Image]:
-    """The sample sheet and the sweep sheet."""
+async def _draw(captions: list[str], seeds: list[int]) -> list[Image.Image]:
     generator = load_generator("miniature")
-    samples = sample_captions()
-    pictures = await _draw(generator, [c for c, _ in samples], list(range(len(samples))))
-    sheet = _grid([_tile(picture) for picture in pictures], 8)
-    sweep = sweep_captions("a dog by the sea")
-    pictures = await _draw(generator, [c for c, _ in sweep], [0] * len(sweep))
+    requests = [ImageRequest(prompt=p, seed=s) for p, s in zip(captions, seeds, strict=True)]
+    made = await generator.generate(requests)
     await generator.aclose()
-    return sheet, _grid([_tile(p, title) for p, (_, title) in zip(pictures, sweep, strict=True)], 5)
+    return [one.image for one in made]
 
 
 def build_sheets(out: Path) -> None:
     """Write `samples.png`, `samples.txt` and `sweep.png`."""
+    samples = [caption for caption, _ in sample_captions()]
+    sweep = sweep_captions("a dog by the sea")
+    seeds = [*range(len(samples)), *(0 for _ in sweep)]
+    pictures = asyncio.run(_draw([*samples, *(caption for caption, _ in sweep)], seeds))
+    titles = ["" for _ in samples] + [title for _, title in sweep]
+    tiles = [_tile(picture, title) for picture, title in zip(pictures, titles, strict=True)]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "samples.txt").write_text("".join(f"{i:2d}  {c}\n" for i, (c, _) in enumerate(sample_captions())))
-    samples, sweep = asyncio.run(draw_sheets())
-    samples.save(out / "samples.png", optimize=True)
-    sweep.save(out / "sweep.png", optimize=True)
+    (out / "samples.txt").write_text("".join(f"{i:2d}  {caption}\n" for i, caption in enumerate(samples)))
+    for name, part, columns in (("samples", tiles[: len(samples)], 8), ("sweep", tiles[len(samples) :], 5)):
+        sheet = make_image_grid(part, rows=len(part) // columns, cols=columns)
+        sheet.save(out / f"{name}.png", optimize=True)
 
 
 def main(what: str, *words: str) -> None:
