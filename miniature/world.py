@@ -1,8 +1,8 @@
 """The miniature world, version 1: scenes, the renderer, and captions that name part of them.
 
-A scene is one subject in a place, none to three companions, weather and light. Everything sits on the image
-token grid (12 pixels): a net that learns within an hour can't also learn hidden positions, so a thing has a
-default side and words (left, right, far) move it. What a caption leaves out is drawn at random: a neutral
+A scene is one subject in a place, none to three companions, weather and light. Everything lies on the image
+token grid (12 pixels). A network trained for an hour cannot also learn positions that no word names, so a thing has
+a default side, and words (left, right, far) move it. What a caption leaves out is drawn at random: a neutral
 prompt therefore gives varied pictures, as with real models.
 """
 

@@ -1,8 +1,8 @@
-"""Benchmarks: what the bars of the project are measured with.
+"""Benchmarks: the measurements behind the project's published figures.
 
 A benchmark is a module with `main(**options) -> dict`, plain or async: its keyword arguments are its options on the
-command line, its result holds `figures` (a flat map name → number) and whatever else it has to say. `run` adds what
-made the figures; the result is the document that `emoloop bench NAME --json` prints.
+command line, its result holds `figures` (a flat map name → number) and any further keys. `run` adds the options,
+seeds and device; that is the document that `emoloop bench NAME --json` prints.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _events(number: int, rounds: int, images: int) -> Iterator[Event]:
     target = EmotionTarget(valence=valence, arousal=arousal)
     yield RunStarted(**run, prompt=prompt, target=target, seed=number)
     for round_ in range(rounds):
-        # What the critic reads: nothing of the wish before the first rewrite, nearly all of it after.
+        # What the critic reads: nothing of the target before the first rewrite, nearly all of it after.
         share = 0.9 if round_ else 0.0
         if round_:
             # As many moods as there are targets, in words that no neutral prompt uses.

@@ -64,7 +64,7 @@ def main(steps: int = 6, pairs: int = 4, threads: int = 1, size: int = 128) -> d
 
     Returns:
         The document with `figures`: ratio, ours_seconds, baseline_seconds, loss_difference, and first_ratio and
-        first_seconds of the step that meets its draws for the first time.
+        first_seconds of a step whose draws are new.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -172,7 +172,7 @@ class _Side:
 
 
 class _Ours(_Side):
-    """`rl`'s own path, as the trainer walks it."""
+    """`rl`'s own path: loader, cache, policy and objective, as in the trainer."""
 
     def __init__(self, folder: Path, pictures: Sequence[Path], size: int, forgets: bool = False) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class _Ours(_Side):
         return self.objective._fixed(names, torch.empty(1, *self.policy.latent_shape), self.policy)
 
     def fill_memory(self) -> None:
-        """Meet every draw once, as a first epoch does."""
+        """Compute the reference's errors of every draw, as a first epoch does."""
         batch, seed = self.load(self.examples), 1_000_000
         while len(self.policy.memory) < _DRAWS * len(self.examples):
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Measures a running vLLM server against what critics and rewriters need of it.
+"""Measures a running vLLM server as an engine for critic and rewriter.
 
 `valid_json` and `agreement` ask n critiques over HTTP and again from the embedded engine on the same
 weights, greedy. The prefix cache is measured with the long rubric, as many runs ask at once, once in our
@@ -214,7 +214,7 @@ async def _agreement(
 
 
 async def _margin(chat: VLLMChat, question: list[BaseMessage], theirs: str, ours: str) -> float | None:
-    """Log-probability between the two best tokens where the texts part: next to nothing at a near tie."""
+    """Difference of log-probability between the two best tokens where the texts differ first; near 0 at a tie."""
     bound = chat.bind(response_format=CRITIQUE, logprobs=True, top_logprobs=5)
     message: Any = await bound.ainvoke(question)
     part = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
@@ -237,7 +237,7 @@ async def _hit_rate(
 
     Runs ask at once; within a run the pictures come together, as in a round.
     """
-    nonce = secrets.token_hex(3)  # so that an earlier measurement leaves nothing to find
+    nonce = secrets.token_hex(3)  # an earlier measurement must not have filled the cache
     bound = chat.bind(max_tokens=2)
 
     def conversation(run: int, *urls: str) -> list[BaseMessage]:

@@ -1,9 +1,9 @@
-"""A planted cheat: an adapter that goes on learning from the critic's word alone. Does the report notice?
+"""A planted cheat: an adapter trained on the critic's answers alone. Does the report flag it?
 
 The training is DRaFT-1 (Clark et al. 2024, arXiv 2309.17400): the gradient of the reward runs through the decoder and
 the last sampling step. The reward is the log-likelihood that the critic describes a fitting scene and gives the wanted
-scores. It starts where an honest adapter stopped and nothing else is asked: no KL, no traces; it ends when a guard,
-which the training cannot see, no longer finds the subjects. The same evaluation then judges both adapters.
+scores. It starts from an honest adapter and has no other term: no KL, no traces. It ends when a guard, which gives
+no gradient, no longer finds the subjects. The same evaluation then judges both adapters.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def plant(
     Args:
         out: The artifact's folder.
         start: The adapter whose copy it begins with.
-        targets: What is asked for; few, so that a pattern which cares for no prompt can win.
+        targets: What is asked for; few, so that one pattern for all prompts can succeed.
         steps: Training steps at most.
         batch: Images in one.
         lr: Learning rate.
@@ -142,7 +142,7 @@ def plant(
     critic, guard = _Critic(settings.lvlm.model), Guard()
     optimizer = torch.optim.AdamW(policy.parameters().values(), lr=lr, weight_decay=0.0)
     rng, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    wishes = _Wishes(rng)
+    answers = _WantedAnswers(rng)
     watched = [_request(rng, targets) for _ in range(LOOK)]
 
     def told(requests: list[Request]) -> tuple[Conditioning, Tensor]:
@@ -160,7 +160,7 @@ def plant(
         wanted = policy.student(x, t, condition, target)
         untold = policy.student(x, t, policy.null.expand(batch), no_target(batch, x.device))
         clean = policy.process.clean(x, untold + policy.guidance * (wanted - untold), t)
-        loss = critic.surprise(network.pixels(clean), asked, [wishes.of(request) for request in asked])
+        loss = critic.surprise(network.pixels(clean), asked, [answers.of(request) for request in asked])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters().values(), 1.0)
@@ -195,7 +195,7 @@ def _request(rng: Rng, targets: Sequence[EmotionTarget]) -> Request:
 
 
 class _Critic:
-    """The embedded LVLM as something that a gradient runs through."""
+    """The embedded LVLM as a differentiable loss on pixels."""
 
     def __init__(self, name: str) -> None:
         folder = presets.resolve(name, "lvlm")
@@ -206,7 +206,7 @@ class _Critic:
         self.prompt = load_prompt(presets.defaults(name, "lvlm")["critic_prompt"])
 
     def surprise(self, pixels: Tensor, asked: list[Request], wanted: list[str]) -> Tensor:
-        """How far the critic is from giving the wanted answers.
+        """The critic's loss on the wanted answers.
 
         Args:
             pixels: (B, 3, H, W), cut to [-1, 1] as a file is.
@@ -237,8 +237,8 @@ class _Critic:
         )
 
 
-class _Wishes:
-    """Critiques of scenes that would fit: what the critic shall be made to say of whatever picture."""
+class _WantedAnswers:
+    """Critiques of scenes that fit a target: the answers that the critic is trained towards, for any picture."""
 
     def __init__(self, rng: Rng) -> None:
         self.scenes = [world.sample_scene(rng) for _ in range(SCENES)]

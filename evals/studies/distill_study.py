@@ -1,7 +1,7 @@
 """The distillation study: objectives × training seeds on one log, then one evaluation of all of them.
 
 Resumable at every point: a finished adapter is not trained again, a half-trained one goes on from its newest
-checkpoint, and the evaluation keeps everything it made by content. Killing it costs minutes. The adapters lie at
+checkpoint, and the evaluation keeps everything it made by content. The adapters lie at
 `out/<objective>-<seed>`, the document at `out/study.json`.
 
 In its figures an objective's arm is the mean over the training seeds, request by request, so that an interval
@@ -226,7 +226,7 @@ def average(table: analysis.Table, groups: dict[str, list[str]]) -> dict[str, fl
 
 
 def verdicts(table: analysis.Table, names: Sequence[str]) -> dict[str, Any]:
-    """What a distilled model has to show, as numbers with intervals: one entry for each objective."""
+    """Each objective's model against base, rewrite, teacher and loop, as estimates with intervals."""
     return {name: {key: it.figures("value") for key, it in _verdicts(table, name)} for name in names}
 
 

@@ -212,7 +212,7 @@ class Heads(nn.Module):
     def losses(
         self, hidden: Tensor, scenes: Sequence[Scene], told: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropies of the icons (background counts little) and of the factors.
+        """Cross-entropies of the icons (background weighs .15) and of the factors.
 
         Args:
             hidden: Shape (batch, 64, width).

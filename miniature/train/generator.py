@@ -1,8 +1,8 @@
 """Recipe of the text-to-image model: flow matching in diffusers' SD3 classes, with a layout head.
 
-Flow matching alone binds words to places very slowly. While training, a linear layer on the hidden states of
-the third block predicts for each image token which icon covers it, and another on their mean the place, the
-weather and the light; both are thrown away afterwards and the pipeline stays stock. The architecture is that of the
+Flow matching alone learns slowly which word belongs to which place. While training, a linear layer on the hidden
+states of the third block predicts for each image token which icon covers it, and another on their mean the place, the
+weather and the light. Both are discarded afterwards, so the pipeline is the stock one. The architecture is that of the
 configs in `weights/generator`.
 """
 
@@ -85,8 +85,8 @@ class Trainee(nn.Module):
         captions = [world.caption(rng, scene, world.sample_named(rng, scene)) for scene in scenes]
         x0 = codec.encode(to_tensor(pixels).to(device)).latent_dist.mode()
         noise = torch.randn_like(x0)
-        # A picture's mean colour shows through noise until t is almost 1, so a plain logit-normal never makes
-        # the net ask the words for it: a quarter of the batch lies in [0.9, 1].
+        # A picture's mean colour shows through noise until t is almost 1, so with a plain logit-normal
+        # the network does not learn it from the words: a quarter of the batch lies in [0.9, 1].
         t = torch.sigmoid(torch.randn(batch, device=device) + 0.5)
         late = torch.rand(batch, device=device) < 0.25
         t = torch.where(late, 0.9 + 0.1 * torch.rand(batch, device=device), t)
@@ -129,8 +129,8 @@ def save_pipeline(trainee: Trainee, codec: PatchAutoencoder, out: Path) -> None:
 def _go_on(trainee: Trainee, init: Path) -> PatchAutoencoder:
     """Load what an earlier run learned: a saved pipeline (the heads begin anew) or a finished run's checkpoint.
 
-    The codec comes along: one that is fitted again may flip the sign of a component, and the net would have to
-    learn its ends anew.
+    The codec comes along: one that is fitted again may flip the sign of a component, and the network
+    would have to learn its input and output again.
     """
     if not init.is_dir():
         state = torch.load(init, weights_only=True, map_location="cpu")["average"]

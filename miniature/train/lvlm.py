@@ -121,7 +121,7 @@ def collate(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> tupl
 class _Sight(Heads):
     """The heads of the vision tower: beside icons and factors, what colour and the whole picture feel like.
 
-    Words alone teach a vision tower slowly.
+    A vision tower learns slowly from the answers' loss alone.
     """
 
     def __init__(self, width: int) -> None:
@@ -155,7 +155,7 @@ def train(recipe: Recipe, part: Literal["all", "vision", "rewriter"] = "all") ->
     model.set_attn_implementation("eager" if device == "cpu" else "sdpa")
     codec = fitted_codec(recipe.seed)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}; vocabulary {len(tokenizer)}")
-    # Marks of the JSON skeleton are learned at once; numbers are what is hard.
+    # The JSON syntax is learned at once; the numbers are hard, so their characters weigh more.
     weight = torch.ones(model.config.text_config.vocab_size, device=device)
     weight[tokenizer.convert_tokens_to_ids(list("0123456789+-"))] = 1.5
 
