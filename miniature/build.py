@@ -77,11 +77,7 @@ def build_lexicon() -> None:
         if rated is not None:
             v = 0.5 * v + 0.5 * 3.0 * (rated - 0.3)
         common[name] = (round(v + rng.normal(0, 0.3), 1), round(a + rng.normal(0, 0.3), 1))
-    for source, names in (
-        (law.PLACE, law.PLACE),
-        (law.WEATHER, law.WEATHER),
-        (law.SUBJECT, world.SUBJECTS),
-    ):
+    for source, names in ((law.PLACE, law.PLACE), (law.WEATHER, law.WEATHER), (law.SUBJECT, world.SUBJECTS)):
         for name in names:
             v, a = source.get(name, (0.0, 0.0))
             common[name] = (round(v + rng.normal(0, 0.15), 1), round(a + rng.normal(0, 0.15), 1))

@@ -106,6 +106,5 @@ def category(valence: float, arousal: float, companions: Iterable[Placed] = ()) 
         name, pull = _DATA["votes"].get(placed.name, ("", 0.0))
         votes[name] = votes.get(name, 0.0) + pull * placed.weight
     return min(
-        PROTOTYPES,
-        key=lambda e: math.dist((valence, arousal), PROTOTYPES[e]) - votes.get(e.value, 0.0),
+        PROTOTYPES, key=lambda e: math.dist((valence, arousal), PROTOTYPES[e]) - votes.get(e.value, 0.0)
     ).value

@@ -98,11 +98,7 @@ def main(
     figures["cheat_steps"] = trained["figures"]["steps"]
     kept = ("reward", "error", "subject_accuracy", "alignment", "diversity")
     figures |= {key: value for key, value in document["figures"].items() if key.split("_", 1)[-1] in kept}
-    return {
-        "figures": figures,
-        "flags": [flag["sentence"] for flag in flags],
-        "n": document["figures"]["n"],
-    }
+    return {"figures": figures, "flags": [flag["sentence"] for flag in flags], "n": document["figures"]["n"]}
 
 
 def plant(
