@@ -119,11 +119,11 @@ def defaults(name: str | Path, kind: Kind = "generator") -> dict[str, Any]:
     table = _PRESETS[kind].get(str(name))
     found = resolve(name, kind)
     path = Path(found) / DEFAULTS_FILE if isinstance(found, Path) else None
-    return {**(table.defaults if table else {}), **(read_defaults(path) if path else {})}
+    return {**(table.defaults if table else {}), **(read_json(path) if path else {})}
 
 
-def read_defaults(path: Path) -> dict[str, Any]:
-    """The defaults file at `path`, or an empty dict where there is none.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, such as a model's `emoloop.json`; an empty dict where there is no file.
 
     Raises:
         UserError: It is not a JSON object.
@@ -135,7 +135,7 @@ def read_defaults(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is wanted, with keys such as steps and guidance")
+        raise UserError(f"{path}: a JSON object is wanted")
     if path.name == DEFAULTS_FILE and (unknown := sorted(set(content) - _KNOWN)):
         raise UserError(f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(_KNOWN))}")
     return content

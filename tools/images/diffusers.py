@@ -29,7 +29,6 @@ from ...domain import UserError
 from ...settings import GeneratorSettings
 from .. import presets
 from ..diffusion.adapter import Adapter, adapters_on, load_artifact, unload
-from ..diffusion.conditioners import points
 from ..diffusion.families import Conditioning, Family, family_of
 from ..fingerprint import versions
 from .base import GeneratedImage, ImageRequest, UnknownWord, gather_images
@@ -45,6 +44,9 @@ _CACHED_PROMPTS = 32
 
 #: Libraries whose versions decide about the bits of a picture.
 _LIBRARIES = ("emoloop", "torch", "diffusers", "transformers", "peft")
+
+#: Attributes of the generator that an event names.
+_SAMPLING = ("steps", "guidance", "height", "width")
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class DiffusersGenerator:
                 component.eval()
         self._bar = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(disable=True)
-        self._device, self._dtype = pipe.device, self.family.module.dtype
+        # Under CPU offload the pipeline's own `device` says where weights wait, not where they compute.
+        self._device, self._dtype = pipe._execution_device, self.family.module.dtype
         self.adapter: Adapter | None = None
         if settings.adapter is not None:
             self.adapter = load_artifact(
@@ -199,18 +202,15 @@ class DiffusersGenerator:
         return sorted({p for p in pieces if p.isalpha() and len(p) > 1} - set(tokenizer.all_special_tokens))
 
     def describe(self) -> dict[str, Any]:
-        """Model, settings in force and versions, as plain JSON."""
+        """Model, adapters (all that are active on the pipeline), settings in force and versions, as plain JSON."""
         return {
             "model": self._model,
             "revision": self._revision,
-            "adapter": self._adapter_id,
+            "adapter": adapters_on(self.pipe),
+            **{name: getattr(self, name) for name in _SAMPLING},
             "pipeline": type(self.pipe).__name__,
             "device": str(self._device),
             "dtype": str(self._dtype).removeprefix("torch."),
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "height": self.height,
-            "width": self.width,
             "micro_batch": self.micro_batch,
             "negative_prompt": self._negative_prompt,
             "call": self._call,
@@ -228,19 +228,8 @@ class DiffusersGenerator:
             unload(self.pipe, self.adapter)
         self.pipe.set_progress_bar_config(**self._bar)
 
-    @property
-    def _adapter_id(self) -> str | None:
-        """For the record: every adapter that is active on the pipeline, ours or not; see `adapters_on`."""
-        return adapters_on(self.pipe)
-
     def _emotional(self, request: ImageRequest) -> bool:
-        adapter = self.adapter
-        return (
-            adapter is not None
-            and adapter.emotion_tokens is not None
-            and adapter.scale != 0
-            and request.target is not None
-        )
+        return self.adapter is not None and self.adapter.takes(request.target)
 
     def _check_size(self) -> None:
         multiple, largest = self.family.multiple, self.family.largest_size
@@ -256,40 +245,25 @@ class DiffusersGenerator:
     # Everything below runs on the worker thread.
 
     def _run(self, requests: list[ImageRequest]) -> list[GeneratedImage | Exception]:
-        rows: dict[int, _Row] = {}
-        results: dict[int, GeneratedImage | Exception] = {}
         start = time.perf_counter()
-        for index, request in enumerate(requests):
-            try:
-                rows[index] = self._row(request)
-            except Exception as error:
-                results[index] = error
-        images = dict(zip(rows, self._sample(list(rows.values())), strict=True))
-        seconds = (time.perf_counter() - start) / max(1, len(rows))
-        for index, image in images.items():
-            if isinstance(image, Exception):
-                results[index] = image
-            else:
-                provenance = self._provenance(requests[index], seconds)
-                results[index] = GeneratedImage(image, requests[index], provenance)
-        return [results[index] for index in range(len(requests))]
+        rows = [self._row(request) for request in requests]
+        images = iter(self._sample([row for row in rows if isinstance(row, _Row)]))
+        results = [next(images) if isinstance(row, _Row) else row for row in rows]
+        seconds = (time.perf_counter() - start) / max(1, sum(isinstance(row, _Row) for row in rows))
+        return [
+            result
+            if isinstance(result, Exception)
+            else GeneratedImage(result, request, self._provenance(request, seconds))
+            for request, result in zip(requests, results, strict=True)
+        ]
 
     def _provenance(self, request: ImageRequest, seconds: float) -> dict[str, Any]:
+        about = self.describe()
+        ran_on = {"device": self._device.type, "dtype": about["dtype"], "micro_batch": str(self.micro_batch)}
         return {
-            "model": self._model,
-            "revision": self._revision,
-            "adapter": self._adapter_id,
+            **{name: about[name] for name in ("model", "revision", "adapter", *_SAMPLING)},
             "negative_prompt": self._negative(request),
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "height": self.height,
-            "width": self.width,
-            "versions": {
-                **versions(*_LIBRARIES),
-                "device": self._device.type,
-                "dtype": str(self._dtype).removeprefix("torch."),
-                "micro_batch": str(self.micro_batch),
-            },
+            "versions": about["versions"] | ran_on,
             "seconds": round(seconds, 4),
         }
 
@@ -305,18 +279,17 @@ class DiffusersGenerator:
                 self._embeds.popitem(last=False)
         return self._embeds[text]
 
-    def _row(self, request: ImageRequest) -> _Row:
-        positive = self._encode(request.prompt)
-        guided = self.family.guided(self.guidance)
-        negative = self._encode(self._negative(request)) if guided else None
-        if self._emotional(request):
-            assert self.adapter is not None and self.adapter.emotion_tokens is not None
-            tokens = self.adapter.emotion_tokens
-            with torch.no_grad():
-                inputs = {"target": points([request.target], self._device)}
-                positive = tokens(positive, inputs, self.adapter.scale)
-                negative = tokens.null(negative) if negative is not None else None
-        return _Row(positive, negative, request.seed)
+    def _row(self, request: ImageRequest) -> _Row | Exception:
+        try:
+            positive = self._encode(request.prompt)
+            guided = self.family.guided(self.guidance)
+            negative = self._encode(self._negative(request)) if guided else None
+            if self.adapter is not None:
+                positive = self.adapter.condition(positive, request.target)
+                negative = self.adapter.null(negative, request.target) if negative is not None else None
+            return _Row(positive, negative, request.seed)
+        except Exception as error:
+            return error
 
     def _sample(self, rows: list[_Row]) -> list[Image.Image | Exception]:
         images: list[Image.Image | Exception] = []

@@ -55,6 +55,6 @@ def load_generator(
         spec.to(device_of(settings.device))
     source = spec.config.get("_name_or_path")
     if source and (Path(source) / presets.DEFAULTS_FILE).is_file():
-        defaults = presets.read_defaults(Path(source) / presets.DEFAULTS_FILE)
+        defaults = presets.read_json(Path(source) / presets.DEFAULTS_FILE)
         return DiffusersGenerator(spec, settings, revision=revision(Path(source)), defaults=defaults)
     return DiffusersGenerator(spec, settings)

@@ -27,7 +27,7 @@ def open_model(settings: GeneratorSettings) -> DiffusersGenerator:
     """
     found = presets.resolve(settings.model)
     folder = found if isinstance(found, Path) else _download(found)
-    defaults = {**presets.defaults(settings.model), **presets.read_defaults(folder / presets.DEFAULTS_FILE)}
+    defaults = {**presets.defaults(settings.model), **presets.read_json(folder / presets.DEFAULTS_FILE)}
     device = device_of(settings.device)
     pipe = load_pipeline(folder, _dtype(settings.dtype, device), defaults.get("load") or {}).to(device)
     return DiffusersGenerator(
@@ -55,7 +55,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, load: dict[str, Any] | None 
         raise UserError(f"no such folder: {folder}")
     if not index.is_file():
         raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
-    components = presets.read_defaults(index)
+    components = presets.read_json(index)
     name = str(components.pop("_class_name", ""))
     with quiet():
         pipeline_class = getattr(import_module("diffusers"), family_class([name]).pipeline)
