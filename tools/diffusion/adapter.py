@@ -27,7 +27,7 @@ from ...domain import EmotionTarget, UserError
 from ...files import replacing
 from ..fingerprint import content_hash
 from ..presets import read_json
-from ..quiet import quiet
+from ..quiet import first_line, quiet
 from .conditioners import EmotionConditioner, points
 from .families import Conditioning, Family, family_of
 
@@ -151,8 +151,8 @@ def load_artifact(
             _remove(pipe, name, active)
         if isinstance(error, UserError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"adapter {path} does not fit this {type(pipe).__name__}: {reason}") from error
+        told = f"adapter {path} does not fit this {type(pipe).__name__}: {first_line(error)}"
+        raise UserError(told) from error
     config = lora.with_name(_PEFT_CONFIG) if lora.name == _PEFT_WEIGHTS else None
     hashed = content_hash([file for file in (lora, tokens, config) if file is not None])
     adapter = Adapter(path, name, hashed, scale, module, training)
@@ -166,9 +166,10 @@ def load_artifact(
 
 def unload(pipe: Any, adapter: Adapter) -> None:
     """Take an adapter off the pipeline again; the others stay as they are."""
-    known(pipe).pop(adapter.name, None)
+    if known(pipe).pop(adapter.name, None) is None:
+        return
     if not known(pipe):
-        pipe.__dict__.pop(_KNOWN, None)
+        del pipe.__dict__[_KNOWN]
     _remove(pipe, adapter.name, [it for it in pipe.get_active_adapters() if it != adapter.name])
 
 

@@ -25,6 +25,8 @@ from .process import Diffusion, Flow, Process
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -78,11 +80,13 @@ class Family(ABC):
         pipeline: Name of the diffusers class.
         denoiser: The component that LoRA adapts, "transformer" or "unet".
         lora_targets: Name endings of the layers that a LoRA adapts by default.
+        even_sigmas: As for `Flow`.
     """
 
     pipeline: ClassVar[str]
     denoiser: ClassVar[str]
     lora_targets: ClassVar[list[str]]
+    even_sigmas: ClassVar[bool] = False
 
     def __init__(self, pipe: Any, call: Mapping[str, Any] | None = None) -> None:
         self.pipe = pipe
@@ -123,6 +127,12 @@ class Family(ABC):
         prompt = named[f"{sign}prompt_embeds"]
         assert prompt is not None
         return Conditioning(prompt, named.get(f"{sign}pooled_prompt_embeds"))
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """Those that the pipeline has."""
+        found = [getattr(self.pipe, name, None) for name in TOKENIZERS]
+        return [tokenizer for tokenizer in found if tokenizer is not None]
 
     @property
     def texts(self) -> list[tuple[int | None, Any]]:
@@ -187,9 +197,9 @@ class Family(ABC):
         return {name: value for name, value in named.items() if value is not None}
 
     @property
-    @abstractmethod
     def multiple(self) -> int:
-        """Height and width must be multiples of this many pixels."""
+        """Height and width must be multiples of this many pixels: one token's."""
+        return self.pipe.vae_scale_factor * getattr(self.pipe, "patch_size", 2)
 
     @property
     def default_size(self) -> int:
@@ -216,17 +226,19 @@ class Family(ABC):
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latent of one image."""
         scale = self.pipe.vae_scale_factor
-        return self.module.config.in_channels, height // scale, width // scale
+        return self.pipe.vae.config.latent_channels, height // scale, width // scale
 
     def image_tokens(self, shape: tuple[int, int, int]) -> int:
         """Tokens of one latent, for schedules that depend on it."""
-        patch = getattr(self.module.config, "patch_size", None) or 1
+        patch = self.multiple // self.pipe.vae_scale_factor
         return (shape[1] // patch) * (shape[2] // patch)
 
     def process(self) -> Process:
         """The noise process that the pipeline's scheduler belongs to."""
         scheduler = self.pipe.scheduler
-        return Diffusion(scheduler) if hasattr(scheduler, "alphas_cumprod") else Flow(scheduler)
+        if hasattr(scheduler, "alphas_cumprod"):
+            return Diffusion(scheduler)
+        return Flow(scheduler, self.even_sigmas)
 
     # Images.
 
@@ -321,11 +333,6 @@ class StableDiffusion3(Family):
 
     @property
     @override
-    def multiple(self) -> int:
-        return self.pipe.vae_scale_factor * self.pipe.patch_size
-
-    @property
-    @override
     def largest_size(self) -> int | None:
         positions = self.pipe.transformer.config.pos_embed_max_size
         return positions * self.multiple if positions else None
@@ -356,6 +363,7 @@ class Flux(Family):
     pipeline = "FluxPipeline"
     denoiser = "transformer"
     lora_targets = _JOINT_ATTENTION
+    even_sigmas = True
 
     @override
     def named(self, encoded: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
@@ -371,26 +379,6 @@ class Flux(Family):
     @override
     def guided(self, guidance: float) -> bool:
         return self.call.get("true_cfg_scale", 1.0) > 1
-
-    @property
-    @override
-    def multiple(self) -> int:
-        return self.pipe.vae_scale_factor * 2
-
-    @override
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """As the base, before packing 2 × 2."""
-        scale = self.pipe.vae_scale_factor * 2
-        return self.module.config.in_channels // 4, 2 * (height // scale), 2 * (width // scale)
-
-    @override
-    def image_tokens(self, shape: tuple[int, int, int]) -> int:
-        """A token is 2 × 2 latent pixels."""
-        return (shape[1] // 2) * (shape[2] // 2)
-
-    @override
-    def process(self) -> Process:
-        return Flow(self.pipe.scheduler, even_sigmas=True)
 
     @override
     def denoise(self, module: Any, x: Tensor, t: Tensor, condition: Conditioning, guidance: float) -> Tensor:

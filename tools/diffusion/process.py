@@ -7,9 +7,8 @@ serves all of them. Shapes: latents are (B, C, H, W), times (B,).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,33 +20,27 @@ def _like(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-class Process(ABC):
+class Process(Protocol):
     """Common interface; `t` is whatever the process calls time, and runs from noisy to clean."""
 
     #: What the network predicts: "velocity", "epsilon" or "v_prediction".
     prediction: str
 
-    @abstractmethod
     def draw(self, n: int, generator: torch.Generator, how: TimeSampling = "logit_normal") -> Tensor:
         """Draw n training times on the CPU, so that a seed means the same on every device."""
 
-    @abstractmethod
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The state at time t on the way from `clean` to `noise`."""
 
-    @abstractmethod
     def regression_target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What a perfect network would predict at that state."""
 
-    @abstractmethod
     def clean(self, x: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The clean latent that a prediction at state x stands for."""
 
-    @abstractmethod
     def schedule(self, steps: int, image_tokens: int) -> Tensor:
         """The steps + 1 times of a sampler, from pure noise to clean, float32 on the CPU."""
 
-    @abstractmethod
     def step(self, x: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """One deterministic sampler step from t to t_next (both 0-dim)."""
 

@@ -14,11 +14,10 @@ import inspect
 import logging
 import re
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from ...domain import UserError
 from ...settings import GeneratorSettings
 from .. import presets
 from ..diffusion.adapter import Adapter, adapters_on, load_artifact, unload
-from ..diffusion.families import Conditioning, Family, family_of
+from ..diffusion.families import TOKENIZERS, Conditioning, Family, family_of
 from ..fingerprint import versions
 from .base import GeneratedImage, ImageRequest, UnknownWord, gather_images
 from .batching import BatchWorker
@@ -129,17 +128,14 @@ class DiffusersGenerator:
         self._device, self._dtype = pipe._execution_device, self.family.module.dtype
         self.adapter: Adapter | None = None
         if settings.adapter is not None:
+            base = {"model": self._model, "revision": revision}
             self.adapter = load_artifact(
-                pipe,
-                settings.adapter,
-                scale=settings.adapter_scale,
-                call=self._call,
-                base={"model": self._model, "revision": revision},
+                pipe, settings.adapter, scale=settings.adapter_scale, call=self._call, base=base
             )
             if settings.guidance is None and self.adapter.guidance is not None:
                 self.guidance = self.adapter.guidance
         self._closed = False
-        self._embeds: OrderedDict[str | None, Conditioning] = OrderedDict()
+        self._encode = lru_cache(_CACHED_PROMPTS)(lambda text: self.family.encode(text))
         self._fair_shapes: set[tuple[int, int]] = set()
         self._worker: BatchWorker[ImageRequest, GeneratedImage] = BatchWorker(
             self._run,
@@ -167,14 +163,14 @@ class DiffusersGenerator:
 
     def unknown_words(self, prompt: str) -> list[UnknownWord]:
         """The words of a prompt that every tokenizer of the model maps to its unknown token."""
-        unknown = []
-        for word in dict.fromkeys(re.findall(r"\w+", prompt)):
-            if self._word_tokenizers and all(
-                tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
-                for tokenizer in self._word_tokenizers
-            ):
-                unknown.append(UnknownWord(word, get_close_matches(word.lower(), self._known_words, 3, 0.0)))
-        return unknown
+        tokenizers = self._tokenizing.tokenizers
+        if any(tokenizer.unk_token_id is None for tokenizer in tokenizers):
+            return []
+        return [
+            UnknownWord(word, get_close_matches(word.lower(), self._known_words, 3, 0.0))
+            for word in dict.fromkeys(re.findall(r"\w+", prompt))
+            if all(it.unk_token_id in it(word, add_special_tokens=False).input_ids for it in tokenizers)
+        ]
 
     def unread(self, prompt: str) -> str:
         """The end of a prompt that is too long for every text encoder of the model; "" for most."""
@@ -184,20 +180,14 @@ class DiffusersGenerator:
     def _tokenizing(self) -> Family:
         # Copies: encoding sets padding inside the fast tokenizers, which must not meet another thread's call.
         pipe = copy.copy(self.pipe)
-        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        for name in TOKENIZERS:
             if getattr(pipe, name, None) is not None:
                 setattr(pipe, name, copy.deepcopy(getattr(pipe, name)))
         return family_of(pipe, self._call)
 
     @cached_property
-    def _word_tokenizers(self) -> list[Any]:
-        found = [getattr(self._tokenizing.pipe, f"tokenizer{suffix}", None) for suffix in ("", "_2", "_3")]
-        present = [tokenizer for tokenizer in found if tokenizer is not None]
-        return [] if any(t.unk_token_id is None for t in present) else present
-
-    @cached_property
     def _known_words(self) -> list[str]:
-        tokenizer = self._word_tokenizers[0]
+        tokenizer = self._tokenizing.tokenizers[0]
         pieces = (piece.removesuffix("</w>").lstrip("▁Ġ") for piece in tokenizer.get_vocab())
         return sorted({p for p in pieces if p.isalpha() and len(p) > 1} - set(tokenizer.all_special_tokens))
 
@@ -269,15 +259,6 @@ class DiffusersGenerator:
 
     def _negative(self, request: ImageRequest) -> str | None:
         return request.negative_prompt if request.negative_prompt is not None else self._negative_prompt
-
-    def _encode(self, text: str | None) -> Conditioning:
-        if text in self._embeds:
-            self._embeds.move_to_end(text)
-        else:
-            self._embeds[text] = self.family.encode(text)
-            if len(self._embeds) > _CACHED_PROMPTS:
-                self._embeds.popitem(last=False)
-        return self._embeds[text]
 
     def _row(self, request: ImageRequest) -> _Row | Exception:
         try:
