@@ -42,9 +42,6 @@ _PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: The attribute under which a pipeline keeps our adapters.
 _KNOWN = "_emoloop_adapters"
 
-#: What LoRA can bind to.
-_COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2")
-
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
@@ -84,20 +81,20 @@ class Adapter:
         return self.emotion_tokens is not None and self.scale != 0 and target is not None
 
     @torch.no_grad()
-    def condition(self, embeds: Conditioning, target: EmotionTarget | None) -> Conditioning:
-        """Encoded prompts (B, L, D) with the target added, each row by itself: its bits know no company."""
-        if self.emotion_tokens is None or not self.takes(target):
-            return embeds
-        tokens, device = self.emotion_tokens.to(embeds.prompt.device), embeds.prompt.device
-        inputs = {"target": points([target], device)}
-        return Conditioning.cat([tokens(embeds[[row]], inputs, self.scale) for row in range(len(embeds))])
+    def condition(
+        self, embeds: Conditioning, target: EmotionTarget | None, negative: bool = False
+    ) -> Conditioning:
+        """Encoded prompts (B, L, D) with the target added, each row by itself: its bits know no company.
 
-    @torch.no_grad()
-    def null(self, embeds: Conditioning, target: EmotionTarget | None) -> Conditioning:
-        """The negative branch beside `condition`, of the same length."""
+        The negative branch gets no emotion, but the same length L.
+        """
         if self.emotion_tokens is None or not self.takes(target):
             return embeds
-        return self.emotion_tokens.to(embeds.prompt.device).null(embeds)
+        tokens = self.emotion_tokens.to(embeds.prompt.device)
+        if negative:
+            return tokens.null(embeds)
+        inputs = {"target": points([target], embeds.prompt.device)}
+        return Conditioning.cat([tokens(embeds[[row]], inputs, self.scale) for row in range(len(embeds))])
 
 
 def load_artifact(
@@ -307,9 +304,8 @@ def _bind(family: Family, lora: Path, name: str) -> set[str]:
 
 def _carriers(pipe: Any, name: str | None = None) -> dict[str, Any]:
     """Components that carry the adapter `name`, or any adapter."""
-    found = {part: getattr(pipe, part, None) for part in _COMPONENTS}
-    configs = {part: getattr(model, "peft_config", {}) for part, model in found.items()}
-    return {part: found[part] for part, c in configs.items() if (name in c if name else c)}
+    listed = pipe.get_list_adapters().items()
+    return {part: getattr(pipe, part) for part, names in listed if (name in names if name else names)}
 
 
 def _bound(pipe: Any, name: str) -> dict[str, Tensor]:
@@ -352,31 +348,20 @@ def _check_effect(family: Family, path: Path, name: str, base: Tensor | None = N
 
 @torch.no_grad()
 def _probe(family: Family) -> Tensor:
-    """Latents of two steps at a small size for a fixed prompt and seed: fast, and it sees every component."""
-    pipe, size = family.pipe, 8 * family.multiple
-    size = min(size, family.largest_size or size)
-    modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
-    training = [m for m in modules if m.training]
-    for module in training:
+    """The denoiser's prediction at a small size for a fixed prompt and noise: it sees all that carries a LoRA."""
+    modules = [m for m in family.pipe.components.values() if isinstance(m, nn.Module) and m.training]
+    for module in modules:
         module.eval()
-    bar = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(disable=True)
     try:
-        output = pipe(
-            **family.arguments(family.encode("a house by the sea"), None),
-            height=size,
-            width=size,
-            num_inference_steps=2,
-            guidance_scale=1.0,
-            generator=torch.Generator("cpu").manual_seed(0),
-            output_type="latent",
-            **family.call,
-        )
+        size = min(8 * family.multiple, family.largest_size or 8 * family.multiple)
+        shape = family.latent_shape(size, size)
+        t = family.process().schedule(2, family.image_tokens(shape))[:1]
+        condition = family.encode("a house by the sea")
+        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(condition.prompt)
+        return family.denoise(family.module, x, t.to(x.device), condition, 1.0).float().cpu()
     finally:
-        pipe.set_progress_bar_config(**bar)
-        for module in training:
+        for module in modules:
             module.train()
-    return output.images.float().cpu()
 
 
 def _layers(pipe: Any, name: str) -> list[Any]:

@@ -125,8 +125,7 @@ def _told(pipe: Any, encoded: Any, positive: bool) -> tuple[Any, ...]:
             continue
         embeds: Conditioning = family.conditioning(named, sign)
         for it in _applied(pipe):
-            change = it.adapter.null if sign or not positive else it.adapter.condition
-            embeds = change(embeds, it.target)
+            embeds = it.adapter.condition(embeds, it.target, negative=bool(sign) or not positive)
         named[f"{sign}prompt_embeds"], named[f"{sign}pooled_prompt_embeds"] = embeds.prompt, embeds.pooled
     if "text_ids" in named:
         named["text_ids"] = named["text_ids"].new_zeros(named["prompt_embeds"].shape[1], 3)

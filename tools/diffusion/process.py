@@ -93,13 +93,8 @@ class Flow(Process):
         if config.get("use_dynamic_shifting"):
             from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-            how["mu"] = calculate_shift(
-                image_tokens,
-                config.get("base_image_seq_len", 256),
-                config.get("max_image_seq_len", 4096),
-                config.get("base_shift", 0.5),
-                config.get("max_shift", 1.15),
-            )
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            how["mu"] = calculate_shift(image_tokens, *(config[name] for name in names))
         self._scheduler.set_timesteps(**how)
         return self._scheduler.sigmas.float().cpu().clone()
 

@@ -267,7 +267,8 @@ class DiffusersGenerator:
             negative = self._encode(self._negative(request)) if guided else None
             if self.adapter is not None:
                 positive = self.adapter.condition(positive, request.target)
-                negative = self.adapter.null(negative, request.target) if negative is not None else None
+                if negative is not None:
+                    negative = self.adapter.condition(negative, request.target, negative=True)
             return _Row(positive, negative, request.seed)
         except Exception as error:
             return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -114,27 +115,14 @@ def _font(size: int) -> Any:
 
 def _block(lines: Sequence[_Line], width: int) -> Image.Image:
     """Lines of text, each wrapped to `width`."""
-    wrapped = [(line, size, colour) for text, size, colour in lines for line in _wrapped(text, size, width)]
+    wrapped = []
+    for text, size, colour in lines:
+        # By the text's own mean width of a letter, since scripts differ; words without spaces are cut.
+        letters = int(0.85 * len(text) * width / max(1, _font(size).getlength(text)))
+        wrapped += [(line, size, colour) for line in textwrap.wrap(text, max(1, letters))]
     block = Image.new("RGB", (width, sum(round(size * 1.4) for _, size, _ in wrapped)), _PAPER)
     pen, y = ImageDraw.Draw(block), 0
     for line, size, colour in wrapped:
         pen.text((0, y), line, fill=colour, font=_font(size))
         y += round(size * 1.4)
     return block
-
-
-def _wrapped(text: str, size: int, width: int) -> list[str]:
-    lines: list[str] = []
-    line = ""
-    for word in text.split():
-        longer = f"{line} {word}".strip()
-        if line and _font(size).getlength(longer) > width:
-            lines.append(line)
-            longer = word
-        # A word wider than the column is cut, as a language without spaces needs.
-        while (length := _font(size).getlength(longer)) > width and len(longer) > 1:
-            keep = max(1, int(len(longer) * width / length) - 1)
-            lines.append(longer[:keep])
-            longer = longer[keep:]
-        line = longer
-    return [*lines, line]
