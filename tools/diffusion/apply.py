@@ -41,7 +41,8 @@ class Applied:
         """Take the adapter off; with the last one the pipeline is as it was, to the bit."""
         if known(self.pipe).get(self.adapter.name) is self:
             unload(self.pipe, self.adapter)
-        if isinstance(self.pipe, _Emotional) and not _applied(self.pipe):
+        replaced = isinstance(self.pipe, _Emotional)
+        if replaced and not _applied(self.pipe):
             self.pipe.__class__ = type(self.pipe).__base__
 
     def __enter__(self) -> Applied:

@@ -28,21 +28,27 @@ class Process(Protocol):
 
     def draw(self, n: int, generator: torch.Generator, how: TimeSampling = "logit_normal") -> Tensor:
         """Draw n training times on the CPU, so that a seed means the same on every device."""
+        ...
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The state at time t on the way from `clean` to `noise`."""
+        ...
 
     def regression_target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What a perfect network would predict at that state."""
+        ...
 
     def clean(self, x: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The clean latent that a prediction at state x stands for."""
+        ...
 
     def schedule(self, steps: int, image_tokens: int) -> Tensor:
         """The steps + 1 times of a sampler, from pure noise to clean, float32 on the CPU."""
+        ...
 
     def step(self, x: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """One deterministic sampler step from t to t_next (both 0-dim)."""
+        ...
 
 
 class Flow(Process):

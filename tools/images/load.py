@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_generator(
-    spec: GeneratorSettings | str | Path | DiffusionPipeline | Generator | Any,
+    spec: GeneratorSettings | str | Path | DiffusionPipeline | Generator | object,
     settings: GeneratorSettings | None = None,
 ) -> Generator:
     """A generator from whatever names one.
@@ -52,14 +52,15 @@ def load_generator(
     from .diffusers import DiffusersGenerator
     from .pipelines import device_of
 
+    pipe: Any = spec
     if settings.device != "auto":
-        spec.to(device_of(settings.device))
-    source = spec.config.get("_name_or_path")
+        pipe.to(device_of(settings.device))
+    source = pipe.config.get("_name_or_path")
     file = Path(source) / presets.DEFAULTS_FILE if source else None
     if file is None or not file.is_file():
-        return DiffusersGenerator(spec, settings)
+        return DiffusersGenerator(pipe, settings)
     return DiffusersGenerator(
-        spec, settings, revision=revision(file.parent), defaults=presets.read_json(file)
+        pipe, settings, revision=revision(file.parent), defaults=presets.read_json(file)
     )
 
 
