@@ -270,6 +270,16 @@ def flat(config: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, A
     return out
 
 
+def changed(before: Mapping[str, Any], now: DistillConfig) -> dict[str, tuple[Any, Any]]:
+    """The knobs with another value than in an earlier training (then, now), but for those of `RESUMABLE`.
+
+    A knob that was not there yet did what its default does.
+    """
+    then, after = flat(DistillConfig()) | flat(before), flat(now)
+    keys = sorted((then.keys() | after.keys()) - RESUMABLE)
+    return {key: (then.get(key), after.get(key)) for key in keys if then.get(key) != after.get(key)}
+
+
 def _preset_path(name: str) -> Path:
     path = PRESETS / f"{name}.yaml"
     if not path.is_file():

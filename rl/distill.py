@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch
 import yaml
 
 from ..domain import UserError
+from ..files import check_writable, write_atomic
 from ..settings import Settings
 from ..tools.diffusion.adapter import (
     CARD_FILE,
@@ -41,14 +41,14 @@ from ..tools.images.diffusers import DiffusersGenerator
 from ..tools.images.load import load_generator
 from ..traces.rows import RunFilter
 from ..traces.store import TraceStore, open_store
-from .config import RESUMABLE, DistillConfig, flat
+from .config import DistillConfig, changed
 from .data.cache import Cache
 from .data.dataset import Dataset
-from .data.examples import SOURCES, source_for
+from .data.examples import source_for
 from .guards import Guards
 from .launch import make_accelerator
 from .objectives import load_objective
-from .objectives.base import Objective, check_keys
+from .objectives.base import Objective
 from .policy import PREVIOUS, STUDENT, Policy
 from .rollouts import Base, LogRollouts
 from .trainer import Outcome, Trainer, Watcher
@@ -75,18 +75,15 @@ class Distilled:
     notes: list[str]
 
 
-def objective_of(config: DistillConfig) -> Objective:
-    """The configured objective, checked against what logged traces can hold.
+def objective_of(config: DistillConfig) -> tuple[Objective, str]:
+    """The configured objective, and the source of examples that has what it needs.
 
     Raises:
         UserError: Unknown objective or knob, or it needs more than the traces hold.
     """
     knobs = dict(config.objective)
     objective = load_objective(knobs.pop("name"), knobs)
-    if objective.coupled or not any(objective.required_keys <= keys for keys in SOURCES.values()):
-        check_keys(objective, frozenset().union(*SOURCES.values()))
-    source_for(objective.required_keys, config.data)
-    return objective
+    return objective, source_for(objective.required_keys, config.data)
 
 
 def distill(
@@ -112,22 +109,20 @@ def distill(
 
     Raises:
         UserError: Wrong input, before anything is trained.
-        DistillError: Training broke off; the last good checkpoint is intact.
+        Failure: Training broke off; the last good checkpoint is intact.
     """
-    objective = objective_of(config)
+    objective, source = objective_of(config)
     training = out / "training"
     _check_folder(out, training, config, resume)
     with open_store(settings, read_only=True) as store:
         dataset = Dataset(LogRollouts(store, where), config.data)
-        source = source_for(objective.required_keys, config.data)
-        train = dataset.examples(source)
+        train, held_out = dataset.examples(source), dataset.examples(source, "held_out")
         accelerator = make_accelerator(config, training)
         generator = _base_model(settings, config, dataset.base, accelerator.device)
         policy, cache = make_policy(settings, config, generator, store, dataset.base)
-        held_out = dataset.examples(source, "held_out")
         guards = _guards(config, policy, cache, dataset)
         statistics = dataset.statistics.model_dump(mode="json")
-        notes = _notes(config, len(held_out), dataset.statistics.prompts)
+        notes = _notes(config, len(held_out), dataset.statistics.prompts, guards is not None)
         for note in notes:
             warn(note)
         trainer = Trainer(
@@ -136,9 +131,8 @@ def distill(
         )  # fmt: skip
         # From here on the folder is taken: what is refused, is refused before.
         if accelerator.is_main_process:
-            _make(training)
-            _write(training / _CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-            _write(training / "data.json", json.dumps(statistics, indent=2) + "\n")
+            write_atomic(training / _CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            write_atomic(training / "data.json", json.dumps(statistics, indent=2) + "\n")
         outcome = trainer.run(resume=resume, watch=watch)
         with trainer.averaged():
             record = _record(config, dataset, objective, source, generator, outcome, notes)
@@ -181,7 +175,7 @@ def make_policy(
                 hidden=knobs.emotion_hidden,
                 choices=config.data.phrases,
             )
-    size = (generator.height, generator.width)
+    size = generator.height, generator.width
     policy = Policy(
         network,
         tokens,
@@ -200,7 +194,7 @@ def make_policy(
         network.module.enable_gradient_checkpointing()
     folder = Path(config.train.cache) if config.train.cache else settings.home / "cache"
     identity = {"model": about["model"], "revision": about["revision"], "pipeline": about["pipeline"]}
-    return policy, Cache(folder, network, identity, size, store.blobs.path)
+    return policy, Cache(folder, network, identity, size, store.blobs.get_image)
 
 
 def _base_model(
@@ -239,38 +233,29 @@ def _guards(config: DistillConfig, policy: Policy, cache: Cache, dataset: Datase
     return None
 
 
-def _notes(config: DistillConfig, held_out: int, prompts: int) -> list[str]:
+def _notes(config: DistillConfig, held_out: int, prompts: int, guarded: bool) -> list[str]:
     notes = []
     if config.objective["name"] == "nft" and config.data.group != "first":
         notes.append("nft on groups beyond round 0 is off-policy: other prompts made those images")
     if config.guard.every and not held_out:
+        lost = "no held-out loss" if guarded else "no held-out loss, no guard, no sample sheet"
         notes.append(
-            f"none of the {prompts} neutral prompts is held out (data.held_out={config.data.held_out}): no held-out "
-            "loss, and no guard or sample sheet where no other run is; raise data.held_out or collect more prompts"
+            f"none of the {prompts} neutral prompts is held out (data.held_out={config.data.held_out}): {lost}; "
+            "raise data.held_out or collect more prompts"
         )
     return notes
 
 
 def _check_folder(out: Path, training: Path, config: DistillConfig, resume: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file")
+    check_writable(out, "--out")
     if (training / _CONFIG).exists():
         if not resume:
             raise UserError(f"--out {out} holds a training: go on with --resume, or choose another folder")
-        before = flat(yaml.safe_load((training / _CONFIG).read_text(encoding="utf-8")))
-        # A knob that was not there yet did what its default does.
-        before = flat(DistillConfig()) | before
-        now = flat(config)
-        changed = [
-            k
-            for k in sorted(before.keys() | now.keys())
-            if k not in RESUMABLE and before.get(k) != now.get(k)
-        ]
-        if changed:
-            key = changed[0]
+        then = yaml.safe_load((training / _CONFIG).read_text(encoding="utf-8"))
+        for key, (before, now) in changed(then, config).items():
             raise UserError(
-                f"--resume with another {key} ({before.get(key)} then, {now.get(key)} now): the run could not be "
-                "the same; use the old value or another --out"
+                f"--resume with another {key} ({before} then, {now} now): the run could not be the same; "
+                "use the old value or another --out"
             )
     elif out.is_dir() and any(out.iterdir()) and not resume:
         raise UserError(f"--out {out} is not empty: choose another folder")
@@ -310,10 +295,9 @@ def _record(
 def _save(out: Path, policy: Policy, record: dict[str, Any], generator: DiffusersGenerator) -> None:
     """Write the artifact beside its place, then move its files in: `out` also holds the training's own."""
     about = generator.describe()
-    beside = Path(tempfile.mkdtemp(prefix=".artifact-", dir=out))
-    try:
+    with tempfile.TemporaryDirectory(prefix=".artifact-", dir=out) as beside:
         made = save_artifact(
-            beside / "artifact",
+            Path(beside) / "artifact",
             generator.pipe,
             adapter_name=STUDENT,
             emotion_tokens=policy.tokens,
@@ -323,16 +307,3 @@ def _save(out: Path, policy: Policy, record: dict[str, Any], generator: Diffuser
         )
         for name in (TRAINING_FILE, CARD_FILE, TOKENS_FILE, LORA_FILE):
             os.replace(made / name, out / name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder.parent}: {error.strerror or error}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

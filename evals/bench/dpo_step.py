@@ -216,6 +216,7 @@ class _Ours:
 
     def __init__(self, folder: Path, pairs: int, size: int, forgets: bool = False) -> None:
         import torch
+        from PIL import Image
 
         from ...domain import EmotionTarget
         from ...rl.data.cache import Cache
@@ -250,7 +251,7 @@ class _Ours:
                     loser=f"l{number}",
                 )
             )
-        cache = Cache(folder / "cache", network, {}, (size, size), paths.__getitem__)
+        cache = Cache(folder / "cache", network, {}, (size, size), lambda name: Image.open(paths[name]))
         self.load = Loader(self.objective.required_keys, cache, torch.device("cpu"))
         parameters = list(self.policy.parameters().values())
         self.optimizer = torch.optim.AdamW(parameters, lr=_LR)

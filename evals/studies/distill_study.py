@@ -134,15 +134,13 @@ def _check_settings(place: Path, name: str, seed: int, preset: str, sets: Sequen
     Raises:
         UserError: It was.
     """
-    from ...rl.config import load_config
+    from ...rl.config import changed, load_config
 
     path = place / "training.json"
     if not path.exists():
         return
-    asked = load_config(name, preset, sets=[f"train.seed={seed}", *sets]).model_dump(mode="json")
-    taken = json.loads(path.read_text())["config"]
-    other = sorted(key for key in asked | taken if asked.get(key) != taken.get(key))
-    if other:
+    asked = load_config(name, preset, sets=[f"train.seed={seed}", *sets])
+    if other := changed(json.loads(path.read_text())["config"], asked):
         raise UserError(f"{place} was trained with other settings of {', '.join(other)}: use another out=")
 
 

@@ -88,8 +88,13 @@ def source_for(keys: frozenset[str], config: DataConfig | None = None) -> str:
     """The narrowest source that gives all these batch keys; `phrases` where the configuration asks for them.
 
     Raises:
-        UserError: None does; names what is missing from the nearest one.
+        UserError: None does; names what is missing from the nearest one, or from the log at all.
     """
+    if unknown := keys - frozenset().union(*SOURCES.values()):
+        raise UserError(
+            f"the log holds no {', '.join(sorted(unknown))}: what a coupled objective needs exists only where the "
+            "sampler logged it while generating"
+        )
     phrased = config is not None and config.phrases > 0
     wanted = [name for name in SOURCES if (name == "phrases") == phrased]
     for name in wanted:

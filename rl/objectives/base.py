@@ -23,14 +23,13 @@ Batch keys (B rows, one for each example):
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ...domain import UserError
 from ...tools.diffusion.families import Conditioning
 from ...tools.diffusion.process import Process, TimeSampling
 
@@ -91,10 +90,6 @@ class Objective(BaseModel, ABC):
     """Base of all objectives; its fields are its knobs (`--set objective.NAME=VALUE`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    coupled: ClassVar[bool] = False
-    """True where the loss needs what only the sampler knew (SDE latents, log-probabilities, the policy's
-    version). Logged traces do not hold these."""
 
     hold_fraction: float = Field(default=0.15, ge=0, le=1)
     """Share of rows, added to each batch, that hold the answer to the negative prompt at the reference:
@@ -164,23 +159,3 @@ def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
 def no_target(n: int, device: torch.device | str = "cpu") -> Tensor:
     """Targets that ask for nothing: they stand for the null tokens."""
     return torch.full((n, 2), torch.nan, device=device)
-
-
-def check_keys(objective: Objective, available: Iterable[str]) -> None:
-    """Refuse an objective that needs more than the traces hold.
-
-    Raises:
-        UserError: Names the missing keys.
-    """
-    available = set(available)
-    missing = sorted(objective.required_keys - available)
-    if missing:
-        why = (
-            " (a coupled objective: these exist only where the sampler logged them while generating)"
-            if objective.coupled
-            else ""
-        )
-        raise UserError(
-            f"{type(objective).__name__} needs {', '.join(missing)}, which the traces do not hold{why}; "
-            f"available: {', '.join(sorted(available))}"
-        )
