@@ -26,14 +26,7 @@ import yaml
 from ..domain import UserError
 from ..files import check_writable, write_atomic
 from ..settings import Settings
-from ..tools.diffusion.adapter import (
-    CARD_FILE,
-    LORA_FILE,
-    TOKENS_FILE,
-    TRAINING_FILE,
-    load_artifact,
-    save_artifact,
-)
+from ..tools.diffusion.adapter import load_artifact, save_artifact
 from ..tools.diffusion.conditioners import EmotionConditioner
 from ..tools.diffusion.families import family_of
 from ..tools.fingerprint import versions
@@ -147,7 +140,7 @@ def make_policy(
     """The policy over a loaded base model, and the cache of its encodings."""
     about = generator.describe()
     network = family_of(generator.pipe, about["call"])
-    knobs = config.policy
+    knobs, size = config.policy, (generator.height, generator.width)
     previous = None
     if base.adapter is not None:
         if knobs.previous is None:
@@ -169,31 +162,19 @@ def make_policy(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)
             tokens = EmotionConditioner.for_embeds(
-                network.encode(None),
-                tokens=knobs.extra_tokens,
-                rank=knobs.emotion_rank,
-                hidden=knobs.emotion_hidden,
-                choices=config.data.phrases,
-            )
-    size = generator.height, generator.width
+                network.encode(None), tokens=knobs.extra_tokens, rank=knobs.emotion_rank,
+                hidden=knobs.emotion_hidden, choices=config.data.phrases,
+            )  # fmt: skip
     policy = Policy(
-        network,
-        tokens,
-        rank=knobs.rank,
-        alpha=knobs.alpha,
-        targets=knobs.targets,
-        dropout=knobs.dropout,
-        seed=config.train.seed,
-        steps=generator.steps,
+        network, tokens, rank=knobs.rank, alpha=knobs.alpha, targets=knobs.targets, dropout=knobs.dropout,
+        seed=config.train.seed, steps=generator.steps,
         guidance=generator.guidance if knobs.guidance is None else knobs.guidance,
-        size=size,
-        negative_prompt=about["negative_prompt"],
-        previous=previous,
-    )
+        size=size, negative_prompt=about["negative_prompt"], previous=previous,
+    )  # fmt: skip
     if knobs.gradient_checkpointing:
         network.module.enable_gradient_checkpointing()
     folder = Path(config.train.cache) if config.train.cache else settings.home / "cache"
-    identity = {"model": about["model"], "revision": about["revision"], "pipeline": about["pipeline"]}
+    identity = {key: about[key] for key in ("model", "revision", "pipeline")}
     return policy, Cache(folder, network, identity, size, store.blobs.get_image)
 
 
@@ -221,11 +202,8 @@ def _base_model(
 
 
 def _guards(config: DistillConfig, policy: Policy, cache: Cache, dataset: Dataset) -> Guards | None:
-    if config.guard.every == 0:
-        return None
-    for source in ("phrases", "pairs", "bests"):
-        held_out = dataset.examples(source, "held_out")
-        if len(held_out):
+    for source in ("phrases", "pairs", "bests") if config.guard.every else ():
+        if len(held_out := dataset.examples(source, "held_out")):
             shown = held_out.fetch(range(min(len(held_out), 256)))
             # What will be asked of the adapter is a person's target, not what a prompt happened to hit.
             asked = [replace(it, target=it.wanted or it.target) for it in shown]
@@ -262,14 +240,9 @@ def _check_folder(out: Path, training: Path, config: DistillConfig, resume: bool
 
 
 def _record(
-    config: DistillConfig,
-    dataset: Dataset,
-    objective: Objective,
-    source: str,
-    generator: DiffusersGenerator,
-    outcome: Outcome,
-    notes: list[str],
-) -> dict[str, Any]:
+    config: DistillConfig, dataset: Dataset, objective: Objective, source: str, generator: DiffusersGenerator,
+    outcome: Outcome, notes: list[str],
+) -> dict[str, Any]:  # fmt: skip
     """What `training.json` says."""
     figures = {"steps": float(outcome.steps), "train_minutes": outcome.seconds / 60, "loss": outcome.loss}
     figures |= {f"guard_{name}": value for name, value in outcome.last_look.items()}
@@ -297,13 +270,9 @@ def _save(out: Path, policy: Policy, record: dict[str, Any], generator: Diffuser
     about = generator.describe()
     with tempfile.TemporaryDirectory(prefix=".artifact-", dir=out) as beside:
         made = save_artifact(
-            Path(beside) / "artifact",
-            generator.pipe,
-            adapter_name=STUDENT,
-            emotion_tokens=policy.tokens,
-            training=record,
-            base_model=about["model"],
-            call=about["call"],
-        )
-        for name in (TRAINING_FILE, CARD_FILE, TOKENS_FILE, LORA_FILE):
-            os.replace(made / name, out / name)
+            Path(beside) / "artifact", generator.pipe, adapter_name=STUDENT, emotion_tokens=policy.tokens,
+            training=record, base_model=about["model"], call=about["call"],
+        )  # fmt: skip
+        # The weights come last: with them the folder is an adapter.
+        for file in sorted(made.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+            os.replace(file, out / file.name)

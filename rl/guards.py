@@ -111,7 +111,9 @@ class Guards:
             "edge_density": [edge_density(image) for image in flat],
         }
         if self._model is None:
-            figures["diversity"] = [diversity([_thumbnail(image) for image in row]) for row in images]
+            figures["diversity"] = [
+                diversity(np.stack([_thumbnail(image) for image in row])) for row in images
+            ]
         else:
             found = iter(self._model.read(flat))
             looked = [

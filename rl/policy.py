@@ -155,7 +155,15 @@ class Policy:
             return self._predict(x, t, *self._heard(condition, target, self._slow_tokens), self.guidance)
 
     def recall(self, names: Sequence[tuple[int, int]], make: Callable[[Tensor], Tensor]) -> Tensor:
-        """Rows that are computed once and remembered; see `objectives.base.PolicyView`."""
+        """Rows of numbers that are computed once and remembered, for as long as the training lasts.
+
+        Args:
+            names: B names.
+            make: Takes the places (in `names`) of those not known yet, returns (their number, W).
+
+        Returns:
+            (B, W) on the CPU.
+        """
         missing = [place for place, name in enumerate(names) if name not in self.memory]
         if missing:
             for place, row in zip(missing, make(torch.tensor(missing)).cpu(), strict=True):

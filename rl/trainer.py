@@ -100,7 +100,7 @@ class Trainer:
         objective: Objective,
         policy: Policy,
         train: Examples,
-        held_out: Examples | None,
+        held_out: Examples,
         cache: Cache,
         guards: Guards | None,
         folder: Path,
@@ -108,9 +108,8 @@ class Trainer:
         accelerator: Any,
     ) -> None:
         self.config, self.objective, self.policy = config, objective, policy
-        self._train, self._held_out = train, held_out if held_out is not None and len(held_out) else None
-        self._guards, self._folder, self._data_hash = guards, folder, data_hash
-        self._accelerator = accelerator
+        self._train, self._held_out, self._guards = train, held_out, guards
+        self._folder, self._data_hash, self._accelerator = folder, data_hash, accelerator
         self._order = Order(len(train), config.train.seed)
         self._load = Loader(objective.required_keys, cache, policy.device)
         if config.train.text_steps:
@@ -130,13 +129,12 @@ class Trainer:
         # A previous adapter's tokens chose among another log's phrases.
         chosen = {"phrase"} if config.data.phrases and config.policy.previous is None else set()
         self._load_text = Loader(frozenset({"prompt", "added", "target"} | chosen), cache, policy.device)
-        self._optimizer = self._make_optimizer()
         policy.null = policy.null.to(policy.device)
-        policy.trained, self._optimizer = accelerator.prepare(policy.trained, self._optimizer)
+        self._adamw = self._make_optimizer()
+        policy.trained, self._optimizer = accelerator.prepare(policy.trained, self._adamw)
         if objective.slow_decay(0) is not None:
             policy.start_slow()
         self._ema = EMAModel(self._parameters(), decay=config.train.ema) if config.train.ema else None
-        self._steps_done = 0
         self._outcome = Outcome(steps=0)
         self._best_held_out: tuple[float, int] = (math.inf, 0)
         self._metrics = Metrics(accelerator, folder)
@@ -155,31 +153,34 @@ class Trainer:
         outcome, knobs = self._outcome, self.config.train
         self._began = time.perf_counter()
         begun = resume and self._restore()
-        stop: str | None = self._stopped
-        with listening() as asked, self._metrics.open(self._steps_done if begun else -1):
+        stop = self._stopped
+        with listening() as asked, self._metrics.open(outcome.steps if begun else -1):
             if not begun:
                 self._look()
                 if knobs.text_steps and not self._warm_start(asked):
                     stop = "interrupted"
-            while self._steps_done < knobs.steps and stop is None:
-                figures = self._step(self._steps_done)
-                self._steps_done += 1
-                done = self._steps_done
+            while outcome.steps < knobs.steps and stop is None:
+                figures = self._step(outcome.steps)
+                outcome.steps += 1
                 outcome.loss = figures["loss"]
-                if done % knobs.log_every == 0 or done == knobs.steps:
-                    self._metrics.log(done, figures)
-                if self._looks_at(done):
+                if self._due(knobs.log_every):
+                    self._metrics.log(outcome.steps, figures)
+                if self._due(self.config.guard.every):
                     stop = self._stopped = self._look()
-                if self._anywhere(asked) and done < knobs.steps:
+                if self._anywhere(asked) and outcome.steps < knobs.steps:
                     stop = "interrupted"
-                if done % knobs.checkpoint_every == 0 or done == knobs.steps or stop:
+                if self._due(knobs.checkpoint_every) or stop:
                     self._save()
                 if watch is not None:
-                    watch(done, knobs.steps, figures)
+                    watch(outcome.steps, knobs.steps, figures)
         outcome.reason = stop or "finished"
-        outcome.steps = self._steps_done
         outcome.seconds += time.perf_counter() - self._began
         return outcome
+
+    def _due(self, every: int) -> bool:
+        """Whether something that is done so often, and at the end, is due; 0 is never."""
+        step = self._outcome.steps
+        return every > 0 and (step % every == 0 or step == self.config.train.steps)
 
     def _warm_start(self, asked: list[int]) -> bool:
         """Teach the emotion tokens on text alone, the same in all processes; False if asked to stop meanwhile."""
@@ -217,11 +218,15 @@ class Trainer:
         rates = self._set_rates(step)
         totals: dict[str, float] = {}
         for micro in range(knobs.accumulation):
-            last = micro == knobs.accumulation - 1
             seeds = [knobs.seed, step, micro, accelerator.process_index]
-            batch = self._batch(step, micro, seeds)
+            number = (
+                step * knobs.accumulation + micro
+            ) * accelerator.num_processes + accelerator.process_index
+            chosen = self._order.take(number * knobs.batch_size, knobs.batch_size)
+            batch = self._load(self._train.fetch(chosen, np.random.default_rng([3, *seeds])))
             generator = torch.Generator().manual_seed(_mix(1, *seeds))
             torch.manual_seed(_mix(2, *seeds))
+            last = micro == knobs.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.policy.trained):
                 loss, figures = self.objective.loss(batch, self.policy, generator)
                 self._check("loss", loss.item(), step)
@@ -231,14 +236,12 @@ class Trainer:
         norm = self._clip(step)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._update_averages(step)
+        decay = self.objective.slow_decay(step)
+        if decay is not None:
+            self.policy.update_slow(decay)
+        if self._ema is not None:
+            self._ema.step(self._parameters())
         return totals | {"grad_norm": norm, "lr": rates, "seconds": time.perf_counter() - began}
-
-    def _batch(self, step: int, micro: int, seeds: list[int]) -> Batch:
-        knobs, accelerator = self.config.train, self._accelerator
-        number = (step * knobs.accumulation + micro) * accelerator.num_processes + accelerator.process_index
-        chosen = self._order.take(number * knobs.batch_size, knobs.batch_size)
-        return self._load(self._train.fetch(chosen, np.random.default_rng([3, *seeds])))
 
     def _check(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
@@ -283,14 +286,6 @@ class Trainer:
             self._check("gradients' norm", norm, step)
         return norm
 
-    @torch.no_grad()
-    def _update_averages(self, step: int) -> None:
-        decay = self.objective.slow_decay(step)
-        if decay is not None:
-            self.policy.update_slow(decay)
-        if self._ema is not None:
-            self._ema.step(self._parameters())
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the policy speaks with the averaged weights (with its own where there is no average)."""
@@ -309,42 +304,38 @@ class Trainer:
 
     # Looking.
 
-    def _looks_at(self, step: int) -> bool:
-        every = self.config.guard.every
-        return every > 0 and (step % every == 0 or step == self.config.train.steps)
-
     def _look(self) -> str | None:
         """Guards, held-out loss and sample sheet; the reason to stop, if there is one."""
-        config, outcome, step = self.config.guard, self._outcome, self._steps_done
+        config, outcome, step = self.config.guard, self._outcome, self._outcome.steps
         if config.every == 0:
             return None
         figures: dict[str, float] = {}
         stop = None
         with self.averaged():
-            if self._held_out is not None:
-                loss = self._held_out_loss()
-                figures["held_out_loss"] = loss
+            if len(self._held_out):
+                figures["held_out_loss"] = loss = self._held_out_loss()
                 if loss < self._best_held_out[0]:
                     self._best_held_out = (loss, step)
                 elif config.patience and step - self._best_held_out[1] >= config.patience * config.every:
                     stop = "held_out_loss"
             if self._guards is not None:
                 outcome.yardstick = outcome.yardstick or self._guards.yardstick()
-                seen, images = self._guards.look()
-                outcome.first_look = outcome.first_look or seen
-                outcome.last_look = seen
-                figures |= {f"guard/{name}": value for name, value in seen.items()}
-                if fallen := self._guards.fallen(seen, outcome.first_look, outcome.yardstick):
+                outcome.last_look, images = self._guards.look()
+                outcome.first_look = outcome.first_look or outcome.last_look
+                figures |= {f"guard/{name}": value for name, value in outcome.last_look.items()}
+                if fallen := self._guards.fallen(outcome.last_look, outcome.first_look, outcome.yardstick):
                     outcome.flags.append(f"step {step}: {', '.join(fallen)}")
                     stop = "guard" if config.action == "stop" else stop
-                if config.sheet_every and (step % config.sheet_every == 0 or step == self.config.train.steps):
-                    self._sheet(images, step)
+                if self._due(config.sheet_every) and self._accelerator.is_main_process:
+                    sheet = self._folder / "samples" / f"step-{step:07d}.png"
+                    sheet.parent.mkdir(exist_ok=True)
+                    grid = make_image_grid([it for row in images for it in row], len(images), len(images[0]))
+                    grid.save(sheet, compress_level=1)
         self._metrics.log(step, figures, look=True)
         return stop
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
-        assert self._held_out is not None
         knobs = self.config.train
         count = min(len(self._held_out), 2 * knobs.batch_size)
         batch = self._load(self._held_out.fetch(range(count), np.random.default_rng([4, knobs.seed])))
@@ -352,23 +343,13 @@ class Trainer:
         with self.policy.voice(STUDENT):
             return self.objective.loss(batch, self.policy, generator)[0].item()
 
-    def _sheet(self, images: list[list[Any]], step: int) -> None:
-        if not self._accelerator.is_main_process:
-            return
-        sheet = make_image_grid([it for row in images for it in row], len(images), len(images[0]))
-        folder = self._folder / "samples"
-        folder.mkdir(exist_ok=True)
-        sheet.save(folder / f"step-{step:07d}.png", compress_level=1)
-
     # Checkpoints.
 
     def _save(self) -> None:
         accelerator, memory = self._accelerator, self.policy.memory
         state = {
             "weights": get_model_state_dict(self.policy.trained, options=_STATE),
-            "optimizer": get_optimizer_state_dict(
-                self.policy.trained, self._optimizer.optimizer, options=_STATE
-            ),
+            "optimizer": get_optimizer_state_dict(self.policy.trained, self._adamw, options=_STATE),
             "ema": self._ema and dict(zip(self.policy.parameters(), self._ema.shadow_params, strict=True)),
             "slow": {name: tensor.cpu() for name, tensor in self.policy.slow_state().items()},
             "memory": memory
@@ -384,10 +365,10 @@ class Trainer:
         if accelerator.is_main_process:
             folder = self._folder / "checkpoints"
             try:
-                checkpoint.save(folder, self._steps_done, state, self.config.train.keep_checkpoints)
+                checkpoint.save(folder, self._outcome.steps, state, self.config.train.keep_checkpoints)
             except OSError as error:
                 raise Failure(
-                    f"cannot save the checkpoint of step {self._steps_done} in {folder}: "
+                    f"cannot save the checkpoint of step {self._outcome.steps} in {folder}: "
                     f"{error.strerror or error}; {self._last_good()}; make room and use --resume"
                 ) from error
         accelerator.wait_for_everyone()
@@ -408,9 +389,7 @@ class Trainer:
                 "previous adapter: start anew with another --out"
             )
         self._set_weights(state["weights"])
-        set_optimizer_state_dict(
-            self.policy.trained, self._optimizer.optimizer, state["optimizer"], options=_STATE
-        )
+        set_optimizer_state_dict(self.policy.trained, self._adamw, state["optimizer"], options=_STATE)
         if self._ema is not None:
             self._ema.optimization_step = state["step"]
             for name, tensor in zip(self.policy.parameters(), self._ema.shadow_params, strict=True):
@@ -426,7 +405,11 @@ class Trainer:
         for name in _OUTCOME:
             setattr(self._outcome, name, state[name])
         one, other = state["best_held_out"]
-        self._best_held_out, self._steps_done, self._stopped = (one, other), state["step"], state["stopped"]
+        self._best_held_out, self._outcome.steps, self._stopped = (
+            (one, other),
+            state["step"],
+            state["stopped"],
+        )
         return True
 
     def _set_weights(self, weights: dict[str, Any], whole: bool = True) -> None:

@@ -110,10 +110,10 @@ class Cache:
         found = {name: self._memory.get(key) or self._read(key) for name, key in keys.items()}
         missing = [name for name, item in found.items() if item is None]
         for name, item in zip(missing, encode(missing), strict=True):
-            found[name] = {key: tensor.detach().cpu().contiguous() for key, tensor in item.items()}
+            found[name] = item = {key: tensor.detach().cpu().contiguous() for key, tensor in item.items()}
             # The cache is a convenience: a full disk slows training down, it does not end it.
             with contextlib.suppress(OSError, SafetensorError), replacing(self._path(keys[name])) as beside:
-                save_file(found[name], beside)
+                save_file(item, beside)
         items = {name: item for name, item in found.items() if item is not None}
         for name, item in items.items():
             if keys[name] not in self._memory:
