@@ -68,7 +68,9 @@ def export(
         str,
         typer.Argument(
             metavar="FORMAT",
-            help="jsonl (events), pickapic (preference pairs) or reflection (verl-omni's trajectories).",
+            help="jsonl (events); pickapic, pickapic-all (preference pairs: one of a run, or all); reflection "
+            "(verl-omni's trajectories); critic- or rewriter- with messages, completion or preference (chats for "
+            "TRL); or a dotted path.",
         ),
     ],
     runs: Runs = None,
@@ -78,13 +80,11 @@ def export(
     as_json: opt.AsJson = False,
 ) -> None:
     """Export runs for other tools."""
-    from ..traces.exchange.export import FORMATS, export_jsonl
+    from ..traces.exchange.export import export_jsonl, load_format
 
-    if format not in FORMATS:
-        raise UserError(f"unknown export format {format!r}; known: {', '.join(FORMATS)}")
+    write, noun = load_format(format)
     if out is None and (format != "jsonl" or as_json):
         raise UserError(f"exporting {format} {'with --json ' if as_json else ''}needs --out")
-    write, noun = FORMATS[format]
     with _store(home) as store:
         wanted = opt.chosen(store, runs, opt.read_where(where))
         if out is None:
