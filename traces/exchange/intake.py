@@ -161,20 +161,11 @@ def import_ratings(store: TraceStore, path: Path, scale: tuple[float, float] = (
     if lost := sorted(read.keys() - runs):
         raise UserError(f"{path} rates {lost[0]!r}, which no run of this log has")
     file = hashlib.sha256(text.encode()).hexdigest()[:16]
-    store.append(
-        *(
-            HumanFeedback(
-                run_id=run_id,
-                round=number,
-                node=f"human rating {sha256} {file}",
-                sha256=sha256,
-                comment=f"mean of {max(map(len, given.values()))} from {path.name}",
-                **{key: sum(values) / len(values) for key, values in given.items()},
-            )
-            for sha256, given in read.items()
-            for run_id, number in runs[sha256].items()
-        )
-    )
+    for sha256, given in read.items():
+        means: dict[str, Any] = {key: sum(values) / len(values) for key, values in given.items()}
+        comment = f"mean of {max(map(len, given.values()))} from {path.name}"
+        said = {"sha256": sha256, "node": f"human rating {sha256} {file}", "comment": comment, **means}
+        store.append(*(HumanFeedback(run_id=run_id, round=it, **said) for run_id, it in runs[sha256].items()))
     return count
 
 
