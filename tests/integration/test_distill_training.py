@@ -346,6 +346,7 @@ def test_a_split_that_holds_nothing_out_is_told(world: tuple[Settings, Path], tm
     found = run(world, tmp_path / "out", "sft", *more, warn=told.append)
     (note,) = told
     assert re.match(r"none of the \d+ neutral prompts is held out \(data\.held_out=0\.01\)", note)
+    assert "no held-out loss, no guard, no sample sheet" in note
     assert found.notes == json.loads((tmp_path / "out/training.json").read_text())["notes"] == told
     run(world, tmp_path / "held", "sft", "guard.every=1", "guard.prompts=1", "guard.seeds=2", "train.steps=1",
         warn=told.append)  # fmt: skip
