@@ -13,7 +13,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 
 from ..domain import EmotionTarget, UserError
 from ..tools.diffusion.conditioners import points
@@ -36,11 +35,9 @@ class GuardModel(Protocol):
 
     def read(self, images: list[Image]) -> Sequence[Any]:
         """Per image an object with `valence`, `arousal` and `features` (D,)."""
-        ...
 
     def alignment(self, image: Image, prompt: str) -> float:
         """In [0, 1]."""
-        ...
 
 
 class Guards:
@@ -95,13 +92,12 @@ class Guards:
         ]
 
     def _images(self, prompts: list[str], voice: str) -> list[list[Image]]:
-        seeds = list(range(self._config.seeds))
+        seeds = range(self._config.seeds)
         out: list[list[Image]] = []
         for prompt, request in zip(prompts, self.requests, strict=True):
             told = self._cache.embeds([prompt]).to(self._policy.device).expand(len(seeds))
             target = points([request.target], self._policy.device).expand(len(seeds), 2)
-            with torch.random.fork_rng(devices=[]):
-                out.append(self._policy.sample(told, target, seeds, voice=voice, steps=self._config.steps))
+            out.append(self._policy.sample(told, target, seeds, voice=voice, steps=self._config.steps))
         return out
 
     def _measure(self, images: list[list[Image]]) -> dict[str, float]:

@@ -215,10 +215,9 @@ class Policy:
         noise = torch.randn(n, *self.latent_shape, generator=generator)
         chosen = torch.rand(n, walked, generator=generator).argsort(1)[:, :keep]
         with self.voice(STUDENT):
-            # The last step leads to the clean image, which is no state to learn from.
-            walk = self._walk(noise.to(self.device), condition, target, steps, guidance, last=False)
-            path = list(islice(walk, walked))
-        states, times = zip(*path, strict=True)
+            # The last step leads to the clean image, which is no state to learn from: it is not taken.
+            path = islice(self._walk(noise.to(self.device), condition, target, steps, guidance), walked)
+            states, times = zip(*path, strict=True)
         kept = torch.stack(states)[chosen.T, torch.arange(n)].reshape(-1, *self.latent_shape)
         return kept, torch.stack(times)[chosen.T].reshape(-1).to(self.device)
 
@@ -250,19 +249,13 @@ class Policy:
         if voice != STUDENT:
             told = self._heard(condition, target, self._previous_tokens)
         with self.voice(STUDENT if voice == STUDENT else self._reference):
-            *_, (clean, _) = self._walk(noise, *told, steps or self.steps, guidance, last=True)
+            *_, (clean, _) = self._walk(noise, *told, steps or self.steps, guidance)
         return self.network.decode(clean)
 
     def _walk(
-        self,
-        x: Tensor,
-        told: Conditioning,
-        target: Tensor | None,
-        steps: int,
-        guidance: float | None,
-        last: bool,
+        self, x: Tensor, told: Conditioning, target: Tensor | None, steps: int, guidance: float | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """States and times of guided sampling from noise x; `last` adds the clean one."""
+        """States and times of guided sampling from noise x to the clean image."""
         guidance = self.guidance if guidance is None else guidance
         times = self.process.schedule(steps, self.network.image_tokens(self.latent_shape))
         n, guided = len(x), self.network.guided(guidance)
@@ -276,8 +269,6 @@ class Policy:
             target = None if target is None else torch.cat([torch.full_like(target, torch.nan), target])
         for t, t_next in pairwise(times):
             yield x, t
-            if not last and t_next == times[-1]:
-                return
             both = x.repeat(2, 1, 1, 1) if guided else x
             out = self._predict(both, t.expand(len(both)), told, target, guidance)
             if guided:

@@ -104,9 +104,6 @@ class OPD(Objective):
         imitation = opd_loss(student, teacher, advantage, self.a_max)
         with torch.no_grad():
             gap = per_row(student - teacher).mean()
-        return imitation + hold, {
-            "imitation": imitation.item(),
-            "hold": hold.item(),
-            "gap": gap.item(),
-            "gate": advantage.clamp(0, self.a_max).mean().item(),
-        }
+        gate = advantage.clamp(0, self.a_max).mean()
+        figures = {"imitation": imitation, "hold": hold, "gap": gap, "gate": gate}
+        return imitation + hold, {name: value.item() for name, value in figures.items()}
