@@ -35,9 +35,11 @@ class GuardModel(Protocol):
 
     def read(self, images: list[Image]) -> Sequence[Any]:
         """Per image an object with `valence`, `arousal` and `features` (D,)."""
+        ...
 
     def alignment(self, image: Image, prompt: str) -> float:
         """In [0, 1]."""
+        ...
 
 
 class Guards:

@@ -98,15 +98,19 @@ class RolloutSource(Protocol):
 
     def __iter__(self) -> Iterator[tuple[Request, list[Rollout]]]:
         """All requests with their rollouts, in order of round and index."""
+        ...
 
     def fetch(self, run_ids: Sequence[str]) -> dict[str, list[Rollout]]:
         """The rollouts with an image of some requests."""
+        ...
 
     def rescore(self, run_id: str) -> Reward:
         """The reward as a function, for readings or targets other than those it was given for."""
+        ...
 
     def critics(self) -> list[str]:
         """The models whose readings the rewards come from."""
+        ...
 
 
 _REQUEST = (runs.c.run_id, runs.c.prompt, runs.c.valence, runs.c.arousal, runs.c.category)
