@@ -71,7 +71,7 @@ def distill(
 
     Raises:
         UserError: Wrong input, before anything is trained.
-        DistillError: Training broke off; the last good checkpoint is intact.
+        Failure: Training broke off; the last good checkpoint is intact.
     """
     from .rl.config import load_config
     from .rl.distill import distill as run
