@@ -1,0 +1,170 @@
+"""Makes the reference pages from the code when the site is built, so that they cannot fall behind it.
+
+mkdocs-gen-files runs this file; nothing that it writes is kept in the repository. What a page says comes from
+docstrings, `#:` comments, pydantic models, typer's commands and SQLAlchemy's tables.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import emoloop
+import mkdocs_gen_files
+import tomli_w
+import typer
+from emoloop import cli, events, settings
+from emoloop.traces import schema
+from pydantic import BaseModel
+from typer.core import TyperGroup
+
+
+def table(head: str, rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; `head` has its columns with bars between."""
+    columns = head.split("|")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def code(value: object) -> str:
+    """A value as code; nothing for none."""
+    return "" if value in (None, "") else f"`{value}`"
+
+
+def kind(annotation: Any) -> str:
+    """A type as a reader of the page wants it: without modules, Annotated's metadata and quotes."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return kind(typing.get_args(annotation)[0])
+    text = (
+        annotation.__name__
+        if inspect.isclass(annotation) and not typing.get_args(annotation)
+        else str(annotation)
+    )
+    return re.sub(r"\b(?:[a-z_]+\.)+(?=\w)|, (?:FieldInfo|None\))|typing\.", "", text)
+
+
+def comments(model: type[BaseModel]) -> dict[str, str]:
+    """Field → its description: a docstring below it, or the `#:` lines above it."""
+    found = {name: field.description or "" for name, field in model.model_fields.items()}
+    said: list[str] = []
+    for line in inspect.getsource(model).splitlines():
+        if match := re.match(r"\s+#: (.*)", line):
+            said.append(match[1])
+        elif (match := re.match(r"    (\w+):", line)) and match[1] in found:
+            found[match[1]], said = found[match[1]] or " ".join(said), []
+    return found
+
+
+def settings_page() -> str:
+    """Each setting with its key, type, default and variable; and a whole `emoloop.toml`."""
+    text = "# Settings\n\n" + inspect.cleandoc(settings.__doc__ or "") + "\n\n"
+    text += "`--set KEY=VALUE` sets any of them for one command.\n\n"
+    plain = settings.Settings.model_construct()
+    text += "## home\n\n" + table(
+        "key|type|default|environment|meaning",
+        [("`home`", "path", "`.emoloop`", "`EMOLOOP_HOME`", comments(settings.Settings)["home"])],
+    )
+    for section, part in dict(plain).items():
+        if not isinstance(part, BaseModel):
+            continue
+        model, said = type(part), comments(type(part))
+        rows = [
+            (code(f"{section}.{name}"), kind(field.annotation), code(field.default),
+             code(f"EMOLOOP_{section}__{name}".upper()), said[name])
+            for name, field in model.model_fields.items()
+        ]  # fmt: skip
+        text += f"\n## {section}\n\n{(model.__doc__ or '').strip()}\n\n"
+        text += table("key|type|default|environment|meaning", rows)
+    defaults = {
+        key: part.model_dump(mode="json", exclude_none=True) if isinstance(part, BaseModel) else ".emoloop"
+        for key, part in dict(plain).items()
+    }
+    text += "\n## emoloop.toml\n\nLooked for in the current folder, or where `EMOLOOP_CONFIG` says. All defaults; "
+    return text + f"what is unset by default is left out:\n\n```toml\n{tomli_w.dumps(defaults)}```\n"
+
+
+def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """All commands under one, by their full names."""
+    if isinstance(command, TyperGroup):
+        for word, inner in sorted(command.commands.items()):
+            yield from commands(inner, f"{name} {word}")
+    else:
+        yield name, command
+
+
+def cli_page() -> str:
+    """Each verb with its arguments and options."""
+    text = "# Command line\n\nExit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. "
+    text += "`--json` prints one JSON document on stdout and nothing else; progress goes to stderr.\n"
+    for name, command in commands(typer.main.get_command(cli.app), "emoloop"):
+        context = command.make_context(name, [], resilient_parsing=True)
+        rows = []
+        for parameter in command.params:
+            shown = parameter.get_help_record(context) or (parameter.make_metavar(context), "")
+            help_ = getattr(parameter, "help", None) or shown[1]
+            rows.append((code(shown[0].strip()), re.sub(r"\s+", " ", help_).replace("[", "\\[")))
+        text += f"\n## {name}\n\n{inspect.cleandoc(command.help or '')}\n\n"
+        text += table("argument or option|meaning", (row for row in rows if row[0] != "`--help`"))
+    return text
+
+
+def events_page() -> str:
+    """Each event with its fields."""
+    base = events.RunStarted.__mro__[1]
+    text = "# Events\n\n" + inspect.cleandoc(events.__doc__ or "") + "\n\n## Common to all\n\n"
+    text += (
+        inspect.cleandoc(base.__doc__ or "").replace("Attributes:\n", "\n").replace("\n    ", "\n- ") + "\n"
+    )
+    for event in typing.get_args(typing.get_args(events.Event)[0]):
+        rows = [
+            (code(name), kind(field.annotation), "required" if field.is_required() else code(field.default))
+            for name, field in event.model_fields.items()
+            if name not in base.model_fields or name == "node"
+        ]
+        text += f"\n## {event.__name__}\n\n{inspect.cleandoc(event.__doc__ or '')}\n\n" + table(
+            "field|type|default", rows
+        )
+    return text
+
+
+def tables_page() -> str:
+    """The log's tables, for those who read them by SQL."""
+    text = "# Tables of the log\n\n`events` is the log; the others follow from it and can be made again "
+    text += "(`emoloop traces rebuild`). The same on SQLite and PostgreSQL.\n"
+    for each in schema.metadata.sorted_tables:
+        rows = [
+            (code(it.name), it.type, "key" if it.primary_key else "" if it.nullable else "never null")
+            for it in each.c
+        ]
+        text += f"\n## {each.name}\n\n" + table("column|type|", rows)
+    return text
+
+
+def api_page() -> str:
+    """The public names, each where its docstring stands."""
+    text = "# Python\n\nThe names that `emoloop` exports; each loads on first use.\n"
+    for name in emoloop.__all__:
+        where = getattr(getattr(emoloop, name), "__module__", "")
+        module = where if where.startswith("emoloop") else "emoloop.events"
+        text += f"\n::: {module}.{name}\n"
+    return text
+
+
+PAGES = {
+    "settings": settings_page,
+    "cli": cli_page,
+    "events": events_page,
+    "tables": tables_page,
+    "api": api_page,
+}
+for page, make in PAGES.items():
+    with mkdocs_gen_files.open(Path("reference", f"{page}.md").as_posix(), "w") as file:
+        file.write(make())
