@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import types
 import typing
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import emoloop
@@ -20,18 +20,14 @@ import typer
 from emoloop import cli, events, settings
 from emoloop.traces import schema
 from pydantic import BaseModel
-from typer.core import TyperGroup
 
 
 def table(head: str, rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table; `head` has its columns with bars between."""
     columns = head.split("|")
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines) + "\n"
-
-
-def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    lines = (" | ".join(re.sub(r"\s+", " ", str(it)).replace("|", "\\|") for it in line) for line in
+             (columns, ["---"] * len(columns), *rows))  # fmt: skip
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def code(value: object) -> str:
@@ -40,15 +36,16 @@ def code(value: object) -> str:
 
 
 def kind(annotation: Any) -> str:
-    """A type as a reader of the page wants it: without modules, Annotated's metadata and quotes."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        return kind(typing.get_args(annotation)[0])
-    text = (
-        annotation.__name__
-        if inspect.isclass(annotation) and not typing.get_args(annotation)
-        else str(annotation)
-    )
-    return re.sub(r"\b(?:[a-z_]+\.)+(?=\w)|, (?:FieldInfo|None\))|typing\.", "", text)
+    """A type as a reader of the page wants it: without modules and Annotated's metadata."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return kind(inner[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(kind, inner))
+    if annotation is types.NoneType:
+        return "None"
+    text = annotation.__name__ if inspect.isclass(annotation) and not inner else str(annotation)
+    return re.sub(r"\b(?:[a-z_]+\.)+(?=\w)", "", text)
 
 
 def comments(model: type[BaseModel]) -> dict[str, str]:
@@ -93,11 +90,11 @@ def settings_page() -> str:
 
 def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
     """All commands under one, by their full names."""
-    if isinstance(command, TyperGroup):
-        for word, inner in sorted(command.commands.items()):
-            yield from commands(inner, f"{name} {word}")
-    else:
+    inner = getattr(command, "commands", None)
+    if inner is None:
         yield name, command
+    for word in sorted(inner or ()):
+        yield from commands(inner[word], f"{name} {word}")
 
 
 def cli_page() -> str:
@@ -150,21 +147,16 @@ def tables_page() -> str:
 
 def api_page() -> str:
     """The public names, each where its docstring stands."""
-    text = "# Python\n\nThe names that `emoloop` exports; each loads on first use.\n"
+    text = (
+        "# Python\n\nThe names that `emoloop` exports; each loads on first use. Fields of events are listed "
+    )
+    text += "in [Events](events.md), those of rows in [Tables of the log](tables.md).\n"
     for name in emoloop.__all__:
-        where = getattr(getattr(emoloop, name), "__module__", "")
-        module = where if where.startswith("emoloop") else "emoloop.events"
-        text += f"\n::: {module}.{name}\n"
+        module = getattr(getattr(emoloop, name), "__module__", "")
+        text += f"\n::: {module if module.startswith('emoloop') else 'emoloop.events'}.{name}\n"
     return text
 
 
-PAGES = {
-    "settings": settings_page,
-    "cli": cli_page,
-    "events": events_page,
-    "tables": tables_page,
-    "api": api_page,
-}
-for page, make in PAGES.items():
-    with mkdocs_gen_files.open(Path("reference", f"{page}.md").as_posix(), "w") as file:
+for make in (settings_page, cli_page, events_page, tables_page, api_page):
+    with mkdocs_gen_files.open(f"reference/{make.__name__.removesuffix('_page')}.md", "w") as file:
         file.write(make())

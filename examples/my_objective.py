@@ -33,7 +33,7 @@ class Threshold(Objective):
 
 
 if __name__ == "__main__":
-    with open_loop(loop={"rounds": 2, "images": 4}) as loop:
+    with open_loop(loop={"rounds": 1, "images": 3}) as loop:
         for seed, prompt in enumerate(["a dog by the sea", "a cat in the city", "a fox", "a boat"]):
             loop.run_sync(prompt, EmotionTarget(valence=2, arousal=-1), seed=seed)
 
