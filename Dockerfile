@@ -5,7 +5,7 @@ FROM python:3.12-slim
 ARG TORCH=cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 
-RUN useradd --create-home --uid 1000 emoloop && install -d -o emoloop /work
+RUN useradd --create-home --uid 1000 emoloop && install -d -o emoloop /work /home/emoloop/.cache /home/emoloop/.cache/huggingface
 # torch first and alone, so that its layer stays while the code changes.
 RUN --mount=type=bind,source=constraints.txt,target=/tmp/constraints.txt \
     pip install -c /tmp/constraints.txt --index-url "https://download.pytorch.org/whl/${TORCH}" \
