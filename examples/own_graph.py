@@ -9,7 +9,7 @@ from langgraph.graph import END, START, StateGraph
 from typing_extensions import TypedDict
 
 
-class Story(TypedDict, total=False):
+class Story(TypedDict):
     """The parent's state: nothing of it is emoloop's."""
 
     scene: str
@@ -22,10 +22,10 @@ async def main() -> None:
     """Open the loop once, build the parent, run it."""
     async with open_loop(loop={"rounds": 2, "images": 2}) as loop:
 
-        async def imagine(state: Story) -> Story:
+        async def imagine(state: Story) -> dict[str, Any]:
             return {"scene": "a dog by the sea", "mood": 2.0}
 
-        async def illustrate(state: Story) -> Story:
+        async def illustrate(state: Story) -> dict[str, Any]:
             # `run` has its own thread in the loop's own saver; the id names it in the log.
             result = await loop.run(state["scene"], {"valence": state["mood"]}, seed=3)
             assert result.best is not None, result.warnings

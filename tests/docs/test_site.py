@@ -27,13 +27,13 @@ class Page(HTMLParser):
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        self.anchors |= {value for key in ("id", "name") if (value := given.get(key))}
-        if tag == "a" and given.get("href"):
+        given = {key: value for key, value in attrs if value}
+        self.anchors |= {given[key] for key in ("id", "name") if key in given}
+        if tag == "a" and "href" in given:
             self.links.append(given["href"])
         elif tag == "link" and given.get("rel") not in ("canonical", "prev", "next"):
-            self.loads.append(given.get("href") or "")
-        elif tag in ("script", "img") and given.get("src"):
+            self.loads.append(given["href"])
+        elif tag in ("script", "img") and "src" in given:
             self.loads.append(given["src"])
 
 
