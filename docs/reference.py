@@ -18,7 +18,9 @@ import mkdocs_gen_files
 import tomli_w
 import typer
 from emoloop import cli, events, settings
+from emoloop.tools.registry import resolve
 from emoloop.traces import schema
+from emoloop.traces.exchange.export import FORMATS
 from pydantic import BaseModel
 
 
@@ -62,30 +64,23 @@ def comments(model: type[BaseModel]) -> dict[str, str]:
 
 def settings_page() -> str:
     """Each setting with its key, type, default and variable; and a whole `emoloop.toml`."""
-    text = "# Settings\n\n" + inspect.cleandoc(settings.__doc__ or "") + "\n\n"
-    text += "`--set KEY=VALUE` sets any of them for one command.\n\n"
-    plain = settings.Settings.model_construct()
-    text += "## home\n\n" + table(
-        "key|type|default|environment|meaning",
-        [("`home`", "path", "`.emoloop`", "`EMOLOOP_HOME`", comments(settings.Settings)["home"])],
-    )
-    for section, part in dict(plain).items():
-        if not isinstance(part, BaseModel):
-            continue
-        model, said = type(part), comments(type(part))
-        rows = [
-            (code(f"{section}.{name}"), kind(field.annotation), code(field.default),
-             code(f"EMOLOOP_{section}__{name}".upper()), said[name])
-            for name, field in model.model_fields.items()
-        ]  # fmt: skip
-        text += f"\n## {section}\n\n{(model.__doc__ or '').strip()}\n\n"
+    text = f"# Settings\n\n{inspect.cleandoc(settings.__doc__ or '')}\n\n`--set KEY=VALUE` sets one for a command.\n"
+    whole = settings.Settings.model_construct()
+    sections = {name: part for name, part in dict(whole).items() if isinstance(part, BaseModel)}
+    for section, part in {"": whole, **sections}.items():
+        model, said, rows = type(part), comments(type(part)), []
+        for name, field in model.model_fields.items():
+            if section or name not in sections:
+                key = f"{section}.{name}".lstrip(".")
+                variable = f"EMOLOOP_{key.replace('.', '__')}".upper()
+                rows.append(
+                    (code(key), kind(field.annotation), code(field.default), code(variable), said[name])
+                )
+        text += f"\n## {section or 'Without a section'}\n\n{(model.__doc__ or '').strip()}\n\n"
         text += table("key|type|default|environment|meaning", rows)
-    defaults = {
-        key: part.model_dump(mode="json", exclude_none=True) if isinstance(part, BaseModel) else ".emoloop"
-        for key, part in dict(plain).items()
-    }
     text += "\n## emoloop.toml\n\nLooked for in the current folder, or where `EMOLOOP_CONFIG` says. All defaults; "
-    return text + f"what is unset by default is left out:\n\n```toml\n{tomli_w.dumps(defaults)}```\n"
+    defaults = tomli_w.dumps(whole.model_dump(mode="json", exclude_none=True))
+    return text + f"what is unset by default is left out:\n\n```toml\n{defaults}```\n"
 
 
 def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -100,14 +95,15 @@ def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 def cli_page() -> str:
     """Each verb with its arguments and options."""
     text = "# Command line\n\nExit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. "
-    text += "`--json` prints one JSON document on stdout and nothing else; progress goes to stderr.\n"
+    text += "`--json` prints one JSON document on stdout and nothing else; progress goes to stderr. "
+    text += "`emoloop --version` prints the version.\n"
     for name, command in commands(typer.main.get_command(cli.app), "emoloop"):
         context = command.make_context(name, [], resilient_parsing=True)
         rows = []
         for parameter in command.params:
             shown = parameter.get_help_record(context) or (parameter.make_metavar(context), "")
             help_ = getattr(parameter, "help", None) or shown[1]
-            rows.append((code(shown[0].strip()), re.sub(r"\s+", " ", help_).replace("[", "\\[")))
+            rows.append((code(shown[0].strip()), help_.replace("[", "\\[")))
         text += f"\n## {name}\n\n{inspect.cleandoc(command.help or '')}\n\n"
         text += table("argument or option|meaning", (row for row in rows if row[0] != "`--help`"))
     return text
@@ -117,18 +113,26 @@ def events_page() -> str:
     """Each event with its fields."""
     base = events.RunStarted.__mro__[1]
     text = "# Events\n\n" + inspect.cleandoc(events.__doc__ or "") + "\n\n## Common to all\n\n"
-    text += (
-        inspect.cleandoc(base.__doc__ or "").replace("Attributes:\n", "\n").replace("\n    ", "\n- ") + "\n"
-    )
+    head = inspect.cleandoc(base.__doc__ or "")
+    text += head.replace("Attributes:\n", "\n").replace("\n    ", "\n- ") + "\n"
     for event in typing.get_args(typing.get_args(events.Event)[0]):
         rows = [
             (code(name), kind(field.annotation), "required" if field.is_required() else code(field.default))
             for name, field in event.model_fields.items()
             if name not in base.model_fields or name == "node"
         ]
-        text += f"\n## {event.__name__}\n\n{inspect.cleandoc(event.__doc__ or '')}\n\n" + table(
-            "field|type|default", rows
-        )
+        text += f"\n## {event.__name__}\n\n{inspect.cleandoc(event.__doc__ or '')}\n\n"
+        text += table("field|type|default", rows)
+    return text
+
+
+def exports_page() -> str:
+    """Each format of `emoloop traces export`, by what its writer says."""
+    text = "# Exports\n\n`emoloop traces export FORMAT --out …`; `--where` chooses runs.\n"
+    for name, (writer, noun) in FORMATS.items():
+        found = resolve(writer, {})
+        said = inspect.cleandoc(getattr(found, "func", found).__doc__ or "").split("\nArgs:")[0].strip()
+        text += f"\n## {name}\n\n{said}\n\nCounted as: {noun}.\n"
     return text
 
 
@@ -157,6 +161,6 @@ def api_page() -> str:
     return text
 
 
-for make in (settings_page, cli_page, events_page, tables_page, api_page):
+for make in (settings_page, cli_page, events_page, exports_page, tables_page, api_page):
     with mkdocs_gen_files.open(f"reference/{make.__name__.removesuffix('_page')}.md", "w") as file:
         file.write(make())

@@ -1,8 +1,10 @@
 """An objective of your own in one file, trained for two steps on a small log."""
 
+from typing import Any
+
 import torch
 from emoloop import EmotionTarget, distill, open_loop
-from emoloop.rl.objectives.base import Batch, Metrics, Objective, PolicyView, per_row
+from emoloop.rl.objectives.base import Batch, Metrics, Objective, per_row
 from pydantic import Field
 from torch import Tensor
 
@@ -21,8 +23,8 @@ class Threshold(Objective):
         """What `loss` reads; the log's examples are chosen by it."""
         return frozenset({"prompt", "target", "latents", "reward"})
 
-    def loss(self, batch: Batch, policy: PolicyView, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        """One batch; all randomness comes from `generator`."""
+    def loss(self, batch: Batch, policy: Any, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        """One batch. The policy predicts as student and as reference; all randomness comes from `generator`."""
         x, t, noise = self.draw_states(batch, "latents", policy, generator)
         wanted = policy.process.regression_target(batch["latents"], noise, t)
         # Held rows keep the answer to the negative prompt where it was; see `Objective.hold_fraction`.

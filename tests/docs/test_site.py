@@ -90,6 +90,9 @@ def test_the_reference_has_every_verb_flag_setting_event_and_name(site):
     assert not [
         flag for flag in set(flags(typer.main.get_command(cli.app))) - {"--help"} if flag not in verbs
     ]
+    from emoloop.traces.exchange.export import FORMATS
+
+    assert not [name for name in FORMATS if f'id="{name}"' not in text("exports")]
     keys = text("settings")
     for section, field in Settings.model_fields.items():
         inner = getattr(field.annotation, "model_fields", {})

@@ -60,13 +60,6 @@ def test_keys_of_a_models_defaults_are_explained():
     assert told == presets._KNOWN
 
 
-def test_exports_are_explained():
-    from emoloop.traces.exchange.export import FORMATS
-
-    text = (DOCS / "reference" / "exports.md").read_text(encoding="utf-8")
-    assert not [name for name in FORMATS if f"| `{name}` |" not in text]
-
-
 def test_batch_keys_are_explained():
     from emoloop.rl.objectives import base
 
