@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from emoloop import EmotionTarget, open_loop
 from emoloop.settings import GeneratorSettings
-from emoloop.tools.images.base import GeneratedImage, ImageRequest, UnknownWord
+from emoloop.tools.images.base import ImageRequest
 from PIL import Image
 
 
@@ -16,9 +16,9 @@ class Gradients:
     def __init__(self, settings: GeneratorSettings | None = None) -> None:
         self.size = (settings and settings.height) or 96
 
-    async def generate(self, requests: Sequence[ImageRequest]) -> list[GeneratedImage]:
-        """Make the pictures, in the order of the requests."""
-        return [GeneratedImage(self._paint(it), it, self.describe()) for it in requests]
+    def generate(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
+        """Make the pictures, in the order of the requests; a plain function is run in a thread."""
+        return [self._paint(request) for request in requests]
 
     def _paint(self, request: ImageRequest) -> Image.Image:
         random = np.random.default_rng(request.seed)
@@ -27,16 +27,9 @@ class Gradients:
         rows = np.broadcast_to((1 - share) * top + share * bottom, (self.size, self.size, 3))
         return Image.fromarray(rows.clip(0, 255).astype(np.uint8))
 
-    def unknown_words(self, prompt: str) -> list[UnknownWord]:
-        """Words that the model does not know; a run's warnings name them."""
-        return []
-
     def describe(self) -> dict[str, Any]:
         """What the log says of the making; a resumed run must find the same."""
         return {"model": "gradients-1", "height": self.size, "width": self.size}
-
-    async def aclose(self) -> None:
-        """Nothing to release."""
 
 
 if __name__ == "__main__":
