@@ -125,7 +125,7 @@ def evaluate(
 
     Raises:
         UserError: An unknown suite, arm or judge, or a judge that also gave the reward.
-        EvaluationFailed: An arm answered nothing at all; what is made is kept.
+        Failure: An arm answered nothing at all; what is made is kept.
     """
     from .evals.document import Options
     from .evals.evaluate import evaluate as run

@@ -30,6 +30,12 @@ def eval_(
         str | None,
         typer.Option(help="Arms, separated by commas: names, NAME=pkg.mod:function, NAME=ADAPTER-FOLDER."),
     ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=KEY=VALUE,…", help="One more arm: the loop with these settings; repeatable."
+        ),
+    ] = None,
     judge: Annotated[
         str | None,
         typer.Option(help="law, lvlm[:MODEL], clip:ENCODER,HEAD, human:FILE.csv, or pkg.mod:Class."),
@@ -68,11 +74,11 @@ def eval_(
         raise UserError(f"one suite at a time: {words[1]!r} is too much")
     from ..evals.document import Options
     from ..evals.evaluate import evaluate
-    from ..evals.runner import EvaluationFailed
 
     options = Options(
         suite=words[0],
         arms=[arm.strip() for arm in arms.split(",") if arm.strip()] if arms else None,
+        more_arms=arm or [],
         judge=judge,
         guard=guard,
         adapter=adapter,
@@ -85,9 +91,6 @@ def eval_(
     try:
         with _progress() as progress:
             document, _ = evaluate(options, folder, progress, _processes(processes))
-    except EvaluationFailed as error:
-        print(f"emoloop: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         print("emoloop: interrupted; what is made is kept, the same call goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -70,14 +70,14 @@ def of_request(row: Row, pace: Mapping[str, float] | None = None) -> dict[str, f
         "quality": looks("quality"),
         "aesthetic": looks("aesthetic"),
         "diversity": float(diversity(np.array(features))) if len(features) > 1 else None,
-        "reward": mean(shot.reward for shot in row.delivery.handed_over),
+        "reward": mean(one.reward for one in row.handed_over),
         **_cost(row, pace or {}),
     }
 
 
 def _cost(row: Row, pace: Mapping[str, float]) -> dict[str, float | None]:
-    cost = row.delivery.cost
-    if row.delivery.failure:
+    cost = row.cost
+    if row.failure:
         return dict.fromkeys(("images", "lvlm_calls", "tokens", "seconds"))
     spent = {"image": cost.images, "critique": cost.critiques, "rewrite": cost.rewrites}
     known = all(key in pace for key, count in spent.items() if count)
@@ -104,7 +104,7 @@ def of_sweeps(rows: Sequence[Row]) -> dict[str, Column]:
         prompt = chosen[0].request.prompt
         unit = f"{axis}: {' '.join(row.request.id for row in chosen)}"
         wanted = [getattr(row.request.target, axis) for row in chosen]
-        lanes = min(len(row.delivery.delivered) for row in chosen)
+        lanes = min(len(row.handed_over) for row in chosen)
         taus, distances = [], []
         for lane in range(lanes):
             read = [row.readings[lane] for row in chosen]

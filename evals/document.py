@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..settings import Settings
+from ..settings import Settings, merged
 from ..tools.fingerprint import versions
 from . import analysis
 from .records import Outcome, Row
@@ -32,6 +32,7 @@ class Options:
     Attributes:
         suite: Name or path.
         arms: Instead of the suite's.
+        more_arms: Beside those.
         judge: Headline judge instead of the suite's.
         guard: Guard instead of the suite's.
         adapter: Folder behind the arms `adapter` and `loop_on_adapter`.
@@ -48,6 +49,7 @@ class Options:
     allow_reward_judge: bool = False
     limit: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    more_arms: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -92,6 +94,7 @@ def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
         "arms": {
             arm.name: {
                 "adapter": arm.adapter and str(arm.adapter),
+                "settings": merged(arm.models, {"loop": arm.options}) if arm.options else arm.models,
                 "metrics": {key: asdict(value) for key, value in estimates[arm.name].items()},
                 "sweeps": table.sweeps(arm.name),
                 **_losses([row for row in outcome.rows if row.arm == arm.name]),
@@ -130,14 +133,14 @@ def _training(arms: Sequence[Arm]) -> dict[str, float]:
 
 
 def _losses(rows: Sequence[Row]) -> dict[str, Any]:
-    reasons = Counter(row.delivery.failure for row in rows if row.delivery.failure)
+    reasons = Counter(row.failure for row in rows if row.failure)
     unread = sum(reading is None for row in rows for reading in row.readings)
     return {
         "requests": len(rows),
-        "delivered": sum(not row.delivery.failure for row in rows),
+        "delivered": sum(not row.failure for row in rows),
         "failures": dict(reasons),
         "unread": unread,
-        "runs": [row.delivery.run_id for row in rows if row.delivery.run_id],
+        "runs": [row.run_id for row in rows if row.run_id],
     }
 
 
@@ -148,6 +151,7 @@ def _command(options: Options) -> str:
             words += [f"--{flag}", str(getattr(options, flag))]
     if options.arms:
         words += ["--arms", ",".join(options.arms)]
+    words += [word for arm in options.more_arms for word in ("--arm", arm)]
     if options.allow_reward_judge:
         words.append("--allow-reward-judge")
     return " ".join(words)

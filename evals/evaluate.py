@@ -12,14 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..domain import UserError
+from ..agents.rewriters import REWRITERS
+from ..domain import Failure, UserError
+from ..graph.state import Context
 from ..settings import load_settings, merged, pruned
+from ..tools.registry import resolve
 from .arms import load_arm
 from .children import children
 from .document import Options, Plan, describe
 from .judges import conflict, load_judge, reward_sources
 from .records import Outcome
-from .runner import EvaluationFailed, Progress, run
+from .runner import Progress, run, settings_of
 from .suites import Suite, load_suite
 
 
@@ -44,7 +47,10 @@ def plan(options: Options) -> Plan:
     if options.adapter or settings.generator.adapter:
         adapters["adapter"] = Path(options.adapter or settings.generator.adapter or "")
     wanted = options.arms or [*suite.arms, *(arm for arm in suite.adapters if arm not in suite.arms)]
-    arms = [load_arm(spec, adapters) for spec in wanted]
+    arms = [load_arm(spec, adapters) for spec in [*wanted, *options.more_arms]]
+    ours = [settings_of(settings, arm.models) for arm in arms]
+    for arm, its in zip(arms, ours, strict=True):
+        resolve(Context(**arm.options).over(its.loop)["rewriter"], REWRITERS, "rewriter")
     twice = [name for name, count in Counter(arm.name for arm in arms).items() if count > 1]
     if twice:
         raise UserError(f"two arms are called {twice[0]!r}: name one of them, NAME={twice[0]}")
@@ -56,7 +62,7 @@ def plan(options: Options) -> Plan:
     judge = load_judge(spec, settings)
     guard_spec = options.guard or suite.guard
     guard = load_judge(guard_spec, settings) if guard_spec else None
-    clash = conflict(judge, reward_sources(settings, [arm.adapter for arm in arms if arm.adapter]))
+    clash = conflict(judge, set().union(*map(reward_sources, ours)))
     if clash and not options.allow_reward_judge:
         raise UserError(
             f"judge {judge.name!r} also gave the reward ({clash}), so its word proves nothing here: "
@@ -82,7 +88,7 @@ def evaluate(
 
     Raises:
         UserError: As `plan`; or `out` cannot be written.
-        EvaluationFailed: An arm answered nothing at all; what is made is kept.
+        Failure: An arm answered nothing at all; what is made is kept.
     """
     from .report import write_report
 
@@ -101,12 +107,6 @@ def evaluate(
     return document, outcome
 
 
-def fill(options: Options, shard: tuple[int, int]) -> None:
-    """One process's share: makes and reads, writes no report."""
-    ready = plan(options)
-    asyncio.run(run(ready.suite, ready.settings, ready.arms, ready.judge, ready.guard, shard=shard))
-
-
 def _make_in_processes(options: Options, processes: int) -> None:
     import torch
 
@@ -120,10 +120,25 @@ def _make_in_processes(options: Options, processes: int) -> None:
                 # Processes that each take all cores hinder one another.
                 environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
             arguments = json.dumps(asdict(options) | {"shard": [which, processes]}, default=str)
-            command = [sys.executable, "-m", f"{__package__}.shard", arguments]
+            command = [sys.executable, "-m", __name__, arguments]
             started.append(subprocess.Popen(command, env=environment, stdout=sys.stderr))
         codes = [child.wait() for child in started]
     if any(codes):
-        raise EvaluationFailed(
+        raise Failure(
             f"{sum(map(bool, codes))} of {processes} processes failed; what is made is kept, run again"
         )
+
+
+def main() -> None:
+    """A child's share of `--processes`: makes and reads what its options, JSON on the command line, say."""
+    given = json.loads(sys.argv[1])
+    shard = tuple(given.pop("shard"))
+    try:
+        ready = plan(Options(**given))
+        asyncio.run(run(ready.suite, ready.settings, ready.arms, ready.judge, ready.guard, shard=shard))
+    except (UserError, Failure) as error:
+        raise SystemExit(f"emoloop: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+    from ..traces.blobs import BlobStore
+
 
 @dataclass(frozen=True)
 class Item:
@@ -37,22 +39,19 @@ class Item:
 
     Attributes:
         sha256: Its address.
-        path: Its PNG.
+        blobs: Where it lies.
         prompt: The neutral prompt.
         target: What was wanted; a judge that wants to be fair does not look at it.
     """
 
     sha256: str
-    path: Path
+    blobs: BlobStore
     prompt: str
     target: EmotionTarget
 
     def open(self) -> Image:
         """The picture, RGB."""
-        from PIL import Image
-
-        with Image.open(self.path) as image:
-            return image.convert("RGB")
+        return self.blobs.get_image(self.sha256)
 
 
 class Judge(Protocol):
@@ -506,14 +505,13 @@ def load_judge(spec: str, settings: Settings) -> Judge:
     return made if hasattr(made, "sees_target") else PixelJudge(made, spec)
 
 
-def reward_sources(settings: Settings, adapters: Sequence[Path]) -> set[str]:
-    """What gave the reward: this evaluation's critic and reward, and those in the adapters' training.json."""
+def reward_sources(settings: Settings) -> set[str]:
+    """What gave the reward: the settings' critic and reward, and those in their adapter's training.json."""
     sources = {settings.lvlm.model, settings.loop.reward}
-    for adapter in adapters:
-        file = adapter / "training.json"
-        if file.is_file():
-            trained = json.loads(file.read_text(encoding="utf-8"))
-            sources |= {trained.get("reward", {}).get("name"), *trained.get("critics", [])} - {None}
+    file = Path(settings.generator.adapter or "") / "training.json"
+    if settings.generator.adapter and file.is_file():
+        trained = json.loads(file.read_text(encoding="utf-8"))
+        sources |= {trained.get("reward", {}).get("name"), *trained.get("critics", [])} - {None}
     return sources
 
 

@@ -8,25 +8,26 @@ from fixed seeds, so every number can be made again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import product, repeat
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from scipy.stats import spearmanr
 
+from ..agents.critic import Critic
+from ..agents.rewriters import Rewriter
 from ..domain import Critique, EmotionTarget
+from ..graph.nodes import Parts
 from ..miniature import law, world
 from ..miniature.judge import LawJudge
-from ..miniature.judge import Reading as Seen
 from ..miniature.world import Named, Parsed, Scene
-from ..tools.images.base import ImageRequest
-from .kit import Kit, Made
+from ..tools.images.base import GeneratedImage, GenerationError, ImageRequest
 from .metrics import rank_tau
 from .records import Row
 from .stats import Estimate, estimate
-from .suites import Request
 
 #: How many of each; about four minutes of models on two cores.
 CAPTIONS, BASES, VARIANTS, RENDERS, SWEEPS, REWRITES = 160, 6, 32, 200, 8, 150
@@ -34,14 +35,17 @@ CAPTIONS, BASES, VARIANTS, RENDERS, SWEEPS, REWRITES = 160, 6, 32, 200, 8, 150
 #: Completions over which a caption's own error is averaged.
 COMPLETIONS = 16
 
+#: Told to the critic where nothing is aimed at.
+NEUTRAL = EmotionTarget(valence=0.0, arousal=0.0)
+
 _ALL = Named(place=True, weather=True, brightness=True, saturation=True, tint=True, nothing_else=True)
 
 
-async def measure(kit: Kit, rows: Sequence[Row], pace: dict[str, float]) -> dict[str, Estimate]:
+async def measure(parts: Parts, rows: Sequence[Row], pace: dict[str, float]) -> dict[str, Estimate]:
     """Every health figure of the miniature by name.
 
     Args:
-        kit: The base models.
+        parts: Of a loop over the base models.
         rows: The suite's rows, with readings: the arms `base` and `loop` are looked at.
         pace: Seconds for one image and critique in full batches.
     """
@@ -51,12 +55,12 @@ async def measure(kit: Kit, rows: Sequence[Row], pace: dict[str, float]) -> dict
         for what, key in (("generator", "image"), ("critic", "critique"))
         if key in pace
     }
-    found |= await _generator(kit, judge)
-    found |= await _steering(kit, judge)
+    found |= await _generator(parts, judge)
+    found |= await _steering(parts, judge)
     found |= _neutral([row for row in rows if row.arm == "base"])
-    found |= await _critic(kit, judge)
-    found |= await _critic_sweeps(kit)
-    found |= await _rewriter(kit)
+    found |= await _critic(parts.critic, judge)
+    found |= await _critic_sweeps(parts.critic)
+    found |= await _rewriter(parts.rewriter(parts.settings.loop.rewriter))
     found |= _feedback([row for row in rows if row.arm == "loop"])
     return found
 
@@ -85,16 +89,25 @@ def caption_error(text: str, target: EmotionTarget, seed: int = 0) -> float:
     return float(np.mean([sum(abs(value[place] - aim) for place, aim in wanted) for value in values]))
 
 
-async def _drawn(kit: Kit, captions: Sequence[str], seed: int) -> list[tuple[int, str, Image.Image]]:
-    """(place of the caption, address, picture) of what could be made."""
+async def _drawn(parts: Parts, captions: Sequence[str], seed: int) -> dict[int, Image.Image]:
+    """The pictures that could be made, by the place of their captions."""
     requests = [ImageRequest(caption, seed + place) for place, caption in enumerate(captions)]
-    made = await kit.generator.made(requests)
-    images = [(place, one.sha256) for place, one in enumerate(made) if isinstance(one, Made)]
-    pictures = await asyncio.gather(*(kit.recorder.get_image(sha256) for _, sha256 in images))
-    return [(place, sha256, picture) for (place, sha256), picture in zip(images, pictures, strict=True)]
+    try:
+        made: Sequence[Any] = await parts.generator.generate(requests)
+    except GenerationError as error:
+        made = error.results
+    return {place: one.image for place, one in enumerate(made) if isinstance(one, GeneratedImage)}
 
 
-async def _generator(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
+async def _looked(
+    critic: Critic, pictures: Iterable[Image.Image], prompts: Iterable[str], targets: Iterable[EmotionTarget]
+) -> list[Critique | None]:
+    """The critic's readings; None where it gave none."""
+    looks = await asyncio.gather(*map(critic.critique, pictures, prompts, targets))
+    return [look if isinstance(look, Critique) else None for look in looks]
+
+
+async def _generator(parts: Parts, judge: LawJudge) -> dict[str, Estimate]:
     rng = np.random.default_rng(101)
     captions = []
     for number in range(CAPTIONS):
@@ -103,46 +116,34 @@ async def _generator(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
         captions.append(
             world.caption(rng, scene, everything if number % 2 else world.sample_named(rng, scene))
         )
-    drawn = await _drawn(kit, captions, 10_000)
-    readings = judge.read([picture for _, _, picture in drawn])
-    subject: list[float | None] = []
-    recall: list[float | None] = []
-    precision: list[float | None] = []
-    for (place, _, _), seen in zip(drawn, readings, strict=True):
+    drawn = await _drawn(parts, captions, 10_000)
+    readings = judge.read(list(drawn.values()))
+    columns: dict[str, list[float | None]] = {"subject": [], "recall": [], "precision": []}
+    for place, seen in zip(drawn, readings, strict=True):
         named = world.parse(captions[place])
         things, shown = {thing.name for thing in named.companions}, set(seen.companions)
-        subject.append(float(seen.subject == named.subject))
-        recall.append(len(things & shown) / len(things) if things else None)
-        precision.append(len(things & shown) / len(shown) if named.nothing_else and shown else None)
-    units = list(range(len(drawn)))
-    critic = await _critic_on(kit, [(sha256, captions[place]) for place, sha256, _ in drawn], readings)
-    return {
-        "generator_subject_accuracy": estimate([subject], units),
-        "generator_companion_accuracy": estimate([recall], units),
-        "generator_companion_precision": estimate([precision], units),
-        **critic,
-    }
-
-
-async def _critic_on(
-    kit: Kit, images: Sequence[tuple[str, str]], readings: Sequence[Seen]
-) -> dict[str, Estimate]:
-    """The critic on generated pictures, against the judge."""
-    target = EmotionTarget(valence=0.0, arousal=0.0)
-    looks = await asyncio.gather(
-        *(kit.look(sha256, Request(prompt=prompt, target=target), 0) for sha256, prompt in images)
-    )
-    found = {}
+        columns["subject"].append(float(seen.subject == named.subject))
+        columns["recall"].append(len(things & shown) / len(things) if things else None)
+        whole = named.nothing_else and shown
+        columns["precision"].append(len(things & shown) / len(shown) if whole else None)
+    # The critic on generated pictures, against the judge.
+    looks = await _looked(parts.critic, drawn.values(), (captions[place] for place in drawn), repeat(NEUTRAL))
     for axis in ("valence", "arousal"):
-        off = [
-            abs(getattr(critique, axis) - getattr(seen, axis)) if isinstance(critique, Critique) else None
-            for (critique, _), seen in zip(looks, readings, strict=True)
+        columns[axis] = [
+            look and abs(getattr(look, axis) - getattr(seen, axis))
+            for look, seen in zip(looks, readings, strict=True)
         ]
-        found[f"critic_generated_{axis}_mae"] = estimate([off], range(len(off)))
-    return found
+    names = {
+        "subject": "generator_subject_accuracy",
+        "recall": "generator_companion_accuracy",
+        "precision": "generator_companion_precision",
+        "valence": "critic_generated_valence_mae",
+        "arousal": "critic_generated_arousal_mae",
+    }
+    return {names[key]: estimate([column], range(len(drawn))) for key, column in columns.items()}
 
 
-async def _steering(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
+async def _steering(parts: Parts, judge: LawJudge) -> dict[str, Estimate]:
     """Prompts of one subject and place that differ only in light, colour, weather and companions."""
     rng = np.random.default_rng(102)
     captions: list[str] = []
@@ -155,13 +156,13 @@ async def _steering(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
                 world.caption(rng, scene, replace(_ALL, companions=(True,) * len(scene.companions)))
             )
             truths.append(law_of(scene))
-    drawn = await _drawn(kit, captions, 20_000)
-    readings = judge.read([picture for _, _, picture in drawn])
+    drawn = await _drawn(parts, captions, 20_000)
+    readings = judge.read(list(drawn.values()))
     values: dict[str, list[float | None]] = {}
     for base in range(BASES):
         here = [
             (truths[place], (seen.valence, seen.arousal))
-            for (place, _, _), seen in zip(drawn, readings, strict=True)
+            for place, seen in zip(drawn, readings, strict=True)
             if place // VARIANTS == base
         ]
         for column, axis in enumerate(("valence", "arousal")):
@@ -187,7 +188,7 @@ def _neutral(rows: Sequence[Row]) -> dict[str, Estimate]:
     return found
 
 
-async def _critic(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
+async def _critic(critic: Critic, judge: LawJudge) -> dict[str, Estimate]:
     """Critic and judge on held-out renders, where the law's truth is known."""
     rng = np.random.default_rng(103)
     scenes = [world.sample_scene(rng, world.FOLDS["test"]) for _ in range(RENDERS)]
@@ -197,7 +198,7 @@ async def _critic(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
         EmotionTarget(valence=round(float(v), 1), arousal=round(float(a), 1))
         for v, a in rng.uniform(-2.5, 2.5, (RENDERS, 2))
     ]
-    looks = await _looked(kit, scenes, pictures, targets)
+    looks = await _looked(critic, pictures, map(_subject, scenes), targets)
     seen = judge.read(pictures)
     units = list(range(RENDERS))
     found = {"critic_valid_json": estimate([[float(look is not None) for look in looks]], units)}
@@ -223,16 +224,8 @@ async def _critic(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
     return found
 
 
-async def _looked(
-    kit: Kit, scenes: Sequence[Scene], pictures: Sequence[Image.Image], targets: Sequence[EmotionTarget]
-) -> list[Critique | None]:
-    async def one(scene: Scene, picture: Image.Image, target: EmotionTarget) -> Critique | None:
-        prompt = f"a {world.SUBJECTS[scene.subject].words[0]}"
-        sha256 = await kit.recorder.put_image(picture)
-        critique, _ = await kit.look(sha256, Request(prompt=prompt, target=target), 0)
-        return critique if isinstance(critique, Critique) else None
-
-    return list(await asyncio.gather(*map(one, scenes, pictures, targets)))
+def _subject(scene: Scene) -> str:
+    return f"a {world.SUBJECTS[scene.subject].words[0]}"
 
 
 def _correlation(a: Sequence[float], b: Sequence[float | None]) -> Estimate:
@@ -246,11 +239,10 @@ def _correlation(a: Sequence[float], b: Sequence[float | None]) -> Estimate:
     return estimate([list(column) for column in zip(*columns, strict=True)], range(len(pairs)), r)
 
 
-async def _critic_sweeps(kit: Kit) -> dict[str, Estimate]:
+async def _critic_sweeps(critic: Critic) -> dict[str, Estimate]:
     """τ between law and critic along nine renders of one subject and place in rising order."""
     rng = np.random.default_rng(104)
     found = {}
-    target = EmotionTarget(valence=0.0, arousal=0.0)
     for column, axis in enumerate(("valence", "arousal")):
         taus: list[float | None] = []
         for _ in range(SWEEPS):
@@ -266,40 +258,39 @@ async def _critic_sweeps(kit: Kit) -> dict[str, Estimate]:
             )
             steps = [scenes[place] for place in chosen]
             pictures = [Image.fromarray(world.render(scene)) for scene in steps]
-            looks = await _looked(kit, steps, pictures, [target] * len(steps))
+            looks = await _looked(critic, pictures, map(_subject, steps), repeat(NEUTRAL))
             read = [look and getattr(look, axis) for look in looks]
             taus.append(rank_tau([values[place] for place in chosen], read))
         found[f"critic_{axis}_tau"] = estimate([taus], range(SWEEPS))
     return found
 
 
-async def _rewriter(kit: Kit) -> dict[str, Estimate]:
+async def _rewriter(rewriter: Rewriter) -> dict[str, Estimate]:
     """One rewrite without feedback, by the law on captions, no picture in between."""
     rng = np.random.default_rng(105)
-    requests = []
+    requests: list[tuple[str, EmotionTarget]] = []
     for _ in range(REWRITES):
         scene = world.sample_scene(rng, world.FOLDS["test"])
         named = Named(place=bool(rng.random() < 0.6), companions=(False,) * len(scene.companions))
         valence, arousal = rng.choice([-1.8, -1.5, -1.0, 1.0, 1.5, 1.8], 2)
         target = EmotionTarget(valence=float(valence), arousal=float(arousal))
-        requests.append(Request(prompt=world.caption(rng, scene, named), target=target))
+        requests.append((world.caption(rng, scene, named), target))
     rewrites = await asyncio.gather(
-        *(kit.rewrite(request, 0) for request in requests), return_exceptions=True
+        *(rewriter.rewrite(prompt, target) for prompt, target in requests), return_exceptions=True
     )
     kept: list[float | None] = []
     toward: list[float | None] = []
     cuts: list[float] = []
-    for request, result in zip(requests, rewrites, strict=True):
-        if isinstance(result, BaseException):
+    for (prompt, target), made in zip(requests, rewrites, strict=True):
+        if isinstance(made, BaseException) or made.refused is not None:
             kept.append(0.0)
             toward.append(0.0)
             continue
-        revision, _ = result
-        before, after = (caption_error(text, request.target) for text in (request.prompt, revision.prompt))
-        kept.append(float(world.parse(revision.prompt).subject == world.parse(request.prompt).subject))
+        before, after = caption_error(prompt, target), caption_error(made.prompt, target)
+        kept.append(float(world.parse(made.prompt).subject == world.parse(prompt).subject))
         toward.append(float(after < before))
         cuts.append(1 - after / before)
-    units = [request.prompt for request in requests]
+    units = [prompt for prompt, _ in requests]
     return {
         "rewriter_subject_kept": estimate([kept], units),
         "rewriter_toward_target": estimate([toward], units),
@@ -318,12 +309,10 @@ def _feedback(rows: Sequence[Row]) -> dict[str, Estimate]:
     every: list[float | None] = []
     clusters: list[str] = []
     for row in rows:
-        made = row.delivery
-        revisions = {revision.round: revision.prompt for revision in made.revisions}
-        if 1 in revisions and made.delivered:
-            error = caption_error(made.prompt, row.request.target)
-            first.append(caption_error(revisions[1], row.request.target))
-            rewritten.append(error if made.shots[made.delivered[0]].round else None)
+        if row.run and len(row.run.rounds) > 1 and row.handed_over:
+            error = caption_error(row.prompt, row.request.target)
+            first.append(caption_error(row.run.rounds[1].prompt, row.request.target))
+            rewritten.append(error if row.handed_over[0].round else None)
             every.append(error)
             clusters.append(row.request.prompt)
     return {

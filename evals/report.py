@@ -11,12 +11,12 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+from ..traces.blobs import BlobStore
 from . import metrics
 from .analysis import of_request
 from .records import Outcome, Row
@@ -57,11 +57,11 @@ def flat_row(row: Row, pace: dict[str, float]) -> dict[str, Any]:
         "valence": target.valence,
         "arousal": target.arousal,
         "category": target.category and target.category.value,
-        "run_id": row.delivery.run_id,
-        "failure": row.delivery.failure,
-        "delivered_prompt": row.delivery.prompt,
+        "run_id": row.run_id,
+        "failure": row.failure,
+        "delivered_prompt": row.prompt,
         **of_request(row, pace),
-        "shots": [shot.sha256 for shot in row.delivery.handed_over],
+        "shots": [one.sha256 for one in row.handed_over],
         "readings": [
             reading and reading.model_dump(mode="json", exclude={"features"}, exclude_none=True)
             for reading in row.readings
@@ -69,31 +69,19 @@ def flat_row(row: Row, pace: dict[str, float]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Picture:
-    """An inlined picture."""
-
-    uri: str
-    alt: str
-
-
 class Pictures:
     """Turns addresses into data URIs, each once."""
 
-    def __init__(self, path: Any, side: int = 192) -> None:
-        self._path, self._side = path, side
+    def __init__(self, blobs: BlobStore, side: int = 192) -> None:
+        self._blobs, self._side = blobs, side
         self._known: dict[str, str] = {}
 
     def uri(self, sha256: str) -> str:
         """The picture as a data URI: as it is where it is small, else a thumbnail."""
         if sha256 not in self._known:
-            path = self._path(sha256)
-            data, kind = path.read_bytes(), "png"
+            data, kind = self._blobs.get_bytes(sha256), "png"
             if len(data) > 24_000:
-                from PIL import Image
-
-                with Image.open(path) as image:
-                    small = image.convert("RGB")
+                small = self._blobs.get_image(sha256)
                 small.thumbnail((self._side, self._side))
                 buffer = io.BytesIO()
                 small.save(buffer, "JPEG", quality=85)
@@ -104,8 +92,6 @@ class Pictures:
 
 def render(document: dict[str, Any], outcome: Outcome) -> str:
     """The page."""
-    from ..traces.blobs import BlobStore
-
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=select_autoescape(["html", "jinja"], default=True),
@@ -114,7 +100,7 @@ def render(document: dict[str, Any], outcome: Outcome) -> str:
     )
     environment.globals |= {"number": number, "interval": interval, "labels": LABELS, "costs": COSTS}
     environment.filters["target"] = target_words
-    pictures = Pictures(BlobStore(outcome.home / "blobs").path)
+    pictures = Pictures(BlobStore(outcome.home / "blobs"))
     shown = [key for key in LABELS if any(key in arm["metrics"] for arm in document["arms"].values())]
     return environment.get_template("report.html.jinja").render(
         doc=document,
@@ -180,11 +166,11 @@ def strips(rows: Sequence[Row], pictures: Pictures) -> list[dict[str, Any]]:
 
 
 def _cell(row: Row, pictures: Pictures) -> dict[str, Any] | None:
-    if not row.delivery.delivered:
+    if not row.handed_over:
         return None
     reading = row.readings[0]
     return {
-        "uri": pictures.uri(row.delivery.handed_over[0].sha256),
+        "uri": pictures.uri(row.handed_over[0].sha256),
         "alt": f"{row.arm}: {row.request.prompt}, {target_words(row.request.target)}",
         "valence": reading and reading.valence,
         "arousal": reading and reading.arousal,
@@ -211,8 +197,8 @@ def cases(rows: Sequence[Row], pictures: Pictures) -> list[dict[str, Any]]:
             "error": error,
             "prompt": row.request.prompt,
             "target": row.request.target,
-            "run_id": row.delivery.run_id,
-            "final": row.delivery.prompt,
+            "run_id": row.run_id,
+            "final": row.prompt,
             "others": [
                 {**cell, "arm": arm, "error": of_request(other)["error"]}
                 for arm in arms
@@ -226,32 +212,27 @@ def cases(rows: Sequence[Row], pictures: Pictures) -> list[dict[str, Any]]:
 
 
 def _rounds(row: Row, pictures: Pictures) -> list[dict[str, Any]]:
-    revisions = {revision.round: revision for revision in row.delivery.revisions}
-    delivered = {(shot.round, shot.index) for shot in row.delivery.handed_over}
-    found: dict[int, dict[str, Any]] = {}
-    for shot in row.delivery.shots:
-        revision = revisions.get(shot.round)
-        entry = found.setdefault(
-            shot.round,
-            {
-                "number": shot.round,
-                "prompt": shot.prompt,
-                "changes": revision.changes if revision else "",
-                "why": revision.why if revision else "",
-                "shots": [],
-            },
-        )
-        critique = shot.critique
-        entry["shots"].append(
-            {
-                "uri": pictures.uri(shot.sha256),
-                "seed": shot.seed,
-                "reward": shot.reward,
-                "valence": getattr(critique, "valence", None),
-                "arousal": getattr(critique, "arousal", None),
-                "analysis": getattr(critique, "analysis", "") or getattr(critique, "reason", ""),
-                "suggestion": getattr(critique, "suggestion", ""),
-                "picked": (shot.round, shot.index) in delivered,
-            }
-        )
-    return [found[key] for key in sorted(found)]
+    picked = {(one.round, one.index) for one in row.handed_over}
+    return [
+        {
+            "number": number,
+            "prompt": round.prompt,
+            "changes": round.changes,
+            "why": round.why,
+            "shots": [
+                {
+                    "uri": pictures.uri(one.sha256),
+                    "seed": one.seed,
+                    "reward": one.reward,
+                    "valence": getattr(one.critique, "valence", None),
+                    "arousal": getattr(one.critique, "arousal", None),
+                    "analysis": getattr(one.critique, "analysis", "") or getattr(one.critique, "reason", ""),
+                    "suggestion": getattr(one.critique, "suggestion", ""),
+                    "picked": (one.round, one.index) in picked,
+                }
+                for one in round.candidates
+            ],
+        }
+        for number, round in enumerate(row.run.rounds if row.run else ())
+        if round.candidates
+    ]
