@@ -314,7 +314,7 @@ def test_a_run_of_an_evaluation_can_be_resumed(options, lvlm, tmp_path):
 def test_a_reward_that_fails_is_a_failure_of_the_arm(options, tmp_path):
     options.arms = ["base", "best_of_n"]
     options.settings = {**options.settings, "loop": {"reward": "eval_parts:odd"}}
-    with pytest.raises(Failure, match="'best_of_n' failed on all 4 requests: round .* reward odd gave nan"):
+    with pytest.raises(Failure, match=r"'best_of_n' failed on all 4 requests: round .* reward odd gave nan"):
         evaluate(options, tmp_path / "one", lvlm=Scripted())
 
 
