@@ -14,7 +14,8 @@ from .domain import UserError
 from .settings import GeneratorSettings, LVLMSettings, Settings, load_settings, lvlm_settings
 
 if TYPE_CHECKING:
-    from .evals.runner import Progress
+    from rich.progress import Progress
+
     from .rl.distill import Distilled
     from .rl.trainer import Watcher
     from .traces.rows import RunFilter
@@ -118,7 +119,7 @@ def evaluate(
         generator: A preset, folder or hub id, or settings.
         lvlm: A preset, folder, hub id, URL or engine, or settings.
         processes: How many processes share the work.
-        progress: Is told how far it is.
+        progress: Shows how far it is.
 
     Returns:
         The report as a document, with `figures`, a flat map from name to number.

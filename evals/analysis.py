@@ -14,6 +14,7 @@ from . import metrics
 from .metrics import mean
 from .records import Row
 from .stats import Estimate, difference, estimate, sign_test
+from .wording import METRICS
 
 #: How far a guard may fall before it counts: 3 points of alignment or subject accuracy, a fifth of diversity.
 ALIGNMENT_SLACK, DIVERSITY_SLACK = 0.03, 0.8
@@ -193,7 +194,7 @@ class Table:
     def estimates(self) -> dict[str, dict[str, Estimate]]:
         """arm → metric → estimate, with the derived ones where their arms are there."""
         found = {
-            arm: {key: columns[key].estimate() for key in metrics.METRICS if key in columns}
+            arm: {key: columns[key].estimate() for key in METRICS if key in columns}
             for arm, columns in self.columns.items()
         }
         for arm in self.arms:

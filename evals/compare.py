@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..domain import UserError
-from .metrics import METRICS
 from .stats import difference, sign_test
+from .wording import METRICS
 
 
 def load_report(path: Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     changes = []
     for arm in [arm for arm in a["arms"] if arm in b["arms"]]:
         before, after = _columns(a, arm), _columns(b, arm)
-        for metric, less in METRICS.items():
+        for metric, about in METRICS.items():
             if metric not in before or metric not in after:
                 continue
             one, other = before[metric], after[metric]
@@ -72,7 +72,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
                     "b": sum(y for _, y in pairs) / len(pairs),
                     **asdict(found),
                     "p": sign_test(right, left, clusters),
-                    "better": ((found.value < 0) == less) if certain else None,
+                    "better": ((found.value < 0) == about.less_is_better) if certain else None,
                 }
             )
     if not changes:

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
+
 from ..agents.rewriters import REWRITERS
 from ..domain import Failure, UserError
 from ..graph.state import Context
@@ -22,7 +24,7 @@ from .children import children
 from .document import Options, Plan, describe
 from .judges import conflict, load_judge, reward_sources
 from .records import Outcome
-from .runner import Progress, run, settings_of
+from .runner import run, settings_of
 from .suites import Suite, load_suite
 
 
@@ -79,7 +81,7 @@ def evaluate(
     Args:
         options: What to evaluate.
         out: Folder for the report; made.
-        progress: Is told how far it is.
+        progress: Shows how far it is.
         processes: Above 1, so many share the making, each with a GPU of its own where there are any.
         lvlm: A chat model instead of the settings' one; for a single process.
 

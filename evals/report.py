@@ -20,7 +20,7 @@ from ..traces.blobs import BlobStore
 from . import metrics
 from .analysis import of_request
 from .records import Outcome, Row
-from .wording import COSTS, LABELS, interval, number, target_words
+from .wording import COSTS, METRICS, interval, number, target_words
 
 #: Sweeps shown for each axis, and cases at each end.
 STRIPS, CASES = 3, 3
@@ -98,15 +98,14 @@ def render(document: dict[str, Any], outcome: Outcome) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"number": number, "interval": interval, "labels": LABELS, "costs": COSTS}
+    environment.globals |= {"number": number, "interval": interval, "about": METRICS, "costs": COSTS}
     environment.filters["target"] = target_words
     pictures = Pictures(BlobStore(outcome.home / "blobs"))
-    shown = [key for key in LABELS if any(key in arm["metrics"] for arm in document["arms"].values())]
+    shown = [key for key in METRICS if any(key in arm["metrics"] for arm in document["arms"].values())]
     return environment.get_template("report.html.jinja").render(
         doc=document,
         metrics=[key for key in shown if key not in COSTS],
         cost_metrics=[key for key in shown if key in COSTS],
-        less_is_better={**metrics.METRICS, "error_reduction": False, "amortisation": False},
         planes=planes(outcome.rows),
         strips=strips(outcome.rows, pictures),
         cases=cases(outcome.rows, pictures),

@@ -33,21 +33,8 @@ from ..traces.store import TraceStore
 T = TypeVar("T")
 E = TypeVar("E", ImageGenerated, Critiqued, Rewritten)
 
-#: What decides the bits of an image, out of `Generator.describe()`; versions and device are left out on
-#: purpose. An adapter's id says its scale.
-_DECISIVE = (
-    "model",
-    "revision",
-    "adapter",
-    "pipeline",
-    "dtype",
-    "steps",
-    "guidance",
-    "height",
-    "width",
-    "negative_prompt",
-    "call",
-)
+#: What does not count as another generator, out of `Generator.describe()`. An adapter's id says its scale.
+_INCIDENTAL = {"base_url", "device", "micro_batch", "versions"}
 
 
 def digest(*parts: Any) -> str:
@@ -88,7 +75,7 @@ class Reuse:
     def __init__(self, parts: Parts, reader: dict[str, Any]) -> None:
         self.store: TraceStore = parts.recorder.store
         about = parts.generator.describe()
-        self.weights = {key: about[key] for key in _DECISIVE if key in about}
+        self.weights = {key: value for key, value in about.items() if key not in _INCIDENTAL}
         self.reader = reader
         self.prefix = f"eval-{digest(self.weights)[:8]}-{digest(reader)[:8]}"
         self.fresh = 0

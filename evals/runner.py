@@ -14,10 +14,12 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 
 from ..agents.ask import one_line
 from ..domain import Candidate, Failure, UserError
@@ -41,16 +43,6 @@ _PACES = 3
 
 #: Requests at work at once: enough to fill batches, few enough to keep memory small.
 CONCURRENCY = 16
-
-
-class Progress:
-    """Told how far it is; the default says nothing."""
-
-    def begin(self, what: str, total: int) -> None:
-        """A stage of `total` steps begins."""
-
-    def step(self, n: int = 1) -> None:
-        """`n` steps are done."""
 
 
 def home_of(settings: Settings) -> Path:
@@ -121,26 +113,26 @@ async def run(
         arms: The arms.
         judge: Reads what is handed over.
         guard: Reads it too, with the siblings, for alignment, diversity and smoothness.
-        progress: Is told.
+        progress: Shows how far it is.
         shard: (which, of how many): this process answers every how-manieth prompt.
         lvlm: A chat model instead of the settings' one.
 
     Raises:
         Failure: An arm failed on every request; the first reason.
     """
-    progress, started = progress or Progress(), time.perf_counter()
+    progress, started = progress or Progress(disable=True), time.perf_counter()
     which, many = shard
     prompts = list(dict.fromkeys(request.prompt for request in suite.requests))[which::many]
     requests = [request for request in suite.requests if request.prompt in prompts]
     kept = Kept(home_of(settings) / "cache")
     rows: dict[tuple[str, str], Row] = {}
     outcome = Outcome([], home_of(settings), {}, {}, 0, 0.0, {})
-    progress.begin("requests × arms", len(requests) * len(arms))
+    step = partial(progress.advance, progress.add_task("requests × arms", total=len(requests) * len(arms)))
     groups = {json.dumps(arm.models, sort_keys=True): arm.models for arm in arms}
     for models in groups.values():
         async with open_harness(suite, settings, models, lvlm) as harness:
             here = [arm for arm in arms if arm.models == models]
-            group = await _answers(harness, suite, here, requests, progress)
+            group = await _answers(harness, suite, here, requests, step)
             rows |= {(row.arm, row.request.id): row for row in group}
             # One of several would measure how it waits for the others.
             if many == 1 and not (models and outcome.pace):
@@ -160,7 +152,7 @@ async def run(
 
 
 async def _answers(
-    harness: Harness, suite: Suite, arms: Sequence[Arm], requests: Sequence[Request], progress: Progress
+    harness: Harness, suite: Suite, arms: Sequence[Arm], requests: Sequence[Request], step: Callable[[], None]
 ) -> list[Row]:
     slots = asyncio.Semaphore(CONCURRENCY)
 
@@ -175,7 +167,7 @@ async def _answers(
                 logger.warning("%s on %r failed", arm.name, request.prompt, exc_info=error)
                 return Row(arm.name, request, failure=one_line(error))
             finally:
-                progress.step()
+                step()
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -197,7 +189,7 @@ async def read(
     guard: Judge | None,
     kept: Kept,
     blobs: BlobStore,
-    progress: Progress | None = None,
+    progress: Progress,
 ) -> None:
     """Fill `readings` and `guard` of the rows; an image that was read before is not read again."""
     for row in rows:
@@ -212,7 +204,7 @@ async def _read(
     wanted: Sequence[tuple[Request, list[Candidate], list[Reading | None]]],
     kept: Kept,
     blobs: BlobStore,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     items: dict[str, Item] = {}
     slots: dict[str, list[tuple[list[Reading | None], int]]] = {}
@@ -234,16 +226,14 @@ async def _read(
             new.append(key)
         else:
             fill(key, Reading.model_validate(known))
-    if progress:
-        progress.begin(f"readings by {judge.name}", len(new))
+    task = progress.add_task(f"readings by {judge.name}", total=len(new))
     for start in range(0, len(new), 64):
         part = new[start : start + 64]
         for key, reading in zip(part, await judge.read([items[key] for key in part]), strict=True):
             fill(key, reading)
             if reading is not None:
                 kept.put(key, reading.model_dump(mode="json", exclude_none=True))
-        if progress:
-            progress.step(len(part))
+        progress.advance(task, len(part))
 
 
 async def measure_pace(harness: Harness, rows: Sequence[Row], kept: Kept) -> dict[str, float]:
