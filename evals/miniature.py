@@ -38,6 +38,8 @@ COMPLETIONS = 16
 #: Told to the critic where nothing is aimed at.
 NEUTRAL = EmotionTarget(valence=0.0, arousal=0.0)
 
+AXES = ("valence", "arousal")
+
 _ALL = Named(place=True, weather=True, brightness=True, saturation=True, tint=True, nothing_else=True)
 
 
@@ -118,29 +120,26 @@ async def _generator(parts: Parts, judge: LawJudge) -> dict[str, Estimate]:
         )
     drawn = await _drawn(parts, captions, 10_000)
     readings = judge.read(list(drawn.values()))
-    columns: dict[str, list[float | None]] = {"subject": [], "recall": [], "precision": []}
+    subject: list[float | None] = []
+    recall: list[float | None] = []
+    precision: list[float | None] = []
     for place, seen in zip(drawn, readings, strict=True):
         named = world.parse(captions[place])
         things, shown = {thing.name for thing in named.companions}, set(seen.companions)
-        columns["subject"].append(float(seen.subject == named.subject))
-        columns["recall"].append(len(things & shown) / len(things) if things else None)
-        whole = named.nothing_else and shown
-        columns["precision"].append(len(things & shown) / len(shown) if whole else None)
+        subject.append(float(seen.subject == named.subject))
+        recall.append(len(things & shown) / len(things) if things else None)
+        precision.append(len(things & shown) / len(shown) if named.nothing_else and shown else None)
     # The critic on generated pictures, against the judge.
     looks = await _looked(parts.critic, drawn.values(), (captions[place] for place in drawn), repeat(NEUTRAL))
-    for axis in ("valence", "arousal"):
-        columns[axis] = [
-            look and abs(getattr(look, axis) - getattr(seen, axis))
-            for look, seen in zip(looks, readings, strict=True)
-        ]
-    names = {
-        "subject": "generator_subject_accuracy",
-        "recall": "generator_companion_accuracy",
-        "precision": "generator_companion_precision",
-        "valence": "critic_generated_valence_mae",
-        "arousal": "critic_generated_arousal_mae",
+    valence, arousal = abs(_points(looks) - _points(readings)).T.tolist()
+    columns = {
+        "generator_subject_accuracy": subject,
+        "generator_companion_accuracy": recall,
+        "generator_companion_precision": precision,
+        "critic_generated_valence_mae": valence,
+        "critic_generated_arousal_mae": arousal,
     }
-    return {names[key]: estimate([column], range(len(drawn))) for key, column in columns.items()}
+    return {name: estimate([column], range(len(drawn))) for name, column in columns.items()}
 
 
 async def _steering(parts: Parts, judge: LawJudge) -> dict[str, Estimate]:
@@ -157,33 +156,28 @@ async def _steering(parts: Parts, judge: LawJudge) -> dict[str, Estimate]:
             )
             truths.append(law_of(scene))
     drawn = await _drawn(parts, captions, 20_000)
-    readings = judge.read(list(drawn.values()))
-    values: dict[str, list[float | None]] = {}
-    for base in range(BASES):
-        here = [
-            (truths[place], (seen.valence, seen.arousal))
-            for place, seen in zip(drawn, readings, strict=True)
-            if place // VARIANTS == base
-        ]
-        for column, axis in enumerate(("valence", "arousal")):
-            wanted, read = [truth[column] for truth, _ in here], [seen[column] for _, seen in here]
-            low, high = np.percentile(read, [2, 98])
-            values.setdefault(f"steering_{axis}_span", []).append(float(high - low))
-            values.setdefault(f"steering_{axis}_spearman", []).append(
-                float(np.asarray(spearmanr(wanted, read))[0])
-            )
-    return {name: estimate([column], range(BASES)) for name, column in values.items()}
+    wanted, read = np.array(truths)[list(drawn)], _points(judge.read(list(drawn.values())))
+    bases = np.array(list(drawn)) // VARIANTS
+    found = {}
+    for column, axis in enumerate(AXES):
+        spans: list[float | None] = []
+        ranks: list[float | None] = []
+        for base in range(BASES):
+            here = read[bases == base, column]
+            low, high = np.percentile(here, [2, 98])
+            spans.append(float(high - low))
+            ranks.append(float(np.asarray(spearmanr(wanted[bases == base, column], here))[0]))
+        found[f"steering_{axis}_span"] = estimate([spans], range(BASES))
+        found[f"steering_{axis}_spearman"] = estimate([ranks], range(BASES))
+    return found
 
 
 def _neutral(rows: Sequence[Row]) -> dict[str, Estimate]:
     """How much judged feeling varies over seeds of one neutral prompt; its targets share their images."""
-    by_prompt = {row.request.prompt: row for row in rows}
+    by_prompt = {row.request.prompt: _points(filter(None, row.readings)) for row in rows}
     found = {}
-    for axis in ("valence", "arousal"):
-        spread: list[float | None] = []
-        for row in by_prompt.values():
-            read = [getattr(reading, axis) for reading in row.readings if reading]
-            spread.append(float(np.std(read, ddof=1)) if len(read) > 1 else None)
+    for column, axis in enumerate(AXES):
+        spread = [np.std(it[:, column], ddof=1) if len(it) > 1 else None for it in by_prompt.values()]
         found[f"neutral_{axis}_std"] = estimate([spread], list(by_prompt))
     return found
 
@@ -193,30 +187,25 @@ async def _critic(critic: Critic, judge: LawJudge) -> dict[str, Estimate]:
     rng = np.random.default_rng(103)
     scenes = [world.sample_scene(rng, world.FOLDS["test"]) for _ in range(RENDERS)]
     pictures = [Image.fromarray(world.render(scene)) for scene in scenes]
-    truths = [law_of(scene) for scene in scenes]
+    truths = np.array([law_of(scene) for scene in scenes])
     targets = [
         EmotionTarget(valence=round(float(v), 1), arousal=round(float(a), 1))
         for v, a in rng.uniform(-2.5, 2.5, (RENDERS, 2))
     ]
     looks = await _looked(critic, pictures, map(_subject, scenes), targets)
-    seen = judge.read(pictures)
-    units = list(range(RENDERS))
+    units = range(RENDERS)
     found = {"critic_valid_json": estimate([[float(look is not None) for look in looks]], units)}
-    correlations = []
-    for column, axis in enumerate(("valence", "arousal")):
-        judged = [getattr(one, axis) - truth[column] for one, truth in zip(seen, truths, strict=True)]
-        read = [
-            look and getattr(look, axis) - truth[column] for look, truth in zip(looks, truths, strict=True)
-        ]
-        found[f"judge_{axis}_mae"] = estimate([[abs(off) for off in judged]], units)
-        found[f"critic_{axis}_mae"] = estimate([[None if off is None else abs(off) for off in read]], units)
-        correlations.append(_correlation(judged, read))
+    judged, read = (_points(judge.read(pictures)) - truths).T, (_points(looks) - truths).T
+    for axis, its, critics in zip(AXES, judged, read, strict=True):
+        found[f"judge_{axis}_mae"] = estimate([abs(its).tolist()], units)
+        found[f"critic_{axis}_mae"] = estimate([abs(critics).tolist()], units)
+    correlations = map(_correlation, judged, read)
     found["judge_critic_error_correlation"] = max(correlations, key=lambda one: one.value or 0.0)
     right: list[float | None] = []
     clusters: list[int] = []
-    for place, (column, axis) in product(units, enumerate(("valence", "arousal"))):
+    for place, (column, axis) in product(units, enumerate(AXES)):
         look, wanted = looks[place], targets[place].point[column]
-        if look is None or wanted is None or abs(gap := wanted - truths[place][column]) <= 0.5:
+        if look is None or wanted is None or abs(gap := wanted - truths[place, column]) <= 0.5:
             continue
         right.append(float(f"{'raise' if gap > 0 else 'lower'} {axis}" in look.suggestion))
         clusters.append(place)
@@ -228,22 +217,26 @@ def _subject(scene: Scene) -> str:
     return f"a {world.SUBJECTS[scene.subject].words[0]}"
 
 
-def _correlation(a: Sequence[float], b: Sequence[float | None]) -> Estimate:
+def _points(seen: Iterable[Any]) -> np.ndarray:
+    """(n, 2): valence and arousal of readings; NaN where there is none, which an estimate leaves out."""
+    return np.array([[getattr(one, axis, np.nan) for axis in AXES] for one in seen])
+
+
+def _correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> Estimate:
     """Pearson's r as a function of five means, so that the bootstrap serves it like any other figure."""
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if y is not None]
-    columns = [[x, y, x * x, y * y, x * y] for x, y in pairs]
+    x, y = np.asarray(a), np.asarray(b)
 
     def r(x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> np.ndarray:
         return (xy - x * y) / np.sqrt((xx - x * x) * (yy - y * y))
 
-    return estimate([list(column) for column in zip(*columns, strict=True)], range(len(pairs)), r)
+    return estimate([column.tolist() for column in (x, y, x * x, y * y, x * y)], range(len(x)), r)
 
 
 async def _critic_sweeps(critic: Critic) -> dict[str, Estimate]:
     """τ between law and critic along nine renders of one subject and place in rising order."""
     rng = np.random.default_rng(104)
     found = {}
-    for column, axis in enumerate(("valence", "arousal")):
+    for column, axis in enumerate(AXES):
         taus: list[float | None] = []
         for _ in range(SWEEPS):
             base = world.sample_scene(rng)
@@ -251,16 +244,15 @@ async def _critic_sweeps(critic: Critic) -> dict[str, Estimate]:
                 replace(world.sample_scene(rng), subject=base.subject, place=base.place) for _ in range(60)
             ]
             scenes = [scene for scene in drawn if scene.fold in world.FOLDS["test"]] + drawn
-            values = [law_of(scene)[column] for scene in scenes]
-            chosen = sorted(
-                {int(np.argmin(np.abs(np.array(values) - aim))) for aim in np.linspace(-2.4, 2.4, 9)},
-                key=lambda place: values[place],
+            values = np.array([law_of(scene)[column] for scene in scenes])
+            chosen = {int(np.argmin(np.abs(values - aim))) for aim in np.linspace(-2.4, 2.4, 9)}
+            steps = sorted(chosen, key=lambda place: values[place])
+            pictures = [Image.fromarray(world.render(scenes[place])) for place in steps]
+            looks = await _looked(
+                critic, pictures, (_subject(scenes[place]) for place in steps), repeat(NEUTRAL)
             )
-            steps = [scenes[place] for place in chosen]
-            pictures = [Image.fromarray(world.render(scene)) for scene in steps]
-            looks = await _looked(critic, pictures, map(_subject, steps), repeat(NEUTRAL))
             read = [look and getattr(look, axis) for look in looks]
-            taus.append(rank_tau([values[place] for place in chosen], read))
+            taus.append(rank_tau([values[place] for place in steps], read))
         found[f"critic_{axis}_tau"] = estimate([taus], range(SWEEPS))
     return found
 
@@ -282,14 +274,12 @@ async def _rewriter(rewriter: Rewriter) -> dict[str, Estimate]:
     toward: list[float | None] = []
     cuts: list[float] = []
     for (prompt, target), made in zip(requests, rewrites, strict=True):
-        if isinstance(made, BaseException) or made.refused is not None:
-            kept.append(0.0)
-            toward.append(0.0)
-            continue
-        before, after = caption_error(prompt, target), caption_error(made.prompt, target)
-        kept.append(float(world.parse(made.prompt).subject == world.parse(prompt).subject))
-        toward.append(float(after < before))
-        cuts.append(1 - after / before)
+        good = not isinstance(made, BaseException) and made.refused is None
+        text = made.prompt if good else prompt
+        before, after = caption_error(prompt, target), caption_error(text, target)
+        kept.append(float(good and world.parse(text).subject == world.parse(prompt).subject))
+        toward.append(float(good and after < before))
+        cuts += [1 - after / before] if good else []
     units = [prompt for prompt, _ in requests]
     return {
         "rewriter_subject_kept": estimate([kept], units),
@@ -304,18 +294,13 @@ def _feedback(rows: Sequence[Row]) -> dict[str, Estimate]:
     Where a lucky picture of round 0 won, the winning round has no rewritten caption, so that such a run says nothing of
     the rewriter; `rewriter_feedback_gain_all` counts it, with the error of its neutral prompt.
     """
-    first: list[float | None] = []
-    rewritten: list[float | None] = []
-    every: list[float | None] = []
-    clusters: list[str] = []
-    for row in rows:
-        if row.run and len(row.run.rounds) > 1 and row.handed_over:
-            error = caption_error(row.prompt, row.request.target)
-            first.append(caption_error(row.run.rounds[1].prompt, row.request.target))
-            rewritten.append(error if row.handed_over[0].round else None)
-            every.append(error)
-            clusters.append(row.request.prompt)
+    rows = [row for row in rows if row.run and len(row.run.rounds) > 1 and row.handed_over]
+    first: list[float | None] = [
+        caption_error(row.run.rounds[1].prompt, row.request.target) for row in rows if row.run
+    ]
+    every: list[float | None] = [caption_error(row.prompt, row.request.target) for row in rows]
+    won = [error if row.handed_over[0].round else None for error, row in zip(every, rows, strict=True)]
     return {
-        name: estimate([first, last], clusters, lambda one, win: 1 - win / one)
-        for name, last in (("rewriter_feedback_gain", rewritten), ("rewriter_feedback_gain_all", every))
+        name: estimate([first, last], [row.request.prompt for row in rows], lambda one, win: 1 - win / one)
+        for name, last in (("rewriter_feedback_gain", won), ("rewriter_feedback_gain_all", every))
     }
