@@ -109,7 +109,7 @@ def evaluate(
     Args:
         suite: Name of a shipped suite, or a YAML file.
         out: Folder for the report; by default `eval-SUITE`.
-        arms: Names, `NAME=pkg.mod:function` or `NAME=ADAPTER-FOLDER`; by default the suite's.
+        arms: Names, `NAME=KEY=VALUE,…`, `NAME=ADAPTER-FOLDER` or `NAME=pkg.mod:function`; by default the suite's.
         judge: `law`, `lvlm[:MODEL]`, `clip:ENCODER,HEAD`, `human:FILE.csv` or a dotted path.
         guard: A second reader; the same words.
         adapter: Artifact behind the arms `adapter` and `loop_on_adapter`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..settings import Settings, merged
 from ..tools.fingerprint import versions
 from . import analysis
+from .judges import training
 from .records import Outcome, Row
 from .suites import Suite
 
@@ -123,12 +123,12 @@ def _training(arms: Sequence[Arm]) -> dict[str, float]:
     """`<arm>_train_minutes` of the adapters that say, and `train_minutes` of the first."""
     found: dict[str, float] = {}
     for arm in arms:
-        file = arm.adapter / "training.json" if arm.adapter else None
-        if file and file.is_file():
-            minutes = json.loads(file.read_text(encoding="utf-8")).get("figures", {}).get("train_minutes")
-            if minutes is not None:
-                found.setdefault("train_minutes", minutes)
-                found[f"{arm.name}_train_minutes"] = minutes
+        if (
+            arm.adapter
+            and (minutes := training(arm.adapter).get("figures", {}).get("train_minutes")) is not None
+        ):
+            found.setdefault("train_minutes", minutes)
+            found[f"{arm.name}_train_minutes"] = minutes
     return found
 
 
@@ -145,13 +145,9 @@ def _losses(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _command(options: Options) -> str:
-    words = ["emoloop", "eval", options.suite]
-    for flag in ("judge", "guard", "adapter", "limit"):
-        if getattr(options, flag) is not None:
-            words += [f"--{flag}", str(getattr(options, flag))]
-    if options.arms:
-        words += ["--arms", ",".join(options.arms)]
-    words += [word for arm in options.more_arms for word in ("--arm", arm)]
-    if options.allow_reward_judge:
-        words.append("--allow-reward-judge")
-    return " ".join(words)
+    given = {flag: getattr(options, flag) for flag in ("judge", "guard", "adapter", "limit")}
+    given["arms"] = ",".join(options.arms or ()) or None
+    words = [f"--{flag} {value}" for flag, value in given.items() if value is not None]
+    words += [f"--arm {arm}" for arm in options.more_arms]
+    words += ["--allow-reward-judge"] if options.allow_reward_judge else []
+    return " ".join(["emoloop", "eval", options.suite, *words])

@@ -25,7 +25,7 @@ from .document import Options, Plan, describe
 from .judges import conflict, load_judge, reward_sources
 from .records import Outcome
 from .runner import run, settings_of
-from .suites import Suite, load_suite
+from .suites import load_suite
 
 
 def plan(options: Options) -> Plan:
@@ -36,13 +36,7 @@ def plan(options: Options) -> Plan:
     """
     suite = load_suite(options.suite)
     if options.limit:
-        kept = set(list(dict.fromkeys(r.prompt for r in suite.requests))[: options.limit])
-        blocks = [
-            block.model_copy(update={"prompts": [p for p in block.prompts if p in kept]})
-            for block in suite.blocks
-        ]
-        suite = suite.model_copy(update={"blocks": [block for block in blocks if block.prompts]})
-        suite = Suite.model_validate(suite.model_dump())
+        suite = suite.limited(options.limit)
     budget = {"loop": {"rounds": suite.rounds, "images": suite.images}}
     settings = load_settings(merged(merged(suite.settings, pruned(options.settings)), budget))
     adapters = dict(suite.adapters)

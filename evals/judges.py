@@ -137,7 +137,8 @@ class PixelJudge:
 
     def _aligned(self, items: Sequence[Item], images: Sequence[Image]) -> list[float | None]:
         """Alignment with each item's prompt, those of one prompt together where the reader can do that."""
-        several, single = (getattr(self.reader, name, None) for name in ("alignments", "alignment"))
+        several: Any = getattr(self.reader, "alignments", None)
+        single: Any = getattr(self.reader, "alignment", None)
         found: list[float | None] = [None] * len(items)
         for prompt in dict.fromkeys(item.prompt for item in items) if several or single else ():
             places = [place for place, item in enumerate(items) if item.prompt == prompt]
@@ -225,7 +226,8 @@ def _rating(row: dict[str, Any]) -> Reading:
     if "" in row:
         raise ValueError("more values than columns")
     try:
-        return _Rating(**{key: text.lower() for key in _RATED if (text := (row.get(key) or "").strip())})
+        said = {key: (row.get(key) or "").strip().lower() or None for key in _RATED}
+        return _Rating.model_validate(said)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(
@@ -325,7 +327,7 @@ class ClipHeadJudge:
             self.processor = AutoProcessor.from_pretrained(encoder)
         except (OSError, ValueError) as error:
             raise UserError(f"CLIP encoder {encoder!r}: {str(error).splitlines()[0]}") from error
-        takes = self.model.config.projection_dim
+        takes: Any = self.model.config.projection_dim
         self.head = _load_head(head, takes, (2, 8)).to(device)
         self.aesthetic = _load_head(aesthetic, takes, (1,)).to(device) if aesthetic else None
         self.device, self.batch = device, batch
@@ -467,12 +469,15 @@ def load_judge(spec: str, settings: Settings) -> Judge:
 
 def reward_sources(settings: Settings) -> set[str]:
     """What gave the reward: the settings' critic and reward, and those in their adapter's training.json."""
-    sources = {settings.lvlm.model, settings.loop.reward}
-    file = Path(settings.generator.adapter or "") / "training.json"
-    if settings.generator.adapter and file.is_file():
-        trained = json.loads(file.read_text(encoding="utf-8"))
-        sources |= {trained.get("reward", {}).get("name"), *trained.get("critics", [])} - {None}
-    return sources
+    trained = training(Path(settings.generator.adapter)) if settings.generator.adapter else {}
+    given = {trained.get("reward", {}).get("name"), *trained.get("critics", [])} - {None}
+    return {settings.lvlm.model, settings.loop.reward} | given
+
+
+def training(adapter: Path) -> dict[str, Any]:
+    """An artifact's `training.json`; empty for a LoRA that has none."""
+    file = adapter / "training.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def conflict(judge: Judge, sources: set[str]) -> str | None:

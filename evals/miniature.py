@@ -177,7 +177,8 @@ def _neutral(rows: Sequence[Row]) -> dict[str, Estimate]:
     by_prompt = {row.request.prompt: _points(filter(None, row.readings)) for row in rows}
     found = {}
     for column, axis in enumerate(AXES):
-        spread = [np.std(it[:, column], ddof=1) if len(it) > 1 else None for it in by_prompt.values()]
+        points = by_prompt.values()
+        spread = [float(np.std(it[:, column], ddof=1)) if len(it) > 1 else None for it in points]
         found[f"neutral_{axis}_std"] = estimate([spread], list(by_prompt))
     return found
 
@@ -274,8 +275,8 @@ async def _rewriter(rewriter: Rewriter) -> dict[str, Estimate]:
     toward: list[float | None] = []
     cuts: list[float] = []
     for (prompt, target), made in zip(requests, rewrites, strict=True):
+        text = prompt if isinstance(made, BaseException) else made.prompt
         good = not isinstance(made, BaseException) and made.refused is None
-        text = made.prompt if good else prompt
         before, after = caption_error(prompt, target), caption_error(text, target)
         kept.append(float(good and world.parse(text).subject == world.parse(prompt).subject))
         toward.append(float(good and after < before))

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -247,32 +248,29 @@ async def measure_pace(harness: Harness, rows: Sequence[Row], kept: Kept) -> dic
     shown = [(row.request, one) for row in rows for one in row.made][:8]
     if (known := kept.get(key)) is not None or not shown:
         return known or {}
-    requests = [ImageRequest(one.prompt, one.seed or 0, request.target) for request, one in shown]
     rewriter = reuse.rewriter(harness.loop.settings.loop.rewriter)
+    drawn = [ImageRequest(one.prompt, one.seed or 0, request.target) for request, one in shown]
+    pace: dict[str, float] = {}
 
-    async def fastest(call: Callable[[Request, Any], Any]) -> float:
-        found = []
-        for _ in range(_PACES):
-            clock = time.perf_counter()
-            await asyncio.gather(
-                *(call(request, one.image) for (request, _), one in zip(shown, made, strict=True))
-            )
-            found.append((time.perf_counter() - clock) / len(shown))
-        return min(found)
-
-    try:
+    def note(what: str, seconds: float) -> None:
         # The first call of each model loads it or tries its batches out, and other work on a machine only slows: the
         # fastest of several is nearest to what the models take.
-        made: list[Any] = []
-        image: list[float] = []
+        pace[what] = min(pace.get(what, math.inf), seconds / len(shown))
+
+    async def timed(what: str, calls: Iterable[Awaitable[Any]]) -> None:
+        clock = time.perf_counter()
+        await asyncio.gather(*calls)
+        note(what, time.perf_counter() - clock)
+
+    try:
         for _ in range(_PACES):
-            made = await reuse.generator.generate(requests)
-            image.append(sum(one.provenance.get("seconds") or 0.0 for one in made) / len(made))
-        pace = {
-            "image": min(image),
-            "critique": await fastest(lambda it, picture: reuse.critic.read(picture, it.prompt, it.target)),
-            "rewrite": await fastest(lambda it, _: rewriter.rewrite(it.prompt, it.target)),
-        }
+            made = await reuse.generator.generate(drawn)
+            note("image", sum(one.provenance.get("seconds") or 0.0 for one in made))
+            reads = zip(made, shown, strict=True)
+            await timed(
+                "critique", (reuse.critic.read(one.image, it.prompt, it.target) for one, (it, _) in reads)
+            )
+            await timed("rewrite", (rewriter.rewrite(it.prompt, it.target) for it, _ in shown))
     except Exception:  # a model that fails now has been reported by the arms
         return {}
     kept.put(key, pace)
