@@ -3,8 +3,9 @@
 import asyncio
 import csv
 import json
+import sys
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -350,6 +351,24 @@ def test_shards_fill_one_cache(options, tmp_path):
         assert outcome.made == 3 and len(outcome.rows) == 2
     document, _ = evaluate(options, tmp_path / "out", lvlm=Scripted())
     assert document["images_made"] == 0
+
+
+def test_a_child_makes_its_share(options, monkeypatch):
+    from emoloop.evals import evaluate as module
+
+    seen = []
+
+    async def noted(suite, settings, arms, judge, guard, shard):
+        seen.append((suite.name, [arm.name for arm in arms], shard))
+
+    words = json.dumps({**asdict(options), "arms": ["base"], "shard": [1, 2]}, default=str)
+    monkeypatch.setattr(module, "run", noted)
+    monkeypatch.setattr(sys, "argv", ["evaluate", words])
+    module.main()
+    assert seen == [("tiny", ["base"], (1, 2))]
+    monkeypatch.setattr(sys, "argv", ["evaluate", words.replace("base", "bsae")])
+    with pytest.raises(SystemExit, match="unknown arm 'bsae'"):
+        module.main()
 
 
 def test_a_users_arm_by_dotted_path(options, tmp_path):
