@@ -193,48 +193,46 @@ async def read(
     progress: Progress,
 ) -> None:
     """Fill `readings` and `guard` of the rows; an image that was read before is not read again."""
-    for row in rows:
-        row.readings, row.guard = [None] * len(row.handed_over), [None] * len(row.siblings)
-    await _read(judge, [(row.request, row.handed_over, row.readings) for row in rows], kept, blobs, progress)
-    if guard is not None:
-        await _read(guard, [(row.request, row.siblings, row.guard) for row in rows], kept, blobs, progress)
+    handed_over = [(row.request, row.handed_over) for row in rows]
+    for row, readings in zip(rows, await _read(judge, handed_over, kept, blobs, progress), strict=True):
+        row.readings = readings
+    siblings = [(row.request, row.siblings) for row in rows]
+    for row, readings in zip(rows, await _read(guard, siblings, kept, blobs, progress), strict=True):
+        row.guard = readings
 
 
 async def _read(
-    judge: Judge,
-    wanted: Sequence[tuple[Request, list[Candidate], list[Reading | None]]],
+    judge: Judge | None,
+    wanted: Sequence[tuple[Request, Sequence[Candidate]]],
     kept: Kept,
     blobs: BlobStore,
     progress: Progress,
-) -> None:
-    items: dict[str, Item] = {}
-    slots: dict[str, list[tuple[list[Reading | None], int]]] = {}
-    for request, shown, readings in wanted:
+) -> list[list[Reading | None]]:
+    if judge is None:
+        return [[None] * len(shown) for _, shown in wanted]
+
+    def key_of(request: Request, one: Candidate) -> str:
         target = request.target.model_dump(mode="json") if judge.sees_target else None
-        for place, one in enumerate(shown):
-            key = digest("reading", judge.name, judge.version, one.sha256, request.prompt, target)
-            items.setdefault(key, Item(one.sha256, blobs, request.prompt, request.target))
-            slots.setdefault(key, []).append((readings, place))
+        return digest("reading", judge.name, judge.version, one.sha256, request.prompt, target)
 
-    def fill(key: str, reading: Reading | None) -> None:
-        for readings, place in slots[key]:
-            readings[place] = reading
-
-    new = []
-    for key in items:
-        known = kept.get(key)
-        if known is None:
-            new.append(key)
-        else:
-            fill(key, Reading.model_validate(known))
+    keys = [[key_of(request, one) for one in shown] for request, shown in wanted]
+    items = {
+        key: Item(one.sha256, blobs, request.prompt, request.target)
+        for (request, shown), row in zip(wanted, keys, strict=True)
+        for one, key in zip(shown, row, strict=True)
+    }
+    known = {key: kept.get(key) for key in items}
+    found = {key: None if it is None else Reading.model_validate(it) for key, it in known.items()}
+    new = [key for key in items if known[key] is None]
     task = progress.add_task(f"readings by {judge.name}", total=len(new))
     for start in range(0, len(new), 64):
         part = new[start : start + 64]
         for key, reading in zip(part, await judge.read([items[key] for key in part]), strict=True):
-            fill(key, reading)
+            found[key] = reading
             if reading is not None:
                 kept.put(key, reading.model_dump(mode="json", exclude_none=True))
         progress.advance(task, len(part))
+    return [[found[key] for key in row] for row in keys]
 
 
 async def measure_pace(harness: Harness, rows: Sequence[Row], kept: Kept) -> dict[str, float]:
