@@ -422,12 +422,15 @@ def test_the_verb_prints_one_document_and_a_judge_may_be_a_model(options, lvlm, 
     suite = tmp_path / "verb.yaml"
     small = {"generator": {"steps": 2}, "lvlm": {"max_tokens": 400}}
     suite.write_text(yaml.safe_dump(SUITE | {"name": "verb", "images": 1, "settings": small}))
-    words = ["eval", str(suite), "--arms", "base", "--limit", "1", "--json", "--model"]
+    words = ["eval", str(suite), "--arms", "base", "--arm", "other=rewriter=keep,rounds=1", "--limit", "1"]
+    words += ["--json", "--model"]
     words += [options.settings["generator"]["model"], "--lvlm", str(lvlm)]
     words += ["--home", str(tmp_path / "home"), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
+    assert list(document["arms"]) == ["base", "other"]
+    assert document["command"].endswith("--arms base --arm other=rewriter=keep,rounds=1")
     assert document["suite"] == "verb" and document["figures"]["n"] == 2 and document["device"] == "cpu"
     assert (tmp_path / "out" / "report.html").is_file()
 
