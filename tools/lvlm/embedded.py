@@ -9,13 +9,10 @@ never changes an answer.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +21,20 @@ import llguidance.hf
 import llguidance.torch
 import numpy as np
 import torch
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatResult
 from PIL import Image
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import Field, PrivateAttr
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from ...domain import UserError
 from ..images.batching import BatchWorker
 from ..threads import set_threads_here
-from .chat import continues, image_from_url, to_openai, to_result, with_layout
+from .chat import LocalChat, continues, image_from_url, to_openai, to_result, with_layout
 
 
 @dataclass
@@ -53,18 +49,14 @@ class _Request:
     logprobs: int | None
 
 
-class EmbeddedLVLM(BaseChatModel):
+class EmbeddedLVLM(LocalChat):
     """A chat model that runs in this process.
 
-    Understands, by `.bind(...)` or per call: `response_format` ({"type": "json_schema", ...}), `temperature`,
-    `seed`, `max_tokens`, `structured_outputs` ({"regex": ...}, as vLLM has it), and `logprobs=True` with
-    `top_logprobs=n`. A chat that ends with an AIMessage is continued. With a grammar, `max_tokens` is where free
-    text is cut short: the answer is then closed at once, so that it still parses.
+    With a grammar, `max_tokens` is where free text is cut short: the answer is then closed at once, so that it
+    still parses.
 
     Attributes:
         model: Folder (or hub id) of an image-text-to-text model with processor and chat template.
-        temperature: 0 is greedy.
-        max_tokens: Length limit of an answer.
         batch_size: Rows of a forward pass at most.
         window_ms: How long a request waits for company, in milliseconds. A round's critiques come one after another
             from their threads, and a batch that leaves without some of them costs as much again.
@@ -74,120 +66,51 @@ class EmbeddedLVLM(BaseChatModel):
             with 1: waking a second thread takes longer than what it is woken for.
     """
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-
-    model: str
-    temperature: float = Field(default=0.0, ge=0)
-    max_tokens: int = Field(default=512, ge=1)
     batch_size: int = Field(default=8, ge=1)
     window_ms: float = Field(default=20.0, ge=0)
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = Field(default=None, ge=1)
 
-    _engine: _Engine | None = PrivateAttr(default=None)
-    _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
-
-    @property
-    def _llm_type(self) -> str:
-        return "emoloop-embedded"
-
-    @property
-    def _identifying_params(self) -> dict[str, Any]:
-        return {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
+    _worker: BatchWorker[_Request, ChatResult] | None = PrivateAttr(default=None)
+    _decoder: _Decoder | None = PrivateAttr(default=None)
 
     def close(self) -> None:
         """Finish the batch that is running and free the model; the next call loads it again."""
         with self._lock:
-            engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.worker.close()
+            if self._worker is not None:
+                self._worker.close()
+            self._worker = self._decoder = None
 
     def _submit(self, messages: list[BaseMessage], **kwargs: Any) -> Future[ChatResult]:
-        response_format = with_layout(kwargs.get("response_format"))
-        kind = (response_format or {}).get("type", "text")
-        if kind not in ("text", "json_object", "json_schema"):
-            raise ValueError(f"response_format {kind!r} is not known here; json_schema is")
-        grammar = None
-        if response_format and kind == "json_schema":
-            schema = json.dumps(response_format["json_schema"]["schema"])
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
-        elif kind == "json_object":
-            grammar = llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}')
-        elif structured := kwargs.get("structured_outputs"):
-            grammar = llguidance.LLMatcher.grammar_from_regex(structured["regex"])
-        prompt, images = _split_images(to_openai(messages))
+        prompt = to_openai(messages)
         temperature = kwargs.get("temperature")
         request = _Request(
+            images=[_take_image(part) for it in prompt for part in it["content"] if part["type"] != "text"],
             messages=prompt,
-            images=images,
             continues=continues(messages),
-            grammar=grammar,
+            grammar=_grammar(with_layout(kwargs.get("response_format")), kwargs.get("structured_outputs")),
             temperature=self.temperature if temperature is None else float(temperature),
             seed=kwargs.get("seed"),
             max_tokens=int(kwargs.get("max_tokens") or self.max_tokens),
             logprobs=int(kwargs.get("top_logprobs") or 0) if kwargs.get("logprobs") else None,
         )
         with self._lock:
-            if self._engine is None:
-                load = partial(_Decoder, self.model, self.device, self.dtype)
-                self._engine = _Engine(load, self.batch_size, self.window_ms / 1000, self.threads)
-            return self._engine.worker.submit([request])[0]
-
-    def _generate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> ChatResult:
-        return self._submit(messages, **kwargs).result()
-
-    async def _agenerate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> ChatResult:
-        # Decoding images and rendering the request is work: off the event loop, like everything that is.
-        answer = await asyncio.to_thread(self._submit, messages, **kwargs)
-        return await asyncio.wrap_future(answer)
-
-
-def _split_images(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    images: list[Image.Image] = []
-
-    def part(block: dict[str, Any]) -> dict[str, Any]:
-        if block["type"] == "image_url":
-            images.append(image_from_url(block["image_url"]["url"]))
-            return {"type": "image"}
-        if block["type"] != "text":
-            raise ValueError(f"a message part of type {block['type']!r}: text and image_url are known")
-        return block
-
-    rendered = [{**message, "content": [part(block) for block in message["content"]]} for message in messages]
-    return rendered, images
-
-
-class _Engine:
-    """The model behind one worker thread; it loads with the first batch."""
-
-    def __init__(self, load: Callable[[], _Decoder], batch_size: int, window: float, threads: int | None):
-        self._load, self._decoder, self._threads = load, None, threads
-        self.worker: BatchWorker[_Request, ChatResult] = BatchWorker(
-            self._run,
-            size=batch_size,
-            window=window,
-            key=lambda request: len(request.images),  # so that pixels stack without padding
-            name="emoloop-lvlm",
-        )
+            if self._worker is None:
+                self._worker = BatchWorker(
+                    self._run,
+                    size=self.batch_size,
+                    window=self.window_ms / 1000,
+                    key=lambda request: len(request.images),  # so that pixels stack without padding
+                    name="emoloop-lvlm",
+                )
+            return self._worker.submit([request])[0]
 
     def _run(self, requests: list[_Request]) -> Sequence[ChatResult | Exception]:
         if self._decoder is None:
-            if self._threads:
-                set_threads_here(self._threads)
-            self._decoder = self._load()
+            if self.threads:
+                set_threads_here(self.threads)
+            self._decoder = _Decoder(self.model, self.device, self.dtype)
         try:
             return self._decoder(requests)
         except Exception as error:
@@ -197,15 +120,34 @@ class _Engine:
             return [self._run([request])[0] for request in requests]
 
 
+def _take_image(part: dict[str, Any]) -> Image.Image:
+    """The image of a message part, which then only says that there is one."""
+    if part["type"] != "image_url":
+        raise ValueError(f"a message part of type {part['type']!r}: text and image_url are known")
+    part["type"] = "image"
+    return image_from_url(part.pop("image_url")["url"])
+
+
+def _grammar(response_format: dict[str, Any] | None, structured: dict[str, Any] | None) -> str | None:
+    kind = (response_format or {}).get("type", "text")
+    if kind == "json_schema" and response_format:
+        schema = response_format["json_schema"]["schema"]
+        return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    if kind == "json_object":
+        return llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}')
+    if kind != "text":
+        raise ValueError(f"response_format {kind!r} is not known here; json_schema is")
+    return llguidance.LLMatcher.grammar_from_regex(structured["regex"]) if structured else None
+
+
 class _Decoder:
     """Model, processor and grammars; turns a batch of requests into answers."""
 
     def __init__(self, model: str, device: str, dtype: str):
         self.name = model
         if device == "auto":
-            device = (
-                "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-            )
+            there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+            device = next((name for name, found in there.items() if found), "cpu")
         if dtype == "auto":
             dtype = "bfloat16" if device == "cuda" else "float32"
         # "Loading weights: 100 %" is noise among the loop's own progress.
@@ -270,7 +212,8 @@ class _Decoder:
                 eos_token_id=None,
             ),
             logits_processor=LogitsProcessorList([referee]),
-            stopping_criteria=StoppingCriteriaList([_AllDone(rows)]),
+            # The rows know when they have their answers, not the end token.
+            stopping_criteria=StoppingCriteriaList([referee.done]),
         )
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         return [row.result(length) for row, length in zip(rows, lengths, strict=True)]
@@ -349,8 +292,7 @@ class _Row:
             self.decoder.tokenizer.decode(self.tokens, skip_special_tokens=True),
             model=self.decoder.name,
             finish_reason=self.finish_reason or "length",
-            prompt_tokens=int(prompt_tokens),
-            answer_tokens=len(self.tokens),
+            usage={"prompt_tokens": prompt_tokens, "completion_tokens": len(self.tokens)},
             logprobs=self.logprobs if self.request.logprobs is not None else None,
         )
 
@@ -381,16 +323,9 @@ class _Referee(LogitsProcessor):
             chosen[index, 0 if row.finish_reason else row.choose(logits[index], allowed[index])] = 0
         return chosen
 
-
-class _AllDone(StoppingCriteria):
-    """Ends `generate` when every row has its answer; the rows know, not the end token."""
-
-    def __init__(self, rows: list[_Row]):
-        self.rows = rows
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        done = [row.finish_reason is not None for row in self.rows]
-        return torch.tensor(done, device=input_ids.device)
+    def done(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Which rows have their answer, shape (rows,), bool."""
+        return torch.tensor([row.finish_reason is not None for row in self.rows], device=input_ids.device)
 
 
 def check_folder(model: str | Path) -> None:
@@ -402,8 +337,6 @@ def check_folder(model: str | Path) -> None:
     config = Path(model) / "config.json"
     if not config.is_file():
         raise UserError(f"{model} holds no config.json: an LVLM is a transformers folder such as Idefics3's")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
     kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise UserError(f"{model} holds a {kind!r} model: the critic needs one that takes images and text")

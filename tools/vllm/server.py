@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +35,12 @@ QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_COLOR": 
 #: Longest context that critics and rewriters need: rubric, picture, rounds so far, answer.
 CONTEXT = 8192
 
-
-@dataclass(frozen=True)
-class GPUPreset:
-    """How a well-known model is served on GPUs.
-
-    Attributes:
-        pattern: Regular expression on the model's name.
-        pixels: Most pixels of an image; more cost tokens and tell a critic little.
-        flags: Further flags.
-    """
-
-    pattern: str
-    pixels: int
-    flags: tuple[str, ...] = field(default=())
-
-
-#: 1280 image tokens of 28 x 28 (Qwen2.5-VL) or 32 x 32 (Qwen3-VL) pixels. With tensor parallelism the small
-#: vision tower runs whole on each GPU over its share of the images, which beats cutting it up.
-GPU_PRESETS = (
-    GPUPreset(r"qwen2[._]?5-?vl", 1280 * 28 * 28),
-    GPUPreset(r"qwen3-?vl.*(a3b|a22b|moe)", 1280 * 32 * 32, ("--enable-expert-parallel",)),
-    GPUPreset(r"qwen3-?vl", 1280 * 32 * 32),
+#: How well-known models are served on GPUs: a pattern of the name, most pixels of an image (more cost tokens and tell
+#: a critic little: 1280 image tokens of 28 x 28 or 32 x 32 pixels), further flags.
+GPU_PRESETS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    (r"qwen2[._]?5-?vl", 1280 * 28 * 28, ()),
+    (r"qwen3-?vl.*(a3b|a22b|moe)", 1280 * 32 * 32, ("--enable-expert-parallel",)),
+    (r"qwen3-?vl", 1280 * 32 * 32, ()),
 )
 
 
@@ -79,8 +63,6 @@ def find_python(setting: str | None = None) -> Path:
         return python
     if installed := vllm_install.interpreter():
         return installed
-    from importlib.util import find_spec
-
     if find_spec("vllm"):
         return Path(sys.executable)
     raise UserError(
@@ -89,49 +71,10 @@ def find_python(setting: str | None = None) -> Path:
     )
 
 
-def has_gpu(python: Path) -> bool:
-    """Whether vLLM in that environment would run on a GPU."""
+def _has_gpu(python: Path) -> bool:
     ask = "import torch; print(bool(torch.version.cuda or torch.version.hip) and torch.cuda.is_available())"
     done = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=False)
     return done.stdout.strip() == "True"
-
-
-def _gpu_preset(model: str) -> GPUPreset | None:
-    return next((preset for preset in GPU_PRESETS if re.search(preset.pattern, model.lower())), None)
-
-
-def engine_options(
-    model: str, *, gpu: bool, dtype: str = "auto", context: int | None = None
-) -> dict[str, Any]:
-    """What `vllm.LLM` and `vllm serve` are told alike, as `vllm.LLM`'s keyword arguments.
-
-    Args:
-        model: Folder or hub id.
-        gpu: For a GPU, or for a CPU.
-        dtype: "auto" is the model's own on a GPU and float32 on a CPU, where it is the fastest.
-        context: Tokens of prompt and answer; by default the model's, at most 8192.
-    """
-    config = Path(model) / "config.json"
-    if context is None:
-        text = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        text = text.get("text_config", text)
-        context = min(CONTEXT, text.get("max_position_embeddings") or CONTEXT)
-    options: dict[str, Any] = {
-        "dtype": dtype if dtype != "auto" or gpu else "float32",
-        "max_model_len": context,
-        "enable_prefix_caching": True,
-        "limit_mm_per_prompt": {"image": 1},
-        "generation_config": "vllm",
-        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
-    }
-    if gpu and (preset := _gpu_preset(model)):
-        options["mm_processor_kwargs"] = {"max_pixels": preset.pixels}
-        options["limit_mm_per_prompt"] = {"image": 1, "video": 0}
-    if not gpu:
-        # The CPU backend takes multiples of 32 only. Compiling costs a minute and gains little at these
-        # sizes.
-        options |= {"block_size": 32, "enforce_eager": True, "mm_processor_cache_gb": 1}
-    return options
 
 
 def command(
@@ -158,34 +101,49 @@ def command(
         port: Port to listen on.
         names: What clients may call the model.
         gpu: For a GPU, or for a CPU.
-        dtype: As in `engine_options`.
-        context: As in `engine_options`.
+        dtype: "auto" is the model's own on a GPU and float32 on a CPU, where it is the fastest.
+        context: Tokens of prompt and answer; by default the model's, at most 8192.
         seats: Requests in one batch at most.
         tensor_parallel: GPUs that share one copy of the model.
         data_parallel: Copies of the model.
         extra: Flags as they are; they come last, so they win.
     """
+    if context is None:
+        config = Path(model) / "config.json"
+        text = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        text = text.get("text_config", text)
+        context = min(CONTEXT, text.get("max_position_embeddings") or CONTEXT)
     flags: dict[str, Any] = {
         "host": host,
         "port": port,
         "max-num-seqs": seats,
         "enable-prompt-tokens-details": True,
+        "dtype": dtype if dtype != "auto" or gpu else "float32",
+        "max-model-len": context,
+        "enable-prefix-caching": True,
+        "limit-mm-per-prompt": {"image": 1},
+        "generation-config": "vllm",
+        "structured-outputs-config": {"backend": "guidance", "disable_any_whitespace": True},
     }
+    more: tuple[str, ...] = ()
     if tensor_parallel > 1:
+        # The small vision tower runs whole on each GPU over its share of the images, which beats cutting it up.
         flags |= {"tensor-parallel-size": tensor_parallel, "mm-encoder-tp-mode": "data"}
     if data_parallel > 1:
         flags["data-parallel-size"] = data_parallel
-    for key, value in engine_options(model, gpu=gpu, dtype=dtype, context=context).items():
-        flags[key.replace("_", "-")] = value
+    if not gpu:
+        # The CPU backend takes multiples of 32 only. Compiling costs a minute and gains little at these sizes.
+        flags |= {"block-size": 32, "enforce-eager": True, "mm-processor-cache-gb": 1}
+    elif preset := next((it for it in GPU_PRESETS if re.search(it[0], model.lower())), None):
+        _, pixels, more = preset
+        flags["mm-processor-kwargs"] = {"max_pixels": pixels}
+        flags["limit-mm-per-prompt"] = {"image": 1, "video": 0}
     line = [str(python), "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", *names]
     for key, value in flags.items():
-        if value is True:
-            line.append(f"--{key}")
-        else:
-            line += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    if gpu and (preset := _gpu_preset(model)):
-        line += preset.flags
-    return [*line, *extra]
+        line.append(f"--{key}")
+        if value is not True:
+            line.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return [*line, *more, *extra]
 
 
 def environment(model: str, *, gpu: bool) -> dict[str, str]:
@@ -229,12 +187,12 @@ class GuardedProcess:
 
 
 class VLLMServer:
-    """A running server; a context manager.
+    """A server; a context manager that starts and stops it.
 
     Attributes:
         url: Base URL for clients, ending in /v1.
         names: What clients may call the model.
-        log: File with everything that the server prints.
+        log: File with everything that the server prints; begun anew by the first start.
     """
 
     def __init__(
@@ -265,25 +223,17 @@ class VLLMServer:
         self.model = str(presets.resolve(model, "lvlm"))
         self.names = list(dict.fromkeys([model, self.model]))
         self.python = python or find_python()
-        self.gpu = has_gpu(self.python) if device == "auto" else device != "cpu"
         self.host, self.port = host, _free_port(host, port)
         self.url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.port}/v1"
         self.log = log or Path(tempfile.mkstemp(prefix="emoloop-vllm-", suffix=".log")[1])
-        self._line = command(
-            self.model,
-            python=self.python,
-            host=host,
-            port=self.port,
-            names=self.names,
-            gpu=self.gpu,
-            **options,
-        )
+        self._device, self._options = device, options
         self._child: GuardedProcess | None = None
+        self._stopped = False
 
     def start(
         self, timeout: float = 900.0, progress: Callable[[str], None] = lambda line: None
     ) -> VLLMServer:
-        """Start and wait until the server is healthy.
+        """Start and wait until the server is healthy; start one again that ended by itself.
 
         Args:
             timeout: Seconds to wait.
@@ -292,12 +242,15 @@ class VLLMServer:
         Raises:
             UserError: The server ended or did not get ready in time; with the line of its log that says why.
         """
+        gpu = _has_gpu(self.python) if self._device == "auto" else self._device != "cpu"
+        where = {"python": self.python, "host": self.host, "port": self.port, "names": self.names}
+        line = command(self.model, gpu=gpu, **where, **self._options)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as output:
+        with self.log.open("wb" if self._child is None else "ab") as output:
             self._child = GuardedProcess(
-                self._line,
+                line,
                 python=self.python,
-                env=environment(self.model, gpu=self.gpu),
+                env=environment(self.model, gpu=gpu),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -306,18 +259,18 @@ class VLLMServer:
         try:
             while not self._healthy():
                 waited = time.monotonic() - started
+                if self._stopped:  # by another thread
+                    raise UserError("vLLM was stopped before it was ready")
                 if (code := self._child.process.poll()) is not None:
                     raise UserError(
-                        f"vLLM ended with exit code {code}: {log_reason(self.log)} (all of it: {self.log})"
+                        f"vLLM ended with exit code {code}: {self.reason()} (all of it: {self.log})"
                     )
                 if waited > timeout:
-                    raise UserError(
-                        f"vLLM was not ready after {timeout:g} s: {_last_line(self.log)} ({self.log})"
-                    )
-                progress(f"vLLM: {waited:.0f} s: {_last_line(self.log)}")
+                    raise UserError(f"vLLM was not ready after {timeout:g} s: {self._news()} ({self.log})")
+                progress(f"vLLM: {waited:.0f} s: {self._news()}")
                 time.sleep(0.5)
         except BaseException:
-            self.stop()
+            self._child.stop()
             raise
         return self
 
@@ -340,7 +293,8 @@ class VLLMServer:
         return self._child.process.wait(timeout)
 
     def stop(self) -> None:
-        """End the server and all its workers; return when they are gone."""
+        """End the server and all its workers, for good; return when they are gone."""
+        self._stopped = True
         if self._child is not None:
             self._child.stop()
 
@@ -349,6 +303,24 @@ class VLLMServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def said(self) -> list[str]:
+        """The last lines of the log, without vLLM's prefixes."""
+        with self.log.open("rb") as file:
+            file.seek(max(0, self.log.stat().st_size - 40_000))
+            text = file.read().decode(errors="replace")
+        # "(APIServer pid=1) INFO 11-21 16:32:06 [file.py:54] text" → "text"
+        prefix = r"^(\(.*?\) )?([A-Z]+ [\d-]+ [\d:.]+ )?(\[.*?\] )?"
+        return [found for line in text.splitlines() if (found := re.sub(prefix, "", line).strip())]
+
+    def _news(self) -> str:
+        return (self.said() or ["starting"])[-1][:100]
+
+    def reason(self) -> str:
+        """The last exception that says something; vLLM ends with one that only points at the others."""
+        errors = [line for line in self.said() if re.match(r"[\w.]*(Error|Exception|error): .", line)]
+        telling = [line for line in errors if "Engine core initialization failed" not in line]
+        return (telling or errors or [self._news()])[-1][:300]
 
 
 def metrics(url: str, api_key: str = "none") -> dict[str, float]:
@@ -391,25 +363,3 @@ def _free_port(host: str, port: int) -> int:
                 f"port {port} on {host} cannot be used ({error.strerror}): choose another by --port"
             ) from None
         return probe.getsockname()[1]
-
-
-def _lines(log: Path) -> list[str]:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 40_000))
-        text = file.read().decode(errors="replace")
-    # "(APIServer pid=1) INFO 11-21 16:32:06 [file.py:54] text" → "text"
-    return [
-        re.sub(r"^(\(.*?\) )?([A-Z]+ [\d-]+ [\d:.]+ )?(\[.*?\] )?", "", line).strip()
-        for line in text.splitlines()
-    ]
-
-
-def _last_line(log: Path) -> str:
-    return next((line[:100] for line in reversed(_lines(log)) if line), "starting")
-
-
-def log_reason(log: Path) -> str:
-    """The last exception that says something; vLLM ends with one that only points at the others."""
-    errors = [line for line in _lines(log) if re.match(r"[\w.]*(Error|Exception|error): .", line)]
-    telling = [line for line in errors if "Engine core initialization failed" not in line]
-    return (telling or errors or [_last_line(log)])[-1][:300]
