@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...domain import UserError
-from ..children import children
+from ...tools.children import GuardedProcess
 
 if TYPE_CHECKING:
     from ..analysis import Table
+
+#: Seconds that a training has to end its step and save when the study is stopped.
+GRACE = 600.0
 
 
 def main(
@@ -162,7 +166,7 @@ def _train_all(
     """Each training is a child process: memory is given back, and several may run at once."""
     waiting = [cell for cell in cells if not (_place(folder, *cell) / "training.json").exists()]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
-    with children() as started:
+    with ExitStack() as started:
         while waiting or running:
             while waiting and len(running) < max(1, parallel):
                 cell = waiting.pop(0)
@@ -185,8 +189,8 @@ def _train_all(
                     environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
                 print(f"training {name}, seed {seed} ({len(waiting)} waiting)", file=sys.stderr, flush=True)
                 with (folder / f"{name}-{seed}.log").open("ab") as log:
-                    running[cell] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-                    started.append(running[cell])
+                    child = GuardedProcess(command, env=environment, grace=GRACE, stdout=log, stderr=log)
+                running[cell] = started.enter_context(child).process
             for cell, child in list(running.items()):
                 if (code := child.poll()) is not None:
                     del running[cell]

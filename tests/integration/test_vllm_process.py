@@ -11,10 +11,11 @@ import psutil
 import pytest
 import tiny_lvlm
 from emoloop.domain import UserError
-from emoloop.tools.vllm import guard as vllm_guard
+from emoloop.tools import children
+from emoloop.tools.children import GuardedProcess
 from emoloop.tools.vllm import install as vllm_install
 from emoloop.tools.vllm import server as vllm_server
-from emoloop.tools.vllm.server import GuardedProcess, VLLMServer, command
+from emoloop.tools.vllm.server import VLLMServer, command
 
 #: A leader with a worker that takes no notice of SIGTERM, as a stuck engine might not.
 STUBBORN = """
@@ -29,7 +30,7 @@ time.sleep(600)
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from emoloop.tools.vllm.server import GuardedProcess
+from emoloop.tools.children import GuardedProcess
 child = GuardedProcess([sys.executable, "-S", "-c", sys.argv[1]], python=Path(sys.executable), env=None)
 time.sleep(600)
 """
@@ -87,14 +88,13 @@ def test_killing_us_leaves_no_orphan():
     assert all(gone(pid) for pid in tree)
 
 
-def test_a_command_that_ignores_everything_is_killed(monkeypatch):
-    monkeypatch.setattr(vllm_guard, "GRACE", 0.3)
+def test_a_command_that_ignores_everything_is_killed():
     read, write = os.pipe()
     code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         os.close(write)
-        assert vllm_guard.main(read, [sys.executable, "-S", "-c", code]) in (130, 137)
+        assert children.main(read, 0.3, [sys.executable, "-S", "-c", code]) in (130, 137)
     finally:
         os.close(read)
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):

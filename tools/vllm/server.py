@@ -25,9 +25,8 @@ import httpx
 
 from ...domain import UserError
 from .. import presets
+from ..children import GuardedProcess
 from . import install as vllm_install
-
-GUARD = Path(__file__).with_name("guard.py")
 
 #: Kept out of every vLLM process: usage reports, and lookups on the hub for a model that lies in a folder.
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_COLOR": "0"}
@@ -156,34 +155,6 @@ def environment(model: str, *, gpu: bool) -> dict[str, str]:
         variables.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; a small model needs no more
         variables["CUDA_VISIBLE_DEVICES"] = ""
     return variables
-
-
-class GuardedProcess:
-    """A command that ends when this process does, however it does.
-
-    Attributes:
-        process: The guard; its exit code is the command's.
-    """
-
-    def __init__(self, line: Sequence[str], *, python: Path, env: dict[str, str], **streams: Any):
-        read, self._write = os.pipe()
-        try:
-            self.process = subprocess.Popen(
-                [str(python), "-S", str(GUARD), str(read), *line],
-                pass_fds=(read,),
-                start_new_session=True,  # Ctrl-C is ours to handle
-                env=env,
-                **streams,
-            )
-        finally:
-            os.close(read)
-
-    def stop(self) -> int:
-        """Let go of the pipe and wait until nothing is left; may be called twice. Returns the exit code."""
-        if self._write >= 0:
-            os.close(self._write)
-            self._write = -1
-        return self.process.wait()
 
 
 class VLLMServer:
