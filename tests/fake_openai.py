@@ -42,6 +42,7 @@ class FakeOpenAI(ThreadingHTTPServer):
         names = json.dumps({"data": [{"id": m, "object": "model"} for m in models]}).encode()
         self.greet: Callable[[int], Answer] = lambda number: (200, {}, names)
         self.greeted = 0
+        self.on_health: Callable[[], Any] = lambda: None
         self.keys: list[str | None] = []
         self.script: Callable[[int, dict[str, Any]], Answer] = lambda number, body: chat("ok")
         self.requests: list[dict[str, Any]] = []
@@ -92,7 +93,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/health":
-            return self.reply(200, {}, b"")
+            self.reply(200, {}, b"")
+            return self.server.on_health()
         if self.path != "/v1/models":
             return self.reply(404, {}, b'{"detail": "Not Found"}')
         self.server.greeted += 1

@@ -46,7 +46,7 @@ class GuardedProcess:
         """
         read, self._write = os.pipe()
         try:
-            self.process = subprocess.Popen(
+            self.process: subprocess.Popen[Any] = subprocess.Popen(
                 [str(python), "-IS", __file__, str(read), str(grace), *line],
                 pass_fds=(read,),
                 start_new_session=True,  # Ctrl-C is ours to handle

@@ -165,7 +165,7 @@ def _train_all(
 ) -> None:
     """Each training is a child process: memory is given back, and several may run at once."""
     waiting = [cell for cell in cells if not (_place(folder, *cell) / "training.json").exists()]
-    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    running: dict[tuple[str, int], subprocess.Popen[Any]] = {}
     with ExitStack() as started:
         while waiting or running:
             while waiting and len(running) < max(1, parallel):
