@@ -14,11 +14,19 @@ from urllib.parse import urlsplit
 import httpx
 
 from ..domain import UserError
+from ..settings import SECRETS
 
 
 def redact(text: str) -> str:
     """A URL, or a text that holds some, with user names and passwords replaced by `***`."""
     return re.sub(r"(?<=://)[^/@\s]*(?:@[^/@\s]*)*@", "***@", text)
+
+
+def public(settings: Any) -> Any:
+    """Dumped settings as they may be written down: without secrets, and without passwords in addresses."""
+    if isinstance(settings, dict):
+        return {key: public(value) for key, value in settings.items() if key not in SECRETS}
+    return redact(settings) if isinstance(settings, str) else settings
 
 
 def base_urls(text: str, setting: str) -> list[str]:

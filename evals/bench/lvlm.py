@@ -32,6 +32,7 @@ from ...tools.lvlm.chat import image_url, to_openai
 from ...tools.lvlm.load import load_lvlm
 from ...tools.lvlm.scores import read_scores, score_only
 from ...tools.lvlm.vllm import VLLMChat
+from ...tools.urls import public, redact
 
 CRITIQUE = response_format("critique", CRITIC_SCHEMA)
 
@@ -127,7 +128,7 @@ async def _measure(
         "seed": seed,
         "prompt": critic.id,
         "differences": differences,
-        "settings": settings.model_dump(mode="json", exclude={"api_key"}),
+        "settings": public(settings.model_dump(mode="json")),
         "device": await asyncio.to_thread(_device, settings),
     }
 
@@ -370,4 +371,4 @@ def _device(settings: LVLMSettings) -> str:
     import os
     import platform
 
-    return f"{platform.machine()}, {os.cpu_count()} cores; server at {settings.base_url}"
+    return f"{platform.machine()}, {os.cpu_count()} cores; server at {redact(settings.base_url)}"

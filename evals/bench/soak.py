@@ -21,6 +21,7 @@ from ...domain import UserError
 from ...graph.collect import Outcome, collect
 from ...graph.loop import open_loop
 from ...settings import load_settings
+from ...tools.urls import public
 
 #: Neutral prompts and targets that are gone through in turn.
 PROMPTS = ("a dog by the sea", "a cat in a meadow", "a house", "a boat in the snow", "a tree in the city")
@@ -121,7 +122,5 @@ def main(
 
     with tempfile.TemporaryDirectory(prefix="emoloop-soak-") as folder:
         figures = asyncio.run(run(Path(folder)))
-    described = settings.model_dump(
-        mode="json", exclude={"lvlm": {"api_key"}, "generator": {"api_key"}, "home": True}
-    )
+    described = public(settings.model_dump(mode="json", exclude={"home"}))
     return {"bench": "soak", "figures": figures, "n": n, "runs": runs, "seed": seed, "settings": described}

@@ -23,6 +23,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_e
 from ...domain import UserError
 from ...settings import GeneratorSettings
 from ..fingerprint import versions
+from ..urls import redact
 from .base import GeneratedImage, ImageRequest, UnknownWord, gather_images
 
 #: What is sent where neither the settings nor a preset say otherwise.
@@ -36,6 +37,10 @@ _TIMEOUT, _PATIENCE = 600.0, 300.0
 
 #: Answers worth another try.
 _RETRY_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+
+
+class ImagesUnavailable(Exception):
+    """The server made no image, after all tries; the message says why in one line."""
 
 
 class ImagesApiGenerator:
@@ -85,7 +90,7 @@ class ImagesApiGenerator:
         Raises:
             GenerationError: Some failed; its `results` hold those that did not.
         """
-        return await gather_images([self._one(request) for request in requests])
+        return await gather_images([self._made(request) for request in requests])
 
     def unknown_words(self, prompt: str) -> list[UnknownWord]:
         """Nothing: a server does not show its tokenizer."""
@@ -95,7 +100,7 @@ class ImagesApiGenerator:
         """Model and settings in force, as plain JSON."""
         return {
             "model": self._settings.model,
-            "base_url": self._settings.base_url,
+            "base_url": redact(self._settings.base_url or ""),
             "steps": self._steps,
             "guidance": self._guidance,
             "height": self._height,
@@ -107,6 +112,14 @@ class ImagesApiGenerator:
     async def aclose(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+    async def _made(self, request: ImageRequest) -> GeneratedImage:
+        try:
+            return await self._one(request)
+        except httpx.HTTPError as error:
+            # Whoever retries what may pass would begin this patience anew, so the cause is told, not chained.
+            said = str(error) if self._url in str(error) else f"{self._url}: {type(error).__name__}: {error}"
+            raise ImagesUnavailable(redact(said)) from None
 
     async def _one(self, request: ImageRequest) -> GeneratedImage:
         negative = (
