@@ -35,12 +35,7 @@ class LocalChat(BaseChatModel):
 
     Understands, by `.bind(...)` or per call: `response_format` ({"type": "json_schema", ...}), `temperature`, `seed`,
     `max_tokens`, `structured_outputs` ({"regex": ...}, as vLLM has it), and `logprobs=True` with `top_logprobs=n`.
-    A chat that ends with an AIMessage is continued.
-
-    Attributes:
-        model: Folder, hub id, or a server's name for it.
-        temperature: 0 is greedy.
-        max_tokens: Length limit of an answer.
+    A chat that ends with an AIMessage is continued. `model` is a folder, a hub id, or a server's name for it.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -119,11 +114,7 @@ def image_url(image: Image.Image | bytes) -> str:
 
 
 def image_from_url(url: str) -> Image.Image:
-    """The RGB image of a base64 data URL.
-
-    Raises:
-        ValueError: Another kind of URL, or no image in it. Models in this process never fetch anything.
-    """
+    """The RGB image of a base64 data URL; anything else is a `ValueError`, since models here never fetch anything."""
     head, _, data = url.partition(",")
     if not head.startswith("data:image/") or not head.endswith(";base64"):
         raise ValueError(f"images come as base64 data URLs (data:image/png;base64,…), not {url[:40]!r}")

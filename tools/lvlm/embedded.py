@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import llguidance
 import llguidance.hf
@@ -35,18 +35,6 @@ from ...domain import UserError
 from ..images.batching import BatchWorker
 from ..threads import set_threads_here
 from .chat import LocalChat, image_from_url, to_openai, to_result, with_layout
-
-
-@dataclass
-class _Request:
-    messages: list[dict[str, Any]]
-    images: list[Image.Image]
-    continues: bool
-    grammar: str | None
-    temperature: float
-    seed: int | None
-    max_tokens: int
-    logprobs: int | None
 
 
 class EmbeddedLVLM(LocalChat):
@@ -71,7 +59,7 @@ class EmbeddedLVLM(LocalChat):
     dtype: str = "auto"
     threads: int | None = Field(default=None, ge=1)
 
-    _worker: BatchWorker[_Request, ChatResult] | None = PrivateAttr(default=None)
+    _worker: BatchWorker[_Row, ChatResult] | None = PrivateAttr(default=None)
     _decoder: _Decoder | None = PrivateAttr(default=None)
 
     def close(self) -> None:
@@ -84,7 +72,7 @@ class EmbeddedLVLM(LocalChat):
     def _submit(self, messages: list[BaseMessage], **kwargs: Any) -> Future[ChatResult]:
         prompt = to_openai(messages)
         temperature = kwargs.get("temperature")
-        request = _Request(
+        row = _Row(
             images=[_take_image(part) for it in prompt for part in it["content"] if part["type"] != "text"],
             messages=prompt,
             continues=isinstance(messages[-1], AIMessage),
@@ -92,7 +80,7 @@ class EmbeddedLVLM(LocalChat):
             temperature=self.temperature if temperature is None else float(temperature),
             seed=kwargs.get("seed"),
             max_tokens=int(kwargs.get("max_tokens") or self.max_tokens),
-            logprobs=int(kwargs.get("top_logprobs") or 0) if kwargs.get("logprobs") else None,
+            top=int(kwargs.get("top_logprobs") or 0) if kwargs.get("logprobs") else None,
         )
         with self._lock:
             if self._worker is None:
@@ -100,23 +88,23 @@ class EmbeddedLVLM(LocalChat):
                     self._run,
                     size=self.batch_size,
                     window=self.window_ms / 1000,
-                    key=lambda request: len(request.images),  # so that pixels stack without padding
+                    key=lambda row: len(row.images),  # so that pixels stack without padding
                     name="emoloop-lvlm",
                 )
-            return self._worker.submit([request])[0]
+            return self._worker.submit([row])[0]
 
-    def _run(self, requests: list[_Request]) -> Sequence[ChatResult | Exception]:
+    def _run(self, rows: list[_Row]) -> Sequence[ChatResult | Exception]:
         if self._decoder is None:
             if self.threads:
                 set_threads_here(self.threads)
             self._decoder = _Decoder(self.model, self.device, self.dtype)
         try:
-            return self._decoder(requests)
+            return self._decoder(rows)
         except Exception as error:
-            if len(requests) == 1:
+            if len(rows) == 1:
                 return [error]
             # One bad request must not take its company with it.
-            return [self._run([request])[0] for request in requests]
+            return [self._run([row])[0] for row in rows]
 
 
 def _take_image(part: dict[str, Any]) -> Image.Image:
@@ -183,19 +171,17 @@ class _Decoder:
         return self.grammars[grammar].deep_copy()
 
     @torch.inference_mode()
-    def __call__(self, requests: Sequence[_Request]) -> list[ChatResult]:
-        def render(request: _Request) -> str:
-            go_on = {
-                "add_generation_prompt": not request.continues,
-                "continue_final_message": request.continues,
-            }
-            return self.processor.apply_chat_template(request.messages, tokenize=False, **go_on)
+    def __call__(self, rows: Sequence[_Row]) -> list[ChatResult]:
+        def render(row: _Row) -> str:
+            go_on = {"add_generation_prompt": not row.continues, "continue_final_message": row.continues}
+            return self.processor.apply_chat_template(row.messages, tokenize=False, **go_on)
 
-        prompts = [render(request) for request in requests]
-        images = [request.images for request in requests] if requests[0].images else None
+        for row in rows:
+            row.begin(self)
+        prompts = [render(row) for row in rows]
+        images = [row.images for row in rows] if rows[0].images else None
         inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt")
         inputs = inputs.to(self.model.device)
-        rows = [_Row(self, request) for request in requests]
         referee = _Referee(self, rows)
         pad = self.tokenizer.pad_token_id
         self.model.generate(
@@ -213,34 +199,44 @@ class _Decoder:
         return [row.result(length) for row, length in zip(rows, lengths, strict=True)]
 
 
+@dataclass
 class _Row:
-    """One request while it is decoded."""
+    """One request, and how far it is decoded."""
 
     #: Tokens that a closing answer may take beyond its limit: what numbers and keys of a flat schema need.
-    SLACK = 256
+    SLACK: ClassVar[int] = 256
 
-    def __init__(self, decoder: _Decoder, request: _Request):
-        self.decoder, self.request = decoder, request
-        self.matcher = decoder.matcher(request.grammar) if request.grammar else None
-        self.hard_limit = request.max_tokens + (self.SLACK if self.matcher else 0)
+    messages: list[dict[str, Any]]
+    images: list[Image.Image]
+    continues: bool
+    grammar: str | None
+    temperature: float
+    seed: int | None
+    max_tokens: int
+    top: int | None  # alternatives that are reported for each token; None reports nothing
+
+    def begin(self, decoder: _Decoder) -> None:
+        self.decoder = decoder
+        self.matcher = decoder.matcher(self.grammar) if self.grammar else None
+        self.hard_limit = self.max_tokens + (self.SLACK if self.matcher else 0)
         self.tokens: list[int] = []
         self.logprobs: list[dict[str, Any]] = []
         self.finish_reason: str | None = None
-        self.random = np.random.default_rng(request.seed)
+        self.random = np.random.default_rng(self.seed)
 
     def choose(self, logits: np.ndarray, allowed: np.ndarray) -> int:
         """The next token, of the model's logits and what the grammar allows, both of shape (vocabulary,)."""
-        if self.matcher and len(self.tokens) >= self.request.max_tokens:
-            closing = allowed & self.decoder.closing
-            allowed = closing if closing.any() else allowed
+        closing = allowed & self.decoder.closing
+        if self.matcher and len(self.tokens) >= self.max_tokens and closing.any():
+            allowed = closing
         permitted = np.where(allowed, logits, -np.inf)
-        if self.request.temperature == 0:
+        if self.temperature == 0:
             token = int(permitted.argmax())
         else:
-            scaled = permitted.astype(np.float64) / self.request.temperature
+            scaled = permitted.astype(np.float64) / self.temperature
             chances = np.exp(scaled - scaled.max()).cumsum()
             token = int(np.searchsorted(chances, self.random.random() * chances[-1], side="right"))
-        if self.request.logprobs is not None and token not in self.decoder.stops:
+        if self.top is not None and token not in self.decoder.stops:
             self.logprobs.append(self._report(logits, token))
         self._take(token)
         return token
@@ -271,7 +267,7 @@ class _Row:
                 "logprob": float(values[index]),
             }
 
-        top = np.argsort(-values, kind="stable")[: self.request.logprobs]
+        top = np.argsort(-values, kind="stable")[: self.top]
         return {**entry(token), "top_logprobs": [entry(int(index)) for index in top]}
 
     def result(self, prompt_tokens: int) -> ChatResult:
@@ -280,7 +276,7 @@ class _Row:
             model=self.decoder.name,
             finish_reason=self.finish_reason or "length",
             usage={"prompt_tokens": prompt_tokens, "completion_tokens": len(self.tokens)},
-            logprobs=self.logprobs if self.request.logprobs is not None else None,
+            logprobs=self.logprobs if self.top is not None else None,
         )
 
 
@@ -291,7 +287,7 @@ class _Referee(LogitsProcessor):
     position ids and left padding of whatever architecture the folder holds.
     """
 
-    def __init__(self, decoder: _Decoder, rows: list[_Row]):
+    def __init__(self, decoder: _Decoder, rows: Sequence[_Row]):
         self.decoder, self.rows = decoder, rows
         self.mask = torch.full((len(rows), (decoder.vocabulary + 31) // 32), -1, dtype=torch.int32)
         # Embeddings are padded beyond the tokenizer.
@@ -314,11 +310,7 @@ class _Referee(LogitsProcessor):
 
 
 def check_folder(model: str | Path) -> None:
-    """Refuse a folder that holds no image-text-to-text model, before anything heavy is loaded.
-
-    Raises:
-        UserError: No config, or one of another kind of model.
-    """
+    """Refuse a folder that holds no image-text-to-text model, before its weights are loaded, by a `UserError`."""
     config = Path(model) / "config.json"
     if not config.is_file():
         raise UserError(f"{model} holds no config.json: an LVLM is a transformers folder such as Idefics3's")

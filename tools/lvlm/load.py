@@ -31,11 +31,9 @@ def load_lvlm(settings: LVLMSettings | None = None, *, check: bool = True) -> Em
         UserError: No such model or no such server, with what to do about it.
     """
     settings = settings or LVLMSettings()
+    known = settings.model in presets.LVLMS or Path(settings.model).is_dir()
     # A server may serve a model of which nothing is known here.
-    unknown = settings.engine == "vllm" and not (
-        settings.model in presets.LVLMS or Path(settings.model).is_dir()
-    )
-    own = {} if unknown else presets.defaults(settings.model, "lvlm")
+    own = presets.defaults(settings.model, "lvlm") if known or settings.engine != "vllm" else {}
     limits: dict[str, Any] = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
     if "max_tokens" in own and "max_tokens" not in settings.model_fields_set:
         limits["max_tokens"] = own["max_tokens"]

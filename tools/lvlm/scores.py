@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +33,8 @@ PLACES = ("+-", "0123", "", "0123456789")
 
 @dataclass(frozen=True)
 class Score:
-    """One axis.
-
-    Attributes:
-        value: What the answer says, in [-3.9, 3.9].
-        expected: Expectation over signs and digits, renormalised over those that the format allows.
-        certainty: Probability of the number as written, in (0, 1], renormalised likewise.
+    """One axis: what the answer says, in [-3.9, 3.9]; its expectation over signs and digits, renormalised over those
+    that the format allows; the probability of the number as written, in (0, 1], renormalised likewise.
     """
 
     value: float
@@ -52,13 +47,10 @@ class _Unfit(Exception):
 
 
 def score_only(model: BaseChatModel) -> Runnable[list[BaseMessage], BaseMessage]:
-    """The model, bound to answer with the two numbers only; `read_scores` reads what comes back.
+    """One of our models, bound to answer with the two numbers only; `read_scores` reads what comes back.
 
     A grammar costs a server a quarter of such a short answer, and a model that knows the format needs none: it is
     asked freely first, and by the grammar only where the answer is not of the format.
-
-    Args:
-        model: One of ours (`tools.lvlm`): other servers don't continue an answer or take a regular expression.
     """
     free = model.bind(max_tokens=32, temperature=0.0, logprobs=True, top_logprobs=TOP)
     held = free.bind(structured_outputs={"regex": REST})
@@ -73,11 +65,7 @@ def _fitting(answer: BaseMessage) -> BaseMessage:
 
 
 def read_scores(message: BaseMessage) -> dict[str, Score]:
-    """Valence and arousal of an answer that came with log-probabilities.
-
-    Args:
-        message: The answer to a model bound by `score_only`, or any critique asked for with `logprobs=True`
-            and `top_logprobs=3`.
+    """Valence and arousal of an answer to `score_only`, or of a critique with `logprobs=True`, `top_logprobs=3`.
 
     Raises:
         ValueError: No log-probabilities, or a number that is missing from the answer.
@@ -131,16 +119,10 @@ def _chances(tokens: list[dict[str, Any]], at: int, allowed: str) -> dict[str, f
         position += len(token["token"])
     before = token["token"][: at - position]
     found = dict.fromkeys(allowed, 0.0)
-    for text, logprob in _alternatives(token):
+    said = {other["token"]: other["logprob"] for other in [*token["top_logprobs"], token]}
+    for text, logprob in said.items():
         character = text.removeprefix(before)[:1] if text.startswith(before) else ""
         if character in found:
             found[character] += math.exp(logprob)
     total = sum(found.values())
     return {character: chance / total for character, chance in found.items()}
-
-
-def _alternatives(token: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    yield token["token"], token["logprob"]
-    for other in token["top_logprobs"]:
-        if other["token"] != token["token"]:
-            yield other["token"], other["logprob"]

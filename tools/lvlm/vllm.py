@@ -63,7 +63,7 @@ class _Bad(Exception):
     def __init__(self, text: str, code: int | None = None, retry_after: str = ""):
         super().__init__(text)
         self.code, self.retry_after = code, retry_after
-        self.away = code in (502, 503, 504)  # a gateway before nobody
+        self.away = code in (502, 503, 504)  # a gateway before nobody; any other kind of error means the same
         self.passes = code is None or code in TRY_AGAIN or code >= 500
 
 
@@ -71,10 +71,9 @@ class _Bad(Exception):
 class _Server:
     url: str
     client: httpx.AsyncClient
-    #: What it calls the model.
-    name: str
+    name: str  # what it calls the model
     busy: int = 0
-    #: When it was first found away, and until when it is not asked again; None while it is there.
+    #: When it was first found away (None while it is there), and until when it is not asked again.
     away_since: float | None = None
     avoid_until: float = 0.0
 
@@ -92,9 +91,7 @@ class _Try:
 class VLLMChat(LocalChat):
     """Chat with vLLM servers; of several, the least busy one gets a request. Its fields are those of `LVLMSettings`.
 
-    Raises:
-        LVLMUnavailable: From calls: no answer, and why.
-        UserError: From calls: the URL or the key cannot be used.
+    Calls raise `LVLMUnavailable`, or `UserError` where URL or key cannot be used.
     """
 
     base_url: str = "http://127.0.0.1:8000/v1"
@@ -193,7 +190,7 @@ class VLLMChat(LocalChat):
                 return result
             except (httpx.TransportError, TimeoutError, _Bad) as error:
                 now = time.monotonic()
-                server.away_since = (server.away_since or now) if _is_away(error) else None
+                server.away_since = (server.away_since or now) if getattr(error, "away", True) else None
                 server.avoid_until = now + CAP
                 raise
             finally:
@@ -202,7 +199,7 @@ class VLLMChat(LocalChat):
     def _pause(self, error: Exception, tries: int) -> float:
         if isinstance(error, _Bad) and (asked := _seconds(error.retry_after)) is not None:
             return min(asked, LONGEST) * random.uniform(1.0, 1.1)
-        if _is_away(error) and any(server.away_since is None for server in self._servers):
+        if getattr(error, "away", True) and any(server.away_since is None for server in self._servers):
             return 0.0  # another server is there
         return min(CAP, FIRST * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
 
@@ -242,10 +239,9 @@ class VLLMChat(LocalChat):
         return f"the LVLM server at {url} {word}, {tried}: {said}{hint}"
 
     def check(self) -> None:
-        """Ask the servers whether they are there, serve the model and take images.
+        """Ask the servers whether they are there, serve the model and take images; of several, one suffices.
 
-        Of several, one suffices; the others may come later. A server that is there and asks for patience (429, 503)
-        gets it, as in a run.
+        A server that is there and asks for patience (429, 503) gets it, as in a run.
 
         Raises:
             UserError: In one line, with what to do.
@@ -356,11 +352,6 @@ async def _answer(server: _Server, body: dict[str, Any] | None) -> Any:
         )
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise _Bad(f"{type(error).__name__}: {error}") from error
-
-
-def _is_away(error: Exception) -> bool:
-    """Whether the error says that nobody is there: no connection or no answer in time."""
-    return error.away if isinstance(error, _Bad) else True
 
 
 def _seconds(asked: str) -> float | None:

@@ -48,14 +48,7 @@ def interpreter(cache: Path | None = None) -> Path | None:
 
 
 def install(cache: Path | None = None, pip_options: Sequence[str] = ()) -> Path:
-    """Make the environment, unless it is there.
-
-    Args:
-        cache: Folder to make it in; the user's cache by default.
-        pip_options: Given to `pip install`, such as `--find-links FOLDER`.
-
-    Returns:
-        Its interpreter: the value of the setting `lvlm.vllm_python`.
+    """Make the environment, unless it is there, and return its interpreter (for the setting `lvlm.vllm_python`).
 
     Raises:
         RuntimeError: pip failed; its own words are on stderr by then. Where pip's settings lead to no CPU build of
@@ -66,8 +59,7 @@ def install(cache: Path | None = None, pip_options: Sequence[str] = ()) -> Path:
     with _only_one(home.with_suffix(".lock")):
         if found := interpreter(cache):
             return found
-        if home.exists():  # an installation that was interrupted
-            shutil.rmtree(home)
+        shutil.rmtree(home, ignore_errors=True)  # an installation that was interrupted
         print(f"vLLM for CPU: 148 packages, 2.5 GB, a few minutes → {home}", file=sys.stderr, flush=True)
         _run([sys.executable, "-m", "venv", str(home)])
         python = str(home / "bin" / "python")

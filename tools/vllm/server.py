@@ -45,10 +45,7 @@ GPU_PRESETS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
 
 def find_python(setting: str | None = None) -> Path:
     """The interpreter of vLLM's environment: the one that is set (`lvlm.vllm_python`), else the one of the environment
-    that `emoloop lvlm install` made, else this one where it holds vLLM.
-
-    Raises:
-        UserError: None of these.
+    that `emoloop lvlm install` made, else this one where it holds vLLM; else a `UserError`.
     """
     if setting:
         python = Path(setting).expanduser()
@@ -132,29 +129,19 @@ def command(
 
 def _environment(model: str, gpu: bool) -> dict[str, str]:
     variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    variables |= QUIET
     if Path(model).is_dir():
         variables["HF_HUB_OFFLINE"] = "1"
     if not gpu:
-        variables.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; a small model needs no more
-        variables["CUDA_VISIBLE_DEVICES"] = ""
-    return variables
+        # GiB; a small model needs no more.
+        variables = {"VLLM_CPU_KVCACHE_SPACE": "1", **variables, "CUDA_VISIBLE_DEVICES": ""}
+    return variables | QUIET
 
 
 class VLLMServer:
     """A server; a context manager that starts and stops it. Its `url` ends in /v1, `log` holds all that it prints.
 
-    Args:
-        model: Preset, folder or hub id.
-        python: vLLM's interpreter; found by `find_python` when None.
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        device: "auto", "cpu" or "cuda".
-        log: A temporary file when None.
-        **options: As for `command`.
-
-    Raises:
-        UserError: Unknown model, no vLLM, or a port that is taken.
+    `model` is a preset, folder or hub id, `device` "auto", "cpu" or "cuda"; port 0 takes a free one; further options
+    are those of `command`. An unknown model or a port that is taken is a `UserError`.
     """
 
     def __init__(
@@ -181,11 +168,9 @@ class VLLMServer:
     def start(
         self, timeout: float = 900.0, progress: Callable[[str], None] = lambda line: None
     ) -> VLLMServer:
-        """Start, or start again after it ended by itself, and wait until it is healthy.
+        """Start, or start again after it ended by itself, and wait until it is healthy, `timeout` seconds at most.
 
-        Args:
-            timeout: Seconds to wait.
-            progress: Called now and then with a line such as "vLLM: 12 s: Loading model weights".
+        `progress` gets lines such as "vLLM: 12 s: Loading model weights".
 
         Raises:
             UserError: The server ended or did not get ready in time; with the line of its log that says why.
@@ -279,9 +264,9 @@ def metrics(url: str) -> dict[str, float]:
 
 def prefix_hits(after: dict[str, float], before: dict[str, float] | None = None) -> tuple[float, float]:
     """(prompt tokens from the prefix cache, prompt tokens asked for) between two calls of `metrics`."""
-    hits, asked = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
-    before = before or {}
-    return after.get(hits, 0.0) - before.get(hits, 0.0), after.get(asked, 0.0) - before.get(asked, 0.0)
+    names = ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total")
+    hits, asked = (after.get(name, 0.0) - (before or {}).get(name, 0.0) for name in names)
+    return hits, asked
 
 
 def _free_port(host: str, port: int) -> int:
