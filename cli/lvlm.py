@@ -96,11 +96,7 @@ def install(context: typer.Context) -> None:
     """
     from ..tools.vllm import install as vllm_install
 
-    try:
-        print(vllm_install.install(pip_options=context.args))
-    except RuntimeError as error:
-        print(f"emoloop: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    vllm_install.main(context.args)
 
 
 def _interrupt(*_: object) -> None:

@@ -158,8 +158,8 @@ class _Decoder:
         self.grammars: dict[str, llguidance.LLMatcher] = {}
         self.bytes = [self.grammar_tokens.decode_bytes([token]) for token in range(len(self.tokenizer))]
         #: Tokens that end a JSON string.
-        self.closing = np.zeros(self.vocabulary, dtype=bool)
-        self.closing[: len(self.bytes)] = [token.startswith(b'"') for token in self.bytes]
+        closing = [token.startswith(b'"') for token in self.bytes]
+        self.closing = np.pad(closing, (0, self.vocabulary - len(closing)))
 
     def matcher(self, grammar: str) -> llguidance.LLMatcher:
         """A fresh matcher; compiling happens once per grammar."""
@@ -255,8 +255,7 @@ class _Row:
 
     def _report(self, logits: np.ndarray, token: int) -> dict[str, Any]:
         # The model's own distribution, before grammar and temperature: what vLLM reports.
-        wide = logits.astype(np.float64)
-        wide -= wide.max()
+        wide = logits.astype(np.float64) - logits.max()
         values = wide - np.log(np.exp(wide).sum())
 
         def entry(index: int) -> dict[str, Any]:

@@ -35,8 +35,8 @@ def load_lvlm(settings: LVLMSettings | None = None, *, check: bool = True) -> Em
     # A server may serve a model of which nothing is known here.
     own = presets.defaults(settings.model, "lvlm") if known or settings.engine != "vllm" else {}
     limits: dict[str, Any] = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
-    if "max_tokens" in own and "max_tokens" not in settings.model_fields_set:
-        limits["max_tokens"] = own["max_tokens"]
+    if "max_tokens" not in settings.model_fields_set:
+        limits["max_tokens"] = own.get("max_tokens", settings.max_tokens)
     if settings.engine == "embedded":
         from .embedded import EmbeddedLVLM, check_folder
 

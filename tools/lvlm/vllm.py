@@ -189,9 +189,8 @@ class VLLMChat(LocalChat):
                 server.away_since = None
                 return result
             except (httpx.TransportError, TimeoutError, _Bad) as error:
-                now = time.monotonic()
+                server.avoid_until = (now := time.monotonic()) + CAP
                 server.away_since = (server.away_since or now) if getattr(error, "away", True) else None
-                server.avoid_until = now + CAP
                 raise
             finally:
                 server.busy -= 1

@@ -13,8 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -54,9 +53,12 @@ def install(cache: Path | None = None, pip_options: Sequence[str] = ()) -> Path:
         RuntimeError: pip failed; its own words are on stderr by then. Where pip's settings lead to no CPU build of
             torch, name the index that has one in `pip_options`.
     """
+    import fcntl
+
     home = folder(cache)
     home.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(home.with_suffix(".lock")):
+    with home.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two at once the second waits, then finds the first one's work
         if found := interpreter(cache):
             return found
         shutil.rmtree(home, ignore_errors=True)  # an installation that was interrupted
@@ -83,24 +85,14 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command[:4])} … ended with exit code {done.returncode}")
 
 
-@contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Two installations at once: the second waits, then finds the first one's work."""
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def main() -> None:
-    """Install with the pip options of the command line and print the interpreter."""
+def main(pip_options: Sequence[str]) -> None:
+    """Install and print the interpreter."""
     try:
-        print(install(pip_options=sys.argv[1:]))
+        print(install(pip_options=pip_options))
     except RuntimeError as error:
         print(f"emoloop: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

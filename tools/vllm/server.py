@@ -162,7 +162,7 @@ class VLLMServer:
         self.url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.port}/v1"
         self.log = log or Path(tempfile.mkstemp(prefix="emoloop-vllm-", suffix=".log")[1])
         self._device, self._options = device, options
-        self._child: GuardedProcess | None = None
+        self._child: Any = None  # a GuardedProcess once it was started
         self._stopped = False
 
     def start(
@@ -192,13 +192,14 @@ class VLLMServer:
         try:
             while not self._healthy():
                 waited, log = time.monotonic() - started, f"(all of it: {self.log})"
+                news = (self.said() or ["starting"])[-1]
                 if self._stopped:  # by another thread
                     raise UserError("vLLM was stopped before it was ready")
                 if (code := self._child.process.poll()) is not None:
                     raise UserError(f"vLLM ended with exit code {code}: {self.reason()} {log}")
                 if waited > timeout:
-                    raise UserError(f"vLLM was not ready after {timeout:g} s: {self._news()} {log}")
-                progress(f"vLLM: {waited:.0f} s: {self._news()}")
+                    raise UserError(f"vLLM was not ready after {timeout:g} s: {news} {log}")
+                progress(f"vLLM: {waited:.0f} s: {news}")
                 time.sleep(0.5)
         except BaseException:
             self._child.stop()
@@ -216,7 +217,6 @@ class VLLMServer:
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit code of the server that ends by itself; `subprocess.TimeoutExpired` while it runs."""
-        assert self._child is not None, "start first"
         return self._child.process.wait(timeout)
 
     def stop(self) -> None:
@@ -238,16 +238,13 @@ class VLLMServer:
             text = file.read().decode(errors="replace")
         # "(APIServer pid=1) INFO 11-21 16:32:06 [file.py:54] text" → "text"
         prefix = r"^(\(.*?\) )?([A-Z]+ [\d-]+ [\d:.]+ )?(\[.*?\] )?"
-        return [found for line in text.splitlines() if (found := re.sub(prefix, "", line).strip())]
-
-    def _news(self) -> str:
-        return (self.said() or ["starting"])[-1][:100]
+        return [found[:300] for line in text.splitlines() if (found := re.sub(prefix, "", line).strip())]
 
     def reason(self) -> str:
         """The last exception that says something; vLLM ends with one that only points at the others."""
         errors = [line for line in self.said() if re.match(r"[\w.]*(Error|Exception|error): .", line)]
         telling = [line for line in errors if "Engine core initialization failed" not in line]
-        return (telling or errors or [self._news()])[-1][:300]
+        return (telling or errors or self.said() or ["it said nothing"])[-1]
 
 
 def metrics(url: str) -> dict[str, float]:
