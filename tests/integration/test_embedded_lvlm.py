@@ -242,7 +242,7 @@ def test_threads_are_the_models_alone(folder, monkeypatch):
     assert set(found) == {before + 1}
 
 
-def test_load_lvlm(folder, tmp_path):
+def test_load_lvlm(folder, tmp_path, monkeypatch):
     (folder / "emoloop.json").write_text('{"max_tokens": 33, "batch_size": 5, "threads": 1}')
     chat = load_lvlm(LVLMSettings(model=str(folder)))
     assert isinstance(chat, EmbeddedLVLM)
@@ -253,5 +253,11 @@ def test_load_lvlm(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="bert"):
         load_lvlm(LVLMSettings(model=str(tmp_path)))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        load_lvlm(LVLMSettings(model=str(tmp_path)))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="no LVLM 'nobody/nothing-here'"):
+        load_lvlm(LVLMSettings(model="nobody/nothing-here"))
     with pytest.raises(UserError, match="no lvlm"):
         load_lvlm(LVLMSettings(model="nonsense"))

@@ -13,7 +13,6 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import llguidance
@@ -25,7 +24,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatResult
 from PIL import Image
 from pydantic import Field, PrivateAttr
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PretrainedConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -308,11 +307,13 @@ class _Referee(LogitsProcessor):
         return torch.tensor([row.finish_reason is not None for row in self.rows], device=input_ids.device)
 
 
-def check_folder(model: str | Path) -> None:
-    """Refuse a folder that holds no image-text-to-text model, before its weights are loaded, by a `UserError`."""
-    config = Path(model) / "config.json"
-    if not config.is_file():
+def check_model(model: str) -> None:
+    """Refuse a folder or hub id that is no image-text-to-text model by a `UserError`, before its weights are loaded."""
+    try:
+        kind = PretrainedConfig.get_config_dict(model)[0].get("model_type")
+    except OSError as error:
+        raise UserError(f"no LVLM {model!r}: {' '.join(str(error).split())[:200]}") from error
+    if kind is None:
         raise UserError(f"{model} holds no config.json: an LVLM is a transformers folder such as Idefics3's")
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise UserError(f"{model} holds a {kind!r} model: the critic needs one that takes images and text")

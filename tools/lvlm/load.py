@@ -38,13 +38,12 @@ def load_lvlm(settings: LVLMSettings | None = None, *, check: bool = True) -> Em
     if "max_tokens" not in settings.model_fields_set:
         limits["max_tokens"] = own.get("max_tokens", settings.max_tokens)
     if settings.engine == "embedded":
-        from .embedded import EmbeddedLVLM, check_folder
+        from .embedded import EmbeddedLVLM, check_model
 
-        folder = presets.resolve(settings.model, "lvlm")
-        if isinstance(folder, Path):
-            check_folder(folder)
+        folder = str(presets.resolve(settings.model, "lvlm"))
+        check_model(folder)
         return EmbeddedLVLM(
-            model=str(folder),
+            model=folder,
             batch_size=own.get("batch_size", 8),
             threads=own.get("threads"),
             device=settings.device,
