@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..settings import Settings, merged
 from ..tools.fingerprint import versions
+from ..tools.urls import public
 from . import analysis
 from .judges import training
 from .records import Outcome, Row
@@ -106,9 +107,7 @@ def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
         "verdict": analysis.verdict(gains),
         "comparisons": table.comparisons(),
         "flags": analysis.flags(table, trained),
-        "settings": ready.settings.model_dump(
-            mode="json", exclude={"lvlm": {"api_key"}, "generator": {"api_key"}}
-        ),
+        "settings": public(ready.settings.model_dump(mode="json")),
         "versions": {**versions(*_LIBRARIES), "python": platform.python_version()},
         "generators": outcome.generators,
         "identity": outcome.identity,

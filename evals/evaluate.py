@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from ..agents.rewriters import REWRITERS
 from ..domain import Failure, UserError
 from ..graph.state import Context
 from ..settings import load_settings, merged, pruned
+from ..tools.children import GuardedProcess
 from ..tools.registry import resolve
 from .arms import load_arm
-from .children import children
 from .document import Options, Plan, describe
 from .judges import conflict, load_judge, reward_sources
 from .records import Outcome
@@ -107,7 +107,8 @@ def _make_in_processes(options: Options, processes: int) -> None:
     import torch
 
     devices = torch.cuda.device_count()
-    with children() as started:
+    with ExitStack() as started:
+        waiting = []
         for which in range(processes):
             environment = dict(os.environ)
             if devices:
@@ -117,8 +118,9 @@ def _make_in_processes(options: Options, processes: int) -> None:
                 environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
             arguments = json.dumps(asdict(options) | {"shard": [which, processes]}, default=str)
             command = [sys.executable, "-m", __name__, arguments]
-            started.append(subprocess.Popen(command, env=environment, stdout=sys.stderr))
-        codes = [child.wait() for child in started]
+            child = GuardedProcess(command, env=environment, stdout=sys.stderr)
+            waiting.append(started.enter_context(child).process)
+        codes = [process.wait() for process in waiting]
     if any(codes):
         raise Failure(
             f"{sum(map(bool, codes))} of {processes} processes failed; what is made is kept, run again"

@@ -45,6 +45,7 @@ from ..events import (
 from ..settings import Settings
 from ..tools.images.base import GenerationError, Generator, ImageRequest, unread_text
 from ..tools.reward import Reward
+from ..tools.urls import public
 from ..traces.fold import Fold, Tried
 from ..traces.recorder import StoreRecorder
 from . import policy
@@ -83,9 +84,7 @@ class Parts:
 
     def snapshot(self, options: dict[str, Any]) -> dict[str, Any]:
         """The settings as a run's first event holds them: resolved, without secrets."""
-        dumped = self.settings.model_dump(
-            mode="json", exclude={"home": True, "traces": True, "lvlm": {"api_key"}, "generator": {"api_key"}}
-        )
+        dumped = public(self.settings.model_dump(mode="json", exclude={"home", "traces"}))
         dumped["loop"].update(options)
         return {**dumped, "objects": list(self.objects)} if self.objects else dumped
 

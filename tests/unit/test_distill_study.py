@@ -48,5 +48,5 @@ def test_a_setting_from_after_a_training_counts_as_its_default(tmp_path):
     default = type(load_config("opd", "miniature").data)().phrases
     (tmp_path / "training.json").write_text(json.dumps({"config": config}))
     _check_settings(tmp_path, "opd", 1, "miniature", [f"data.phrases={default}"])
-    with pytest.raises(UserError, match="other settings of data.phrases: use another out="):
+    with pytest.raises(UserError, match=r"other settings of data\.phrases: use another out="):
         _check_settings(tmp_path, "opd", 1, "miniature", [f"data.phrases={default + 1}"])
