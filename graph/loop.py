@@ -431,8 +431,8 @@ class Loop:
                 yield event
             if begin is _WAIT:
                 return
-            # Each step is saved before the next one begins: the default keeps an unbounded backlog.
-            call = self.graph.ainvoke(begin, _config(run_id), context=context, durability="sync")
+            # The log knows each step; the state is saved where the graph stops, so that a review can be answered.
+            call = self.graph.ainvoke(begin, _config(run_id), context=context, durability="exit")
             work = asyncio.create_task(call)
             stack.push_async_callback(_cancelled, work)
             work.add_done_callback(lambda _: queue.put_nowait(None))

@@ -173,7 +173,7 @@ class Nodes:
     async def generate(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Make the round's pictures that are not there yet."""
         number, prompt, options = state["round"], state["current"], state["options"]
-        fold = await self.parts.recorder.fold(state["run_id"])
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         node, target = _node("generate", fold), read_target(state["target"])
         row = fold.round(number)
         made = {index for index, tried in row.items() if tried.made}
@@ -230,7 +230,7 @@ class Nodes:
                 for index, error in failed.items()
             ),
         )
-        fold = await self.parts.recorder.fold(state["run_id"])
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         return {"warnings": fold.warnings(), "stop_reason": None if made else StopReason.ERROR.value}
 
     # ---- critique
@@ -238,7 +238,7 @@ class Nodes:
     async def critique(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Read the round's pictures, value them, and decide whether to go on."""
         number, options = state["round"], state["options"]
-        fold = await self.parts.recorder.fold(state["run_id"])
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         nodes = _node("critique", fold), _node("reward", fold)
         todo = [
             tried
@@ -251,7 +251,7 @@ class Nodes:
         for error in errors:
             if error is not None:
                 raise error
-        fold = await self.parts.recorder.fold(state["run_id"])
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         stop = policy.decide(
             fold,
             number,
@@ -383,9 +383,9 @@ class Nodes:
         """Write the next round's prompt."""
         # Before anything was painted, the rewrite is for round 0 itself.
         number = state["round"] + 1 if state["rounds"] else 0
-        fold = await self.parts.recorder.fold(state["run_id"])
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         event = fold.rewrites.get(number) or await self._write(state, runtime, number)
-        warnings = (await self.parts.recorder.fold(state["run_id"])).warnings()
+        warnings = (await self.parts.recorder.fold(state["run_id"], fresh=False)).warnings()
         return {"round": number, "current": event.prompt, "comment": "", "warnings": warnings}
 
     async def _write(self, state: State, runtime: Runtime[Context], number: int) -> Rewritten:
@@ -427,7 +427,7 @@ class Nodes:
         stop = StopReason(state["stop_reason"] or StopReason.ERROR)
         failed = stop in (StopReason.NO_CRITIQUE, StopReason.NO_REWARD, StopReason.ERROR)
         status = RunStatus.FAILED if failed else RunStatus.COMPLETED
-        fold = await self.parts.recorder.fold(state["run_id"])
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         best = self._best(fold)
         await self._record(
             runtime,

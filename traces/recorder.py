@@ -11,6 +11,7 @@ import asyncio
 import os
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Events in one transaction.
-_LARGEST = 512
+#: Events in one transaction, and seconds that the first one waits for company: what a batch of pictures or answers
+#: brings comes within a moment, and a sync costs more than that moment.
+_LARGEST, _GATHER = 512, 0.002
 
 #: Seconds that a claim on a run lasts without renewal, and between renewals.
 _LEASE, _RENEW = 60.0, 20.0
@@ -72,7 +74,7 @@ class StoreRecorder:
         self._guard = threading.Lock()
         self._writing = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="emoloop-log")
-        self._workers = ThreadPoolExecutor(4, thread_name_prefix="emoloop-blobs")
+        self._workers = ThreadPoolExecutor(8, thread_name_prefix="emoloop-blobs")
 
     # ---- events
 
@@ -96,6 +98,7 @@ class StoreRecorder:
         return await waiting.future
 
     def _write(self) -> None:
+        time.sleep(_GATHER)
         while group := self._next_group():
             outcomes = self._commit(group)
             for loop in {waiting.loop for waiting in group}:
@@ -135,13 +138,14 @@ class StoreRecorder:
         """The run's events in order of `seq`."""
         return await self._in(self._workers, self.store.events, run_id)
 
-    async def fold(self, run_id: str) -> Fold:
-        """The run's state as the log has it now."""
-        return await self._in(self._workers, self.store.fold, run_id)
+    async def fold(self, run_id: str, *, fresh: bool = True) -> Fold:
+        """The run's state as the log has it now; what others wrote meanwhile is seen only by a fresh look."""
+        held = None if fresh else self.store.held(run_id)
+        return held or await self._in(self._workers, self.store.fold, run_id)
 
     async def result(self, run_id: str) -> RunResult:
         """The run as the loop returns it."""
-        whole = await self.fold(run_id)
+        whole = await self.fold(run_id, fresh=False)
         return whole.result(self.store.blobs.path, self.store.home)
 
     @asynccontextmanager

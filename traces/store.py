@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Engine, Table, and_, delete, func, insert, or_, select
+from sqlalchemy import Connection, Engine, Table, and_, bindparam, delete, func, insert, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
 
 from ..domain import RunResult, UserError
 from ..events import EVENT, Event
@@ -36,6 +37,15 @@ logger = logging.getLogger(__name__)
 
 #: Is called, in the thread that wrote, with the events that a commit added.
 Subscriber = Callable[[Sequence[Event]], object]
+
+# Statements of every append, built once: building them costs more than the database does.
+_INSERT = insert(events)
+_LAST = select(func.max(events.c.cursor))
+_LOG = (
+    select(events.c.seq, events.c.cursor, events.c.body)
+    .where(events.c.run_id == bindparam("run_id"))
+    .order_by(events.c.seq)
+)
 
 #: Runs whose state is kept in memory while they are written.
 _FOLDS = 256
@@ -78,28 +88,32 @@ class TraceStore:
         """`append` for several callers in one transaction (a group commit)."""
         batch = [event for group in batches for event in group]
         with self._lock:
-            try:
-                with self._write() as connection:
-                    stand, fresh = self._append(connection, batch)
-            except BaseException:
-                # What was folded may not be in the log.
-                self._folds.clear()
-                raise
+            stand, fresh = self._commit(batch)
             for subscriber in tuple(self.subscribers) if fresh else ():
                 subscriber(fresh)
         found = iter(stand)
         return [[next(found) for _ in group] for group in batches]
 
+    def _commit(self, batch: Sequence[Event], again: bool = True) -> tuple[list[Event], list[Event]]:
+        try:
+            with self._write() as connection:
+                return self._append(connection, batch)
+        except BaseException as error:
+            # What was folded may not be in the log.
+            self._folds.clear()
+            if not again or not isinstance(error.__cause__, IntegrityError):
+                raise
+        # Another process wrote to one of the runs as well: its events are read first.
+        return self._commit(batch, again=False)
+
     def _append(self, connection: Connection, batch: Sequence[Event]) -> tuple[list[Event], list[Event]]:
-        run_ids = sorted({event.run_id for event in batch})
         # Cursors have to be given in the order of commits, so writers of other processes wait here.
         lock(connection, "emoloop append")
-        self._load(connection, run_ids)
         stand: list[Event] = []
         fresh: list[Event] = []
         touched: dict[tuple[str, int, int], None] = {}
         for event in batch:
-            held = self._folds[event.run_id]
+            held = self._hold(connection, event.run_id)
             known = held.known.get(event.key)
             if known is None:
                 event = event.model_copy(update={"seq": held.next})
@@ -111,9 +125,11 @@ class TraceStore:
                     touched[event.run_id, event.round, event.index] = None
             stand.append(known)
         if fresh:
-            before = connection.scalar(select(func.max(events.c.cursor))) or 0
-            connection.execute(insert(events), [migrate.row_of(event) for event in fresh])
-            self._number(connection, before, fresh)
+            connection.execute(_INSERT, [migrate.row_of(event) for event in fresh])
+            # Nobody else writes meanwhile, so that the numbers are consecutive.
+            first = connection.execute(_LAST).scalar_one() - len(fresh) + 1
+            for cursor, event in enumerate(fresh, first):
+                _set_cursor(event, cursor)
             rows = [self._folds[run_id].fold.candidate_row((n, index)) for run_id, n, index in touched]
             self._upsert(connection, candidates, rows)
             changed = dict.fromkeys(event.run_id for event in fresh)
@@ -124,29 +140,25 @@ class TraceStore:
         return stand, fresh
 
     def fold(self, run_id: str) -> Fold:
-        """The state of a run as the log has it now; it grows with the run's events."""
+        """The state of a run as the log has it now; it grows with the events that this store appends."""
         with self._lock, self.read() as connection:
-            self._load(connection, [run_id])
-            return self._folds[run_id].fold
+            self._folds.pop(run_id, None)  # another process may have written as well
+            return self._hold(connection, run_id).fold
 
-    def _load(self, connection: Connection, run_ids: Sequence[str]) -> None:
-        """Have the runs' folds at hand, as the log has them now: another process may have written as well."""
-        last = select(events.c.run_id, func.max(events.c.seq)).where(events.c.run_id.in_(run_ids))
-        ends = {run_id: seq for run_id, seq in connection.execute(last.group_by(events.c.run_id))}
-        for run_id in run_ids:
-            held = self._folds.pop(run_id, None)
-            following = ends.get(run_id, -1) + 1
-            if held is None or held.next != following:
-                log = _read(connection, run_id) if following else []
-                held = _Held(Fold(run_id, log), {event.key: event for event in log}, following)
-            self._folds[run_id] = held  # the most recently used last
+    def held(self, run_id: str) -> Fold | None:
+        """As `fold`, without a look at the log: what this store knows of a run that it writes."""
+        held = self._folds.get(run_id)
+        return held.fold if held else None
 
-    def _number(self, connection: Connection, before: int, fresh: Sequence[Event]) -> None:
-        """Tell the events their cursors."""
-        query = select(events.c.run_id, events.c.seq, events.c.cursor).where(events.c.cursor > before)
-        found = {(run_id, seq): cursor for run_id, seq, cursor in connection.execute(query)}
-        for event in fresh:
-            _set_cursor(event, found[event.run_id, event.seq])
+    def _hold(self, connection: Connection, run_id: str) -> _Held:
+        held = self._folds.pop(run_id, None)
+        if held is None:
+            rows = connection.execute(_LOG, {"run_id": run_id}).all()
+            log = [event for _, cursor, body in rows if (event := _parse(cursor, body)) is not None]
+            following = rows[-1].seq + 1 if rows else 0
+            held = _Held(Fold(run_id, log), {event.key: event for event in log}, following)
+        self._folds[run_id] = held  # the most recently used last
+        return held
 
     def _upsert(self, connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
         if not rows:
@@ -168,7 +180,8 @@ class TraceStore:
     def events(self, run_id: str) -> list[Event]:
         """The run's events in order of `seq`; empty for an unknown run."""
         with self.read() as connection:
-            return _read(connection, run_id)
+            rows = connection.execute(_LOG, {"run_id": run_id})
+            return [event for _, cursor, body in rows if (event := _parse(cursor, body)) is not None]
 
     def tail(self, cursor: int = 0, limit: int = 1000) -> list[Event]:
         """Events of all runs in the order of their commits.
@@ -353,12 +366,6 @@ class _Held:
     fold: Fold
     known: dict[tuple[str, int, str, int], Event]
     next: int
-
-
-def _read(connection: Connection, run_id: str) -> list[Event]:
-    query = select(events.c.cursor, events.c.body).where(events.c.run_id == run_id).order_by(events.c.seq)
-    rows = connection.execute(query)
-    return [event for cursor, body in rows if (event := _parse(cursor, body)) is not None]
 
 
 def _parse(cursor: int, body: str) -> Event | None:
