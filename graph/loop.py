@@ -418,9 +418,8 @@ class Loop:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
 
         def follow(events: Sequence[Event]) -> None:
-            for event in events:
-                if event.run_id == run_id:
-                    loop.call_soon_threadsafe(queue.put_nowait, event)
+            if own := [event for event in events if event.run_id == run_id]:
+                loop.call_soon_threadsafe(lambda: [queue.put_nowait(event) for event in own])
 
         async with AsyncExitStack() as stack:
             work: asyncio.Task[Any] | None = None

@@ -390,12 +390,12 @@ class Nodes:
 
     async def _write(self, state: State, runtime: Runtime[Context], number: int) -> Rewritten:
         parts, run_id = self.parts, state["run_id"]
-        result = await parts.recorder.result(run_id)
+        fold = await parts.recorder.fold(run_id, fresh=False)
         rewriter = parts.rewriter(state["options"]["rewriter"])
         rewrite = await rewriter.rewrite(
             state["prompt"],
             read_target(state["target"]),
-            result.rounds[:number],
+            fold.rounds(parts.recorder.store.blobs.path)[:number],
             comment=state.get("comment", ""),
             seed=candidate_seed(state["options"]["seed"], number, -1),
         )

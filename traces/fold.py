@@ -98,6 +98,9 @@ class Fold:
         self._images = 0
         self._rewarded = 0
         self._made_by: tuple[str, str | None] | None = None
+        # What was made of a round, until its next event.
+        self._warnings: dict[int, list[str]] = {}
+        self._read: dict[int, Round] = {}
         for event in events:
             self.apply(event)
 
@@ -107,6 +110,8 @@ class Fold:
         """Take the run's next event."""
         self.events += 1
         self.updated = event.time
+        self._warnings.pop(event.round, None)
+        self._read.pop(event.round, None)
         match event:
             case RunStarted() if self.started is None:
                 self.started = event
@@ -220,10 +225,12 @@ class Fold:
     def warnings(self) -> list[str]:
         """One line for each thing that went wrong without ending the run, in the order of rounds."""
         lines = list(self.started.warnings) if self.started else []
-        for number in sorted({*self._rounds, *self.rewrites}):
-            if rewrite := self.rewrites.get(number):
-                lines += [f"round {number}: {warning}" for warning in rewrite.warnings]
-            lines += [f"round {number}: {line}" for line in self.problems(number)]
+        for number in self.numbers:
+            if number not in self._warnings:
+                rewrite = self.rewrites.get(number)
+                found = [*(rewrite.warnings if rewrite else ()), *self.problems(number)]
+                self._warnings[number] = [f"round {number}: {line}" for line in found]
+            lines += self._warnings[number]
         return list(dict.fromkeys(lines))
 
     def problems(self, number: int) -> list[str]:
@@ -271,6 +278,28 @@ class Fold:
             reward=tried.reward,
         )
 
+    @property
+    def numbers(self) -> list[int]:
+        """The first round, and all others of which anything is known."""
+        return sorted({0, *self._rounds, *self.rewrites})
+
+    def rounds(self, path: Callable[[str], Path] | None = None) -> list[Round]:
+        """The rounds for somebody who only looks at them: what did not change is not made anew."""
+        for number in self.numbers:
+            if number not in self._read:
+                self._read[number] = self._round(number, path)
+        return [self._read[number] for number in self.numbers]
+
+    def _round(self, number: int, path: Callable[[str], Path] | None) -> Round:
+        rewrite = self.rewrites.get(number)
+        found = (self.candidate((number, index), path) for index in sorted(self.round(number)))
+        return Round(
+            prompt=self.prompt(number),
+            changes=rewrite.changes if rewrite else "",
+            why=rewrite.why if rewrite else "",
+            candidates=[candidate for candidate in found if candidate],
+        )
+
     def result(self, path: Callable[[str], Path] | None = None, home: Path | None = None) -> RunResult:
         """The run as the loop returns it; one that goes on, or broke off, is `running` without a stop reason.
 
@@ -283,22 +312,15 @@ class Fold:
         """
         if self.started is None:
             raise ValueError(f"the log of run {self.run_id!r} has no beginning")
-        painted = (key[0] for key, tried in self.tried.items() if tried.made)
-        rounds = {n: Round(prompt=self.prompt(n)) for n in sorted({0, *self.rewrites, *painted})}
-        for number, rewrite in self.rewrites.items():
-            rounds[number] = Round(prompt=rewrite.prompt, changes=rewrite.changes, why=rewrite.why)
-        best = None
-        for key in sorted(self.tried):
-            if candidate := self.candidate(key, path):
-                rounds[key[0]].candidates.append(candidate)
-                best = candidate if key == self.best else best
+        rounds = {number: self._round(number, path) for number in self.numbers}
+        candidates = rounds[self.best[0]].candidates if self.best else []
         return RunResult(
             run_id=self.run_id,
             status=self.status,
             stop_reason=self.finished.stop_reason if self.finished else None,
             prompt=self.started.prompt,
             target=self.started.target,
-            best=best,
+            best=next((it for it in candidates if (it.round, it.index) == self.best), None),
             rounds=list(rounds.values()),
             gain=self.gain,
             best_gain=self.best_gain,

@@ -14,11 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Engine, Table, and_, bindparam, delete, func, insert, or_, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, Engine, and_, bindparam, delete, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from ..domain import RunResult, UserError
@@ -26,7 +24,7 @@ from ..events import EVENT, Event
 from ..settings import Settings
 from . import migrate
 from .blobs import BlobStore
-from .database import WRITES, StoreError, lock, open_database, store_errors
+from .database import WRITES, StoreError, Upsert, lock, open_database, store_errors
 from .fold import Fold
 from .rows import CandidateRow, RunFilter, RunRow
 from .schema import candidates, events, leases, runs
@@ -38,9 +36,6 @@ logger = logging.getLogger(__name__)
 #: Is called, in the thread that wrote, with the events that a commit added.
 Subscriber = Callable[[Sequence[Event]], object]
 
-# Statements of every append, built once: building them costs more than the database does.
-_INSERT = insert(events)
-_LAST = select(func.max(events.c.cursor))
 _LOG = (
     select(events.c.seq, events.c.cursor, events.c.body)
     .where(events.c.run_id == bindparam("run_id"))
@@ -72,7 +67,11 @@ class TraceStore:
         self.subscribers: list[Subscriber] = []
         self._lock = threading.Lock()
         self._folds: dict[str, _Held] = {}
-        self._upserts: dict[str, Any] = {}
+        self._insert, *upserts = (
+            Upsert(engine.dialect, table, [c.name for c in table.columns if c.name != "cursor"])
+            for table in (events, candidates, runs, leases)
+        )
+        self._upsert_candidates, self._upsert_runs, self._upsert_leases = upserts
         self._writer = engine.execution_options(**{WRITES: True})
 
     def append(self, *batch: Event) -> list[Event]:
@@ -125,16 +124,17 @@ class TraceStore:
                     touched[event.run_id, event.round, event.index] = None
             stand.append(known)
         if fresh:
-            connection.execute(_INSERT, [migrate.row_of(event) for event in fresh])
+            self._insert(connection, map(migrate.row_of, fresh))
             # Nobody else writes meanwhile, so that the numbers are consecutive.
-            first = connection.execute(_LAST).scalar_one() - len(fresh) + 1
+            last = connection.exec_driver_sql("SELECT max(cursor) FROM events").scalar_one()
+            first = last - len(fresh) + 1
             for cursor, event in enumerate(fresh, first):
                 _set_cursor(event, cursor)
-            rows = [self._folds[run_id].fold.candidate_row((n, index)) for run_id, n, index in touched]
-            self._upsert(connection, candidates, rows)
+            rows = (self._folds[run_id].fold.candidate_row((n, index)) for run_id, n, index in touched)
+            self._upsert_candidates(connection, rows)
             changed = dict.fromkeys(event.run_id for event in fresh)
             summaries = (self._folds[run_id].fold.run_row() for run_id in changed)
-            self._upsert(connection, runs, [row for row in summaries if row is not None])
+            self._upsert_runs(connection, filter(None, summaries))
         while len(self._folds) > _FOLDS:
             del self._folds[next(iter(self._folds))]
         return stand, fresh
@@ -159,23 +159,6 @@ class TraceStore:
             held = _Held(Fold(run_id, log), {event.key: event for event in log}, following)
         self._folds[run_id] = held  # the most recently used last
         return held
-
-    def _upsert(self, connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
-        if not rows:
-            return
-        statement = self._upserts.get(table.name)
-        if statement is None:
-            given = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
-            keys = [column.name for column in table.primary_key]
-            values = {
-                column.name: given.excluded[column.name]
-                for column in table.columns
-                if column.name not in keys
-            }
-            statement = self._upserts[table.name] = given.on_conflict_do_update(
-                index_elements=keys, set_=values
-            )
-        connection.execute(statement, rows)
 
     def events(self, run_id: str) -> list[Event]:
         """The run's events in order of `seq`; empty for an unknown run."""
@@ -309,7 +292,7 @@ class TraceStore:
             other = connection.scalar(held)
             if other is not None and other != owner:
                 return other
-            self._upsert(connection, leases, [{"run_id": run_id, "owner": owner, "expires": now + seconds}])
+            self._upsert_leases(connection, [{"run_id": run_id, "owner": owner, "expires": now + seconds}])
         return None
 
     def release(self, run_id: str, owner: str) -> None:
