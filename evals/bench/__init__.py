@@ -10,10 +10,13 @@ from __future__ import annotations
 #: Name → dotted path of the function.
 BENCHES: dict[str, str] = {
     "cheat": ".evals.studies.cheat:main",
+    "concurrency": ".evals.bench.concurrency:main",
     "dataset": ".evals.bench.dataset:main",
     "distill-study": ".evals.studies.distill_study:main",
     "dpo-step": ".evals.bench.dpo_step:main",
     "kill": ".evals.bench.kill:main",
     "lvlm": ".evals.bench.lvlm:main",
+    "log": ".evals.bench.log:main",
+    "overhead": ".evals.bench.overhead:main",
     "soak": ".evals.bench.soak:main",
 }

@@ -110,7 +110,7 @@ async def _growth(rounds: int, images: int) -> float:
     return (ends[-1] - ends[-6]) / (ends[5] - ends[0])
 
 
-class _State(TypedDict, total=False):
+class _State(TypedDict):
     seed: int
     round: int
     prompt: str
@@ -136,11 +136,11 @@ async def _by_hand(stack: AsyncExitStack, folder: Path, name: str, rounds: int, 
         (folder / f"{sha256}.png").write_bytes(file.getvalue())
         return sha256
 
-    async def generate(state: _State) -> _State:
+    async def generate(state: _State) -> dict[str, Any]:
         seeds = [state["seed"] * 10_000 + state["round"] * images + index for index in range(images)]
         return {"images": [await asyncio.to_thread(paint, seed) for seed in seeds]}
 
-    async def critique(state: _State) -> _State:
+    async def critique(state: _State) -> dict[str, Any]:
         async def one(image: Any) -> dict[str, Any]:
             data = (folder / f"{image}.png").read_bytes() if isinstance(image, str) else image
             url = {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}"}
@@ -154,7 +154,7 @@ async def _by_hand(stack: AsyncExitStack, folder: Path, name: str, rounds: int, 
         done = {"prompt": state["prompt"], "images": state["images"], "critiques": read}
         return {"history": [*state["history"], done]}
 
-    async def rewrite(state: _State) -> _State:
+    async def rewrite(state: _State) -> dict[str, Any]:
         said = await ask("Rewrite it.", json.dumps([it["critiques"] for it in state["history"]]))
         return {"prompt": said["prompt"], "round": state["round"] + 1}
 
