@@ -11,13 +11,11 @@ from __future__ import annotations
 import os
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import URL, Connection, Dialect, Engine, Table, create_engine, event, func, make_url, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random
 
@@ -83,40 +81,6 @@ def lock(connection: Connection, *names: str) -> None:
     if connection.dialect.name == "postgresql":
         for name in names:
             connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
-
-
-class Upsert:
-    """Rows that are inserted, or written over those of their primary key.
-
-    The statement is compiled once and handed to the driver as text: to have SQLAlchemy build and bind it anew costs
-    several times what the database does.
-
-    Args:
-        dialect: Of the database.
-        table: A primary key that the rows do not give is the database's to number, and nothing is written over.
-        names: The columns of a row.
-    """
-
-    def __init__(self, dialect: Dialect, table: Table, names: Sequence[str]) -> None:
-        statement = (postgresql if dialect.name == "postgresql" else sqlite).insert(table)
-        keys = [column.name for column in table.primary_key]
-        if set(keys) <= set(names):
-            values = {name: statement.excluded[name] for name in names if name not in keys}
-            statement = statement.on_conflict_do_update(index_elements=keys, set_=values)
-        compiled = statement.compile(dialect=dialect, column_keys=list(names))
-        types = {name: table.columns[name].type.dialect_impl(dialect) for name in names}
-        self._sql, self._order = str(compiled), compiled.positiontup
-        self._convert = {n: call for n, type_ in types.items() if (call := type_.bind_processor(dialect))}
-
-    def __call__(self, connection: Connection, rows: Iterable[dict[str, Any]]) -> None:
-        """Write rows; none at all is nothing to do."""
-        given: list[Any] = [
-            row | {name: convert(row[name]) for name, convert in self._convert.items()} for row in rows
-        ]
-        if self._order is not None:
-            given = [tuple(map(row.__getitem__, self._order)) for row in given]
-        if given:
-            connection.exec_driver_sql(self._sql, given)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -188,15 +189,14 @@ class Fold:
     @property
     def gain(self) -> float | None:
         """Mean reward of the winning round minus mean reward of round 0; None where either has none."""
-        first = self.mean_reward(0)
-        winning = self.mean_reward(self.best[0]) if self.best else None
+        first, winning = (self.mean_reward(0), self.mean_reward(self.best[0])) if self.best else (None, None)
         return None if first is None or winning is None else winning - first
 
     @property
     def best_gain(self) -> float | None:
         """Best reward minus best reward of round 0; None where round 0 has none."""
-        first = self.rewards(0)
         best = self.tried[self.best].reward if self.best else None
+        first = [] if best is None else self.rewards(0)
         return best - max(first) if first and best is not None else None
 
     def rewards(self, number: int) -> list[float]:
@@ -345,7 +345,7 @@ class Fold:
             "started": started.time,
             "updated": self.updated,
             "finished": self.finished.time if self.finished else None,
-            "prompt": _text(started.prompt),
+            "prompt": started.prompt,
             "prompt_hash": hash_prompt(started.prompt),
             "seed": started.seed,
             "valence": started.target.valence,
@@ -362,7 +362,7 @@ class Fold:
             "best_round": self.best[0] if self.best else None,
             "best_index": self.best[1] if self.best else None,
             "best_sha256": best.made.sha256 if best and best.made else None,
-            "best_prompt": _text(best.made.prompt) if best and best.made else None,
+            "best_prompt": best.made.prompt if best and best.made else None,
             "best_reward": best.reward if best else None,
             "gain": self.gain,
             "best_gain": self.best_gain,
@@ -378,10 +378,10 @@ class Fold:
             "run_id": self.run_id,
             "round": key[0],
             "index": key[1],
-            "prompt": _text(source.prompt) if source else None,
+            "prompt": source.prompt if source else None,
             "prompt_hash": hash_prompt(source.prompt) if source else None,
             "seed": source.seed if source else None,
-            **{name: _text(getattr(made, name)) if made else None for name in _RECIPE},
+            **({name: getattr(made, name) for name in _RECIPE} if made else dict.fromkeys(_RECIPE)),
             "valence": read.valence if read else None,
             "arousal": read.arousal if read else None,
             "category": read.category if read else None,
@@ -390,7 +390,7 @@ class Fold:
             "reward": tried.reward,
             "reward_name": rewarded.name if rewarded else None,
             "reward_version": rewarded.version if rewarded else None,
-            "missing": _text(tried.missing),
+            "missing": tried.missing,
         }
 
 
@@ -443,14 +443,10 @@ def result_json(result: RunResult) -> dict[str, Any]:
     return document
 
 
+@lru_cache(4096)
 def hash_prompt(prompt: str) -> str:
     """SHA-256 of a prompt, in hexadecimal: what groups candidates of one prompt in SQL."""
     return hashlib.sha256(prompt.encode()).hexdigest()
-
-
-def _text(value: Any) -> Any:
-    # PostgreSQL refuses NUL in text; the event's JSON body keeps it.
-    return value.replace("\0", "�") if isinstance(value, str) else value
 
 
 def _most_common(reasons: list[str]) -> str:

@@ -11,7 +11,6 @@ import asyncio
 import os
 import socket
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Events in one transaction, and seconds that the first one waits for company: what a batch of pictures or answers
-#: brings comes within a moment, and a sync costs more than that moment.
+#: Events in one transaction, and seconds that it waits for as many callers as shared the last ones: what a batch of
+#: pictures or answers brings comes within a moment, and a sync costs more than that moment.
 _LARGEST, _GATHER = 512, 0.002
 
 #: Seconds that a claim on a run lasts without renewal, and between renewals.
@@ -71,8 +70,9 @@ class StoreRecorder:
         if spans is not None:
             store.subscribers.append(spans)
         self._queue: deque[_Waiting] = deque()
-        self._guard = threading.Lock()
+        self._guard = threading.Condition()
         self._writing = False
+        self._shared = deque([1], maxlen=4)  # how many callers shared each of the last commits
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="emoloop-log")
         self._workers = ThreadPoolExecutor(8, thread_name_prefix="emoloop-blobs")
 
@@ -93,12 +93,15 @@ class StoreRecorder:
         with self._guard:
             self._queue.append(waiting)
             start, self._writing = not self._writing, True
+            if len(self._queue) >= max(self._shared):
+                self._guard.notify()
         if start:
             self._writer.submit(self._write)
         return await waiting.future
 
     def _write(self) -> None:
-        time.sleep(_GATHER)
+        with self._guard:
+            self._guard.wait_for(lambda: len(self._queue) >= max(self._shared), _GATHER)
         while group := self._next_group():
             outcomes = self._commit(group)
             for loop in {waiting.loop for waiting in group}:
@@ -114,6 +117,8 @@ class StoreRecorder:
                 group.append(self._queue.popleft())
                 size += len(group[-1].events)
             self._writing = bool(group)
+            if group:
+                self._shared.append(len(group))
         return group
 
     def _commit(self, group: list[_Waiting]) -> list[list[Event] | BaseException]:

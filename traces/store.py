@@ -24,10 +24,10 @@ from ..events import EVENT, Event
 from ..settings import Settings
 from . import migrate
 from .blobs import BlobStore
-from .database import WRITES, StoreError, Upsert, lock, open_database, store_errors
+from .database import WRITES, StoreError, lock, open_database, store_errors
 from .fold import Fold
 from .rows import CandidateRow, RunFilter, RunRow
-from .schema import candidates, events, leases, runs
+from .schema import Upsert, candidates, events, leases, runs
 
 __all__ = ["CandidateRow", "RunFilter", "RunRow", "StoreError", "TraceStore", "open_store"]
 
@@ -68,8 +68,7 @@ class TraceStore:
         self._lock = threading.Lock()
         self._folds: dict[str, _Held] = {}
         self._insert, *upserts = (
-            Upsert(engine.dialect, table, [c.name for c in table.columns if c.name != "cursor"])
-            for table in (events, candidates, runs, leases)
+            Upsert(engine.dialect, table) for table in (events, candidates, runs, leases)
         )
         self._upsert_candidates, self._upsert_runs, self._upsert_leases = upserts
         self._writer = engine.execution_options(**{WRITES: True})

@@ -57,11 +57,13 @@ async def _write(home: Path, writers: int, count: int, commits: list[list[Event]
         recorder.store.subscribers.append(lambda events: commits.append(list(events)))
 
         async def write(run_id: str) -> None:
-            target, size = EmotionTarget(valence=2.0, arousal=-1.0), {"height": 96, "width": 96}
+            target = EmotionTarget(valence=2.0, arousal=-1.0)
             await recorder.record(RunStarted(run_id=run_id, prompt="a dog", target=target, seed=1))
             for n in range(count - 1):
                 place: Any = {"run_id": run_id, "round": n // 8, "index": n % 8, "sha256": f"{n:064x}"}
-                await recorder.record(ImageGenerated(**place, prompt="a dog", seed=n, model="fake", **size))
+                await recorder.record(
+                    ImageGenerated(**place, prompt="a dog", seed=n, model="fake", height=96, width=96)
+                )
 
         began = time.perf_counter()
         await asyncio.gather(*(write(f"run-{number}") for number in range(writers)))
@@ -99,11 +101,7 @@ def _write_by_hand(log: Path, commits: Sequence[Sequence[Event]]) -> float:
         began = time.perf_counter()
         for commit in commits:
             told = [(*rows["events"][e.run_id, e.seq][:-1], json.dumps(bodies[id(e)])) for e in commit]
-            made = [
-                rows["candidates"].get((e.run_id, e.round, e.index))
-                for e in commit
-                if e.type != "run_started"
-            ]
+            made = [rows["candidates"][e.run_id, e.round, e.index] for e in commit if e.type != "run_started"]
             target.execute("BEGIN IMMEDIATE")
             target.executemany(statements["events"], told)
             target.executemany(statements["candidates"], made)
