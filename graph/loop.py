@@ -368,14 +368,11 @@ class Loop:
                 yield event
             return
         self._check_same_parts(name, await self.recorder.events(name))
-        snapshot = await self._snapshot(name)
-        begin: Any = None
-        if snapshot is not None and snapshot.interrupts:
+        if await self.review(name) is not None:
             # A wrong answer must not get into the saved state: every later try would meet it again.
             # LangGraph takes an empty object for no answer.
             begin = _WAIT if answer is None else Command(resume=read_review(answer) or {"comment": ""})
-        elif snapshot is None or not snapshot.next:
-            # No checkpoint, or a run that failed: the log knows the way from the start.
+        else:
             started = _started(fold)
             asked = started.target.model_dump(mode="json", exclude_none=True)
             begin = {"prompt": started.prompt, "target": asked, "seed": started.seed}
@@ -386,7 +383,13 @@ class Loop:
     async def review(self, run_id: str) -> dict[str, Any] | None:
         """What a run asks a person: round, prompt, target, tried, best; None where it does not wait for one."""
         snapshot = await self._snapshot(run_id)
-        return snapshot.interrupts[0].value if snapshot is not None and snapshot.interrupts else None
+        if snapshot is None or not snapshot.interrupts:
+            return None
+        question, fold = snapshot.interrupts[0].value, await self.recorder.fold(run_id)
+        # A log restored from an older copy does not hold all that the person was shown, and one that goes on beyond
+        # has the answer. Such a run begins anew, and finds in the log what is done.
+        stands = question.get("events", 0) <= fold.events and question["round"] + 1 not in fold.rewrites
+        return question if stands else None
 
     def run_sync(
         self, prompt: str, target: EmotionTarget | Mapping[str, Any], **options: Unpack[RunKeywords]

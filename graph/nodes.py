@@ -341,9 +341,13 @@ class Nodes:
 
     async def review(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Wait for a person. The answer is a comment, or any of `prompt`, `comment` and `stop`."""
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        if state["round"] + 1 in fold.rewrites:
+            return {}  # answered before the run broke off
         answer = interrupt(
             {
                 "run_id": state["run_id"],
+                "events": fold.events,
                 "round": state["round"],
                 "prompt": state["prompt"],
                 "target": state["target"],
