@@ -184,7 +184,7 @@ class Upsert:
 
     def __init__(self, dialect: Dialect, table: Table) -> None:
         names = [column.name for column in table.columns if column.name != "cursor"]
-        statement = (postgresql if dialect.name == "postgresql" else sqlite).insert(table)
+        statement = (postgresql if dialect.name == "postgresql" else sqlite).insert(table).inline()
         keys = [column.name for column in table.primary_key]
         if set(keys) <= set(names):
             values = {name: statement.excluded[name] for name in names if name not in keys}
