@@ -35,7 +35,7 @@ from .stats import Estimate
 from .suites import Request, Suite
 
 if TYPE_CHECKING:
-    from ..graph.nodes import Parts
+    from ..graph.parts import Parts
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Checkpointer
 
 from ..settings import LoopSettings
-from .nodes import Nodes, Parts
+from .nodes import Nodes
+from .parts import Parts
 from .retry import retry_policy
 from .state import Context, RunInput, State
 

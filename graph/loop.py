@@ -14,7 +14,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, aclosing, suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,9 +27,7 @@ from langgraph.types import Command, StateSnapshot
 from pydantic import BaseModel
 from typing_extensions import TypedDict, Unpack
 
-from ..agents.ask import Asker, one_line
-from ..agents.critic import Critic
-from ..agents.rewriters import Rewriter, load_rewriter
+from ..agents.ask import one_line
 from ..domain import Critique, EmotionTarget, RunResult, RunStatus, UserError
 from ..events import Critiqued, Event, ImageGenerated, Rewarded, RunStarted
 from ..files import check_writable
@@ -42,16 +40,13 @@ from ..settings import (
     lvlm_settings,
     merged,
 )
-from ..tools import presets
 from ..tools.images.base import Generator
-from ..tools.images.load import load_generator
-from ..tools.reward import load_reward
 from ..traces.fold import Fold
-from ..traces.recorder import StoreRecorder, open_recorder
+from ..traces.recorder import StoreRecorder
 from .build import build_graph
 from .checkpoint import open_checkpointer
-from .nodes import Parts, check_request, new_run_id, read_review
-from .state import Context, RunInput, State, read_run_id, read_seed, same_target
+from .parts import Parts, check_request, open_parts
+from .state import Context, RunInput, State, new_run_id, read_review, read_run_id, read_seed, same_target
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -185,7 +180,7 @@ class Loop:
         # Before any model is loaded.
         await asyncio.to_thread(check_writable, self.settings.home, "home", "set another with EMOLOOP_HOME")
         async with AsyncExitStack() as stack:
-            self._parts = await self._open_parts(stack)
+            self._parts = await open_parts(self.settings, self._given, stack)
             saver = await stack.enter_async_context(open_checkpointer(self.settings))
             self.graph = build_graph(self._parts, saver)
             self._stack = stack.pop_all()
@@ -218,33 +213,6 @@ class Loop:
             portal.call(self.__aexit__)
         finally:
             opening.__exit__(None, None, None)
-
-    async def _open_parts(self, stack: AsyncExitStack) -> Parts:
-        # All of it in threads: whoever opens a loop inside a server must not stop its event loop.
-        settings = self.settings
-        reward = await asyncio.to_thread(load_reward, self._given["reward"] or settings.loop.reward)
-        generator = await asyncio.to_thread(_load_generator, self._given["generator"], settings)
-        if generator is not self._given["generator"]:
-            stack.push_async_callback(generator.aclose)
-        model: Any = self._given["lvlm"]
-        own = model is None
-        if own:
-            model = await asyncio.to_thread(_load_lvlm, settings)
-            stack.push_async_callback(asyncio.to_thread, model.close)
-        critic, rewriter = await asyncio.to_thread(_agents, model, own, settings)
-        await asyncio.to_thread(rewriter, settings.loop.rewriter)
-        recorder = await asyncio.to_thread(open_recorder, settings)
-        stack.push_async_callback(recorder.aclose)
-        return Parts(
-            generator=generator,
-            critic=critic,
-            rewriter=rewriter,
-            reward=reward,
-            recorder=recorder,
-            settings=settings,
-            patient=own and settings.lvlm.engine != "embedded",
-            objects=tuple(name for name, value in self._given.items() if value is not None),
-        )
 
     @property
     def parts(self) -> Parts:
@@ -551,37 +519,6 @@ async def _cancelled(task: asyncio.Task[Any]) -> None:
     task.cancel()
     with suppress(asyncio.CancelledError, Exception):
         await task
-
-
-def _load_generator(spec: Any, settings: Settings) -> Generator:
-    return load_generator(settings.generator if spec is None else spec, settings.generator)
-
-
-def _load_lvlm(settings: Settings) -> Any:
-    from ..tools.lvlm.load import load_lvlm
-
-    if settings.lvlm.samples > 1 and settings.lvlm.temperature == 0:
-        raise UserError(
-            "setting lvlm.samples above 1 needs lvlm.temperature above 0: equal answers tell nothing"
-        )
-    return load_lvlm(settings.lvlm)
-
-
-def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Callable[[str], Rewriter]]:
-    lvlm = settings.lvlm
-    wanted: dict[str, Any] = {}
-    if own:
-        # A server may serve a model of which nothing is known here.
-        with suppress(UserError):
-            wanted = presets.defaults(lvlm.model, "lvlm")
-    # Our own clients know their time limits; anybody else's model is held to the setting.
-    timeout, name = (None, lvlm.model) if own else (lvlm.timeout, None)
-    # A model in this process fills its next batch while one runs.
-    slots = max(lvlm.concurrency, 2 * getattr(model, "batch_size", 0))
-    asker = Asker(model, slots, timeout, name)
-    critic = Critic(asker, lvlm.critic_prompt or wanted.get("critic_prompt", "critic"), lvlm.samples)
-    prompt = lvlm.rewriter_prompt or wanted.get("rewriter_prompt", "rewriter")
-    return critic, cache(lambda name: load_rewriter(name, asker, prompt))
 
 
 def _given(settings: Mapping[str, Any] | BaseModel) -> dict[str, Any]:

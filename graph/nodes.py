@@ -10,18 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from langgraph.runtime import Runtime
 from langgraph.types import interrupt
 
 from ..agents.ask import one_line
-from ..agents.critic import Critic, Reading, valued
+from ..agents.critic import Reading, valued
 from ..agents.generator import paint
-from ..agents.rewriters import Rewriter
 from ..domain import (
     Critique,
     EmotionTarget,
@@ -42,57 +38,23 @@ from ..events import (
     RunFinished,
     RunStarted,
 )
-from ..settings import Settings
-from ..tools.images.base import GenerationError, Generator, ImageRequest, unread_text
-from ..tools.reward import Reward
+from ..tools.images.base import GenerationError, ImageRequest
 from ..traces.fold import Fold, Tried
-from ..traces.recorder import StoreRecorder
 from . import policy
+from .parts import Parts, check_request, prompt_notes
 from .retry import ATTEMPTS, retryable
-from .state import Context, State, candidate_seed, read_prompt, read_run_id, read_seed, same_target
+from .state import (
+    Context,
+    State,
+    candidate_seed,
+    new_run_id,
+    read_review,
+    read_run_id,
+    read_seed,
+    same_target,
+)
 
 logger = logging.getLogger(__name__)
-
-#: Keys of an answer to a review.
-REVIEW_KEYS = {"prompt", "comment", "stop"}
-
-
-@dataclass
-class Parts:
-    """What the nodes work with; shared by all runs of a loop.
-
-    Attributes:
-        generator: Makes the pictures.
-        critic: Reads them.
-        rewriter: Gives the rewriter of a name in settings.
-        reward: Values a reading.
-        recorder: The log.
-        settings: The resolved settings.
-        patient: Whether the chat model retries by itself, so that the graph should not.
-        objects: Which of generator, lvlm and reward were handed over as objects: a log cannot name those.
-    """
-
-    generator: Generator
-    critic: Critic
-    rewriter: Callable[[str], Rewriter]
-    reward: Reward
-    recorder: StoreRecorder
-    settings: Settings
-    patient: bool = False
-    objects: tuple[str, ...] = ()
-
-    def snapshot(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The settings as a run's first event holds them: resolved, without secrets."""
-        dumped = self.settings.model_dump(
-            mode="json", exclude={"home": True, "traces": True, "lvlm": {"api_key"}, "generator": {"api_key"}}
-        )
-        dumped["loop"].update(options)
-        return {**dumped, "objects": list(self.objects)} if self.objects else dumped
-
-
-def new_run_id() -> str:
-    """A fresh run id; ids sort by time."""
-    return f"{datetime.now():%y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 class Nodes:
@@ -478,62 +440,6 @@ class Nodes:
 
 class _Lost(Exception):
     """A logged picture is gone."""
-
-
-def check_request(parts: Parts, prompt: Any, target: Any) -> tuple[str, EmotionTarget]:
-    """Read a request before anything is written for it.
-
-    Raises:
-        UserError: The prompt or target is none; or, in strict mode, a word that the generator does not know.
-    """
-    text, wanted = read_prompt(prompt), read_target(target)
-    if parts.settings.generator.strict and (message := unknown_words(parts.generator, text)):
-        raise UserError(message)
-    return text, wanted
-
-
-def unknown_words(generator: Generator, prompt: str, said: str = "") -> str | None:
-    """One line that names the words which the generator does not know, with the nearest it does; or None.
-
-    Words that `said` names in quotes are left out.
-    """
-    unknown = [u for u in generator.unknown_words(prompt) if repr(u.word) not in said]
-    if not unknown:
-        return None
-    named = "; ".join(
-        f"{u.word!r} (nearest: {', '.join(u.nearest)})" if u.nearest else repr(u.word) for u in unknown
-    )
-    return f"the model does not know {named}"
-
-
-def prompt_notes(generator: Generator, prompt: str, said: list[str]) -> list[str]:
-    """What is to be known of a prompt before it is painted: unknown words, and an end that is not read.
-
-    A rewriter keeps the neutral prompt's words, and once is enough to be told of each: what was said is left out.
-    """
-    unknown = unknown_words(generator, prompt, said="\n".join(said))
-    unread = unread_text(generator, prompt)
-    long = (
-        f"the prompt is too long for the model, which does not read its end: {unread!r}" if unread else None
-    )
-    return [note for note in (unknown, long) if note]
-
-
-def read_review(answer: Any) -> dict[str, Any]:
-    """A person's answer to a review.
-
-    Raises:
-        UserError: It is neither text nor an object with known keys and usable values.
-    """
-    if answer is None:
-        return {}
-    if isinstance(answer, str):
-        return {"comment": answer.strip()}
-    if not isinstance(answer, dict) or not set(answer) <= REVIEW_KEYS:
-        raise UserError(f"a review is a comment, or an object with {', '.join(sorted(REVIEW_KEYS))}")
-    if not isinstance(answer.get("comment") or "", str):
-        raise UserError(f"a review's comment is text, not {answer['comment']!r}")
-    return {**answer, "prompt": read_prompt(answer["prompt"])} if answer.get("prompt") else answer
 
 
 def _node(name: str, fold: Fold) -> str:
