@@ -13,7 +13,7 @@ import inspect
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AsyncExitStack, ExitStack, aclosing, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +29,7 @@ from typing_extensions import TypedDict, Unpack
 
 from ..agents.ask import one_line
 from ..domain import Critique, EmotionTarget, RunResult, RunStatus, UserError
-from ..events import Critiqued, Event, ImageGenerated, Rewarded, RunStarted
+from ..events import Event, RunStarted
 from ..files import check_writable
 from ..settings import (
     GeneratorSettings,
@@ -46,7 +46,7 @@ from ..traces.recorder import StoreRecorder
 from .build import build_graph
 from .checkpoint import open_checkpointer
 from .parts import Parts, check_request, open_parts
-from .state import Context, RunInput, State, new_run_id, read_review, read_run_id, read_seed, same_target
+from .state import Context, RunInput, State, asks_the_same, new_run_id, read_review, read_run_id, read_seed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -70,27 +70,25 @@ class RunOptions(TypedDict, total=False):
     review: bool | None
 
 
-class RunKeywords(RunOptions, total=False):
-    """All keywords of `Loop.run`."""
-
-    seed: int | None
-    run_id: str | None
-    on_event: Callable[[Event], object] | None
-    reviewer: Callable[[dict[str, Any]], Any] | None
-
-
-class ResumeKeywords(TypedDict, total=False):
-    """All keywords of `Loop.resume`."""
-
-    on_event: Callable[[Event], object] | None
-    reviewer: Callable[[dict[str, Any]], Any] | None
-
-
 #: Gets each event of a run as it is committed; may be a coroutine function.
 OnEvent = Callable[[Event], object]
 
 #: Answers a review: a comment, or an object with `prompt`, `comment`, `stop`; may be a coroutine function.
 Reviewer = Callable[[dict[str, Any]], Any]
+
+
+class ResumeKeywords(TypedDict, total=False):
+    """All keywords of `Loop.resume`."""
+
+    on_event: OnEvent | None
+    reviewer: Reviewer | None
+
+
+class RunKeywords(RunOptions, ResumeKeywords, total=False):
+    """All keywords of `Loop.run`."""
+
+    seed: int | None
+    run_id: str | None
 
 
 _OPEN = "this loop is open already: open another, or use this one for many runs at a time"
@@ -124,24 +122,17 @@ def open_loop(
         UserError: An unknown setting or a value out of range.
     """
     objects: dict[str, Any] = {}
-    given: dict[str, Any] = {
-        key: _given(it) if isinstance(it, Mapping | BaseModel) else it for key, it in overrides.items()
-    }
-    if isinstance(generator, str | Path):
-        given = merged(given, {"generator": {"model": str(generator)}})
-    elif isinstance(generator, Mapping | GeneratorSettings):
-        given = merged(given, {"generator": _given(generator)})
-    elif generator is not None:
-        objects["generator"] = generator
-    if isinstance(lvlm, str | Path):
-        given = merged(given, {"lvlm": lvlm_settings(str(lvlm))})
-    elif isinstance(lvlm, Mapping | LVLMSettings):
-        given = merged(given, {"lvlm": _given(lvlm)})
-    elif lvlm is not None:
-        objects["lvlm"] = lvlm
+    given: dict[str, Any] = {key: _given(it) for key, it in overrides.items()}
+    for name, it in (("generator", generator), ("lvlm", lvlm)):
+        if isinstance(it, str | Path):
+            given = merged(given, {name: lvlm_settings(str(it)) if name == "lvlm" else {"model": str(it)}})
+        elif isinstance(it, Mapping | GeneratorSettings | LVLMSettings):
+            given = merged(given, {name: _given(it)})
+        else:
+            objects[name] = it
     if isinstance(reward, str):
         given = merged(given, {"loop": {"reward": reward}})
-    elif reward is not None:
+    else:
         objects["reward"] = reward
     return Loop(load_settings(given, settings), **objects)
 
@@ -165,7 +156,8 @@ class Loop:
         self._parts: Parts | None = None
         self._stack: AsyncExitStack | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
-        self._portal: Any = None
+        self._portal: BlockingPortal | None = None
+        self._closing = ExitStack()
 
     # ---- opening and closing
 
@@ -196,23 +188,15 @@ class Loop:
         """As `async with`, on an event loop in a thread of its own."""
         if self._stack is not None or self._portal is not None:
             raise RuntimeError(_OPEN)
-        opening = start_blocking_portal()
-        self._portal = (opening, opening.__enter__())
-        try:
-            self._portal[1].call(self.__aenter__)
-        except BaseException:
-            opening.__exit__(None, None, None)
-            self._portal = None
-            raise
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal())
+            stack.enter_context(portal.wrap_async_context_manager(self))
+            self._portal, self._closing = portal, stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        opening, portal = self._portal
         self._portal = None
-        try:
-            portal.call(self.__aexit__)
-        finally:
-            opening.__exit__(None, None, None)
+        self._closing.close()
 
     @property
     def parts(self) -> Parts:
@@ -312,17 +296,14 @@ class Loop:
         context = _context(options)
         context.over(self.settings.loop)
         seed = read_seed(seed)
-        asked = wanted.model_dump(mode="json", exclude_none=True)
         name = read_run_id(run_id) if run_id is not None else new_run_id()
         fold = await self.recorder.fold(name)
         if fold.events:
-            started = _started(fold)
-            known = started.target.model_dump(mode="json")
-            if started.prompt != text or not same_target(known, asked) or seed not in (None, started.seed):
+            if not asks_the_same(_started(fold), text, wanted, seed):
                 raise UserError(f"run {name!r} exists and was asked for something else: choose another id")
             events = self.stream_resume(name)
         else:
-            events = self._drive({"prompt": text, "target": asked, "seed": seed}, name, context)
+            events = self._drive(_request(text, wanted, seed), name, context)
         async with aclosing(events):
             async for event in events:
                 yield event
@@ -330,20 +311,20 @@ class Loop:
     async def stream_resume(self, run_id: str, answer: Any = None) -> AsyncGenerator[Event]:
         """As `resume`, yielding all events of the run, those of before first."""
         name = await asyncio.to_thread(self.recorder.store.resolve, run_id)
-        fold = await self.recorder.fold(name)
+        log = await self.recorder.events(name)
+        fold = Fold(name, log)
         if fold.status is RunStatus.COMPLETED:
-            for event in await self.recorder.events(name):
+            for event in log:
                 yield event
             return
-        self._check_same_parts(name, await self.recorder.events(name))
+        self.parts.check_same(name, log)
         if await self.review(name) is not None:
             # A wrong answer must not get into the saved state: every later try would meet it again.
             # LangGraph takes an empty object for no answer.
             begin = _WAIT if answer is None else Command(resume=read_review(answer) or {"comment": ""})
         else:
             started = _started(fold)
-            asked = started.target.model_dump(mode="json", exclude_none=True)
-            begin = {"prompt": started.prompt, "target": asked, "seed": started.seed}
+            begin = _request(started.prompt, started.target, started.seed)
         async with aclosing(self._drive(begin, name, None)) as events:
             async for event in events:
                 yield event
@@ -452,32 +433,10 @@ class Loop:
             await self.forget(run_id)
             return None
 
-    def _check_same_parts(self, run_id: str, events: list[Event]) -> None:
-        """Refuse to mix: what was made, read or valued is not comparable with another model's."""
-        parts = self.parts
-        made = (e for e in events if isinstance(e, ImageGenerated))
-        read = (e for e in events if isinstance(e, Critiqued) and isinstance(e.critique, Critique))
-        valued = (e for e in events if isinstance(e, Rewarded) and e.value is not None)
-        keys = ("model", "revision", "adapter", "steps", "guidance", "height", "width")
-        generator = parts.generator.describe()
-        for what, before, now in (
-            ("", made, {key: generator[key] for key in keys if key in generator}),
-            ("critic ", read, {"model": parts.critic.model}),
-            ("reward ", valued, {"name": parts.reward.name, "version": parts.reward.version}),
-        ):
-            first = next(before, None)
-            for key, value in now.items() if first else ():
-                if (then := getattr(first, key)) != value:
-                    raise UserError(
-                        f"run {run_id!r} was made with {what}{key} {then}, this loop has {value}: "
-                        "resume it with the settings that it began with"
-                    )
-
     def _sync(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         future: Future[T]
         if self._portal is not None:
-            portal: BlockingPortal = self._portal[1]
-            future = portal.start_task_soon(call)
+            future = self._portal.start_task_soon(call)
         else:
             _ = self.parts
             assert self._event_loop is not None
@@ -497,6 +456,10 @@ class Loop:
 
 def _config(run_id: str) -> RunnableConfig:
     return {"configurable": {"thread_id": run_id}}
+
+
+def _request(prompt: str, target: EmotionTarget, seed: int | None) -> RunInput:
+    return {"prompt": prompt, "target": target.model_dump(mode="json", exclude_none=True), "seed": seed}
 
 
 def _context(options: Mapping[str, Any]) -> Context:
@@ -521,5 +484,7 @@ async def _cancelled(task: asyncio.Task[Any]) -> None:
         await task
 
 
-def _given(settings: Mapping[str, Any] | BaseModel) -> dict[str, Any]:
-    return dict(settings) if isinstance(settings, Mapping) else settings.model_dump(exclude_unset=True)
+def _given(setting: Any) -> Any:
+    if isinstance(setting, BaseModel):
+        return setting.model_dump(exclude_unset=True)
+    return dict(setting) if isinstance(setting, Mapping) else setting

@@ -46,12 +46,12 @@ from .retry import ATTEMPTS, retryable
 from .state import (
     Context,
     State,
+    asks_the_same,
     candidate_seed,
     new_run_id,
     read_review,
     read_run_id,
     read_seed,
-    same_target,
 )
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Nodes:
         await asyncio.to_thread(self.parts.rewriter, options["rewriter"])
         seed = read_seed(state.get("seed"))
         asked = target.model_dump(mode="json", exclude_none=True)
-        run_id, started = await self._find(runtime, prompt, asked, seed)
+        run_id, started = await self._find(runtime, prompt, target, seed)
         if started is None:
             started = RunStarted(
                 run_id=run_id,
@@ -107,7 +107,7 @@ class Nodes:
         }
 
     async def _find(
-        self, runtime: Runtime[Context], prompt: str, target: dict[str, Any], seed: int | None
+        self, runtime: Runtime[Context], prompt: str, target: EmotionTarget, seed: int | None
     ) -> tuple[str, RunStarted | None]:
         """The run that the request begins or continues; a thread may hold several, one after the other."""
         execution = runtime.execution_info
@@ -121,12 +121,7 @@ class Nodes:
             started = fold.started
             if started is None:
                 return run_id, None
-            same = (
-                started.prompt == prompt
-                and same_target(started.target.model_dump(mode="json"), target)
-                and seed in (None, started.seed)
-            )
-            if same and fold.status is not RunStatus.COMPLETED:
+            if asks_the_same(started, prompt, target, seed) and fold.status is not RunStatus.COMPLETED:
                 return run_id, started
             count += 1
 

@@ -12,7 +12,8 @@ from typing import Any
 from ..agents.ask import Asker
 from ..agents.critic import Critic
 from ..agents.rewriters import Rewriter, load_rewriter
-from ..domain import EmotionTarget, UserError, read_target
+from ..domain import Critique, EmotionTarget, UserError, read_target
+from ..events import Critiqued, Event, ImageGenerated, Rewarded
 from ..settings import Settings
 from ..tools import presets
 from ..tools.images.base import Generator, unread_text
@@ -53,6 +54,30 @@ class Parts:
         )
         dumped["loop"].update(options)
         return {**dumped, "objects": list(self.objects)} if self.objects else dumped
+
+    def check_same(self, run_id: str, events: list[Event]) -> None:
+        """Refuse to mix: what was made, read or valued is not comparable with another model's.
+
+        Raises:
+            UserError: The events were made with other self.
+        """
+        made = (e for e in events if isinstance(e, ImageGenerated))
+        read = (e for e in events if isinstance(e, Critiqued) and isinstance(e.critique, Critique))
+        valued = (e for e in events if isinstance(e, Rewarded) and e.value is not None)
+        keys = ("model", "revision", "adapter", "steps", "guidance", "height", "width")
+        generator = self.generator.describe()
+        for what, before, now in (
+            ("", made, {key: generator[key] for key in keys if key in generator}),
+            ("critic ", read, {"model": self.critic.model}),
+            ("reward ", valued, {"name": self.reward.name, "version": self.reward.version}),
+        ):
+            first = next(before, None)
+            for key, value in now.items() if first else ():
+                if (then := getattr(first, key)) != value:
+                    raise UserError(
+                        f"run {run_id!r} was made with {what}{key} {then}, this loop has {value}: "
+                        "resume it with the settings that it began with"
+                    )
 
 
 async def open_parts(settings: Settings, given: Mapping[str, Any], stack: AsyncExitStack) -> Parts:

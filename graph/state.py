@@ -10,7 +10,6 @@ import hashlib
 import re
 import secrets
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 from langgraph.channels import EphemeralValue
 from typing_extensions import TypedDict
 
-from ..domain import UserError
+from ..domain import EmotionTarget, UserError
+from ..events import RunStarted
 
 if TYPE_CHECKING:
     from ..settings import LoopSettings
@@ -181,11 +181,9 @@ def candidate_seed(seed: int, round: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{round}:{index}".encode()).digest()[:4]) >> 1
 
 
-def same_target(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two targets in JSON are the same; None and absent are."""
-    return {k: v for k, v in one.items() if v is not None} == {
-        k: v for k, v in other.items() if v is not None
-    }
+def asks_the_same(started: RunStarted, prompt: str, target: EmotionTarget, seed: int | None) -> bool:
+    """Whether a request is the one that a run began with; a seed that is left out is any."""
+    return started.prompt == prompt and started.target == target and seed in (None, started.seed)
 
 
 def read_review(answer: Any) -> dict[str, Any]:
