@@ -39,12 +39,14 @@ if TYPE_CHECKING:
     from .graph.loop import Loop, RunKeywords, RunOptions, open_loop
     from .rl.distill import Distilled
     from .settings import Settings, SettingsOverrides, load_settings
+    from .tools.diffusion.apply import Applied, apply
     from .traces.rows import CandidateRow, RunFilter, RunRow
     from .traces.store import TraceStore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Applied",
     "Candidate",
     "CandidateRow",
     "Critique",
@@ -75,6 +77,7 @@ __all__ = [
     "StopReason",
     "TraceStore",
     "UserError",
+    "apply",
     "distill",
     "evaluate",
     "load_settings",
@@ -92,6 +95,7 @@ _MODULES = {
     ".graph.loop": "Loop RunKeywords RunOptions open_loop",
     ".rl.distill": "Distilled",
     ".settings": "Settings SettingsOverrides load_settings",
+    ".tools.diffusion.apply": "Applied apply",
     ".traces.rows": "CandidateRow RunFilter RunRow",
     ".traces.store": "TraceStore",
 }
