@@ -68,7 +68,9 @@ class Nodes:
     async def start(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Check the request, name the run and log it; or find the run that it continues."""
         prompt, target = check_request(self.parts, state["prompt"], state["target"])
-        options = (runtime.context or Context()).over(self.parts.settings.loop)
+        # Inside another graph, the context is that graph's own.
+        context: Any = runtime.context
+        options = (context if isinstance(context, Context) else Context()).over(self.parts.settings.loop)
         await asyncio.to_thread(self.parts.rewriter, options["rewriter"])
         seed = read_seed(state.get("seed"))
         asked = target.model_dump(mode="json", exclude_none=True)
@@ -237,7 +239,12 @@ class Nodes:
         parts, made, critique = self.parts, tried.made, tried.critique
         assert made is not None
         target = read_target(state["target"])
-        place = {"run_id": made.run_id, "round": made.round, "index": made.index, "sha256": made.sha256}
+        place: dict[str, Any] = {
+            "run_id": made.run_id,
+            "round": made.round,
+            "index": made.index,
+            "sha256": made.sha256,
+        }
         read: list[Critiqued] = []
         if not isinstance(critique, Critique):
             try:

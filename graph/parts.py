@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from ..agents.ask import Asker
@@ -144,7 +144,7 @@ def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Callable
     asker = Asker(model, slots, timeout, name)
     critic = Critic(asker, lvlm.critic_prompt or wanted.get("critic_prompt", "critic"), lvlm.samples)
     prompt = lvlm.rewriter_prompt or wanted.get("rewriter_prompt", "rewriter")
-    return critic, cache(lambda name: load_rewriter(name, asker, prompt))
+    return critic, cache(partial(load_rewriter, asker=asker, prompt=prompt))
 
 
 def check_request(parts: Parts, prompt: Any, target: Any) -> tuple[str, EmotionTarget]:

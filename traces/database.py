@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def lock(connection: Connection, *names: str) -> None:
 
 
 @contextmanager
-def store_errors(engine: Engine) -> Iterator[None]:
+def store_errors(engine: Engine) -> Generator[None]:
     """Turn the driver's failures into a `StoreError` of one line."""
     try:
         yield

@@ -239,7 +239,7 @@ class Fold:
         made = [tried for tried in row if tried.made]
         failed = [tried.failed.reason for tried in row if tried.failed and not tried.made]
         lacking = [tried for tried in made if tried.reward is None and tried.missing]
-        lines = []
+        lines: list[str] = []
         if failed:
             what = (
                 f"{len(failed)} of {len(row)} images could not be made" if made else "no image could be made"

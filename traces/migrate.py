@@ -73,7 +73,7 @@ def _from_0(connection: Connection) -> None:
     query = select(old.c.run_id, old.c.seq, old.c.body).order_by(old.c.run_id, old.c.seq)
     seen: set[tuple[str, int, str, int]] = set()
     for run_id, seq, body in connection.execute(query).all():
-        raw = body if isinstance(body, dict) else json.loads(body)
+        raw = json.loads(body) if isinstance(body, str) else body
         event = EVENT.validate_python({**raw, "run_id": run_id, "seq": seq, "schema_version": SCHEMA_VERSION})
         if event.key not in seen:
             seen.add(event.key)

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -131,7 +131,7 @@ class StoreRecorder:
             return [outcome for waiting in group for outcome in self._commit([waiting])]
 
     @contextmanager
-    def subscribed(self, subscriber: Subscriber) -> Iterator[None]:
+    def subscribed(self, subscriber: Subscriber) -> Generator[None]:
         """Have a function called, in the writer's thread, with the events of each commit from now on."""
         self.store.subscribers.append(subscriber)
         try:
@@ -154,7 +154,7 @@ class StoreRecorder:
         return whole.result(self.store.blobs.path, self.store.home)
 
     @asynccontextmanager
-    async def claimed(self, run_id: str) -> AsyncIterator[None]:
+    async def claimed(self, run_id: str) -> AsyncGenerator[None]:
         """Hold a run while it is worked on, so that nobody else works on it at the same time.
 
         Raises:

@@ -18,7 +18,9 @@ from emoloop.events import (
 )
 from emoloop.graph import build, retry
 from emoloop.graph.loop import Loop, open_loop
+from emoloop.graph.state import State
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from langgraph.graph import START, StateGraph
 from langgraph.types import Command
 from painter import Painter
 from scripted import Scripted, critic_answer
@@ -569,6 +571,16 @@ async def test_the_graph_works_as_langgraph_users_know_it(tmp_path):
         state = await loop.graph.aget_state(config)  # pyright: ignore
         assert state.values["run_id"] == "t.2"
         assert state.values["options"]["seed"] != out["options"]["seed"]
+
+
+async def test_a_parent_graph_may_have_a_context_of_its_own(tmp_path):
+    async with make(tmp_path, rounds=1, images=1) as loop:
+        parent = StateGraph(State, context_schema=dict)  # pyright: ignore[reportArgumentType]
+        parent.add_node("loop", loop.graph)
+        parent.add_edge(START, "loop")
+        begin = {"prompt": "a dog", "target": {"valence": 1.0}}
+        out = await parent.compile().ainvoke(begin, context={"user": "ann"})  # pyright: ignore
+        assert out["status"] == "completed"
 
 
 async def test_the_graph_reviews_by_interrupt(tmp_path):
