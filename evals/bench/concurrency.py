@@ -33,7 +33,6 @@ def main(
         slots: Answers that the LVLM gives at a time.
         seed: Of the first run.
     """
-    settings = dict(locals())
     optimum = max(
         runs * rounds * batch_seconds, (runs * (rounds * (images + 1) - 1)) * answer_seconds / slots
     )
@@ -61,4 +60,4 @@ def main(
         "optimum_seconds": optimum,
         "cpu_seconds": cpu,
     }
-    return {"figures": figures, "n": runs, "settings": settings, "device": "cpu"}
+    return {"figures": figures, "n": runs}

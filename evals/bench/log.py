@@ -29,7 +29,6 @@ def main(writers: int = 16, events: int = 500, repeats: int = 3) -> dict[str, An
         events: Events of each.
         repeats: How often both are measured in turn; medians count.
     """
-    settings = dict(locals())
     total, found = writers * events, Counter[str]()
     ours: list[float] = []
     by_hand: list[float] = []
@@ -49,7 +48,7 @@ def main(writers: int = 16, events: int = 500, repeats: int = 3) -> dict[str, An
         "lost": found["lost"],
         "doubled": found["doubled"],
     }
-    return {"figures": figures, "n": repeats, "settings": settings, "device": "cpu"}
+    return {"figures": figures, "n": repeats}
 
 
 async def _write(home: Path, writers: int, count: int, commits: list[list[Event]]) -> float:

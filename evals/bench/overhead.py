@@ -43,7 +43,6 @@ def main(rounds: int = 3, images: int = 8, runs: int = 8, long: int = 50, repeat
         long: Rounds of the run whose last five rounds are compared with its first five.
         repeats: How often all programs are measured in turn; medians count. Bytes are those beside the picture files.
     """
-    settings = dict(locals())
     names = ("ours", "bare", "saver_refs", "saver_bytes")
     costs: dict[str, list[Cost]] = {name: [] for name in names}
     growth: list[float] = []
