@@ -58,8 +58,6 @@ def main(rounds: int = 3, images: int = 8, runs: int = 8, long: int = 50, repeat
     return {
         "figures": {**figures, "growth": median(growth)},
         "n": repeats,
-        "settings": settings,
-        "device": "cpu",
     }
 
 
