@@ -16,4 +16,5 @@ BENCHES: dict[str, str] = {
     "kill": ".evals.bench.kill:main",
     "lvlm": ".evals.bench.lvlm:main",
     "soak": ".evals.bench.soak:main",
+    "startup": ".evals.bench.startup:main",
 }
