@@ -45,42 +45,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Candidate",
-    "CandidateRow",
-    "Critique",
-    "Critiqued",
-    "Distilled",
-    "Emotion",
-    "EmotionTarget",
-    "Event",
-    "Failure",
-    "GenerationFailed",
-    "HumanFeedback",
-    "ImageGenerated",
-    "Loop",
-    "Missing",
-    "Rewarded",
-    "Rewritten",
-    "Round",
-    "RunFilter",
-    "RunFinished",
-    "RunKeywords",
-    "RunOptions",
-    "RunResult",
-    "RunRow",
-    "RunStarted",
-    "RunStatus",
-    "Settings",
-    "SettingsOverrides",
-    "StopReason",
-    "TraceStore",
-    "UserError",
-    "distill",
-    "evaluate",
-    "load_settings",
-    "open_log",
-    "open_loop",
-]
+    "Candidate", "CandidateRow", "Critique", "Critiqued", "Distilled", "Emotion", "EmotionTarget", "Event",
+    "Failure", "GenerationFailed", "HumanFeedback", "ImageGenerated", "Loop", "Missing", "Rewarded",
+    "Rewritten", "Round", "RunFilter", "RunFinished", "RunKeywords", "RunOptions", "RunResult", "RunRow",
+    "RunStarted", "RunStatus", "Settings", "SettingsOverrides", "StopReason", "TraceStore", "UserError",
+    "distill", "evaluate", "load_settings", "open_log", "open_loop",
+]  # fmt: skip
 
 #: Module → the public names that it defines.
 _MODULES = {

@@ -38,6 +38,8 @@ from ..settings import (
     LVLMSettings,
     Settings,
     SettingsOverrides,
+    as_dict,
+    generator_settings,
     load_settings,
     lvlm_settings,
     merged,
@@ -130,19 +132,15 @@ def open_loop(
     """
     objects: dict[str, Any] = {}
     given: dict[str, Any] = {
-        key: _given(it) if isinstance(it, Mapping | BaseModel) else it for key, it in overrides.items()
+        key: as_dict(it) if isinstance(it, Mapping | BaseModel) else it for key, it in overrides.items()
     }
-    if isinstance(generator, str | Path):
-        given = merged(given, {"generator": {"model": str(generator)}})
-    elif isinstance(generator, Mapping | GeneratorSettings):
-        given = merged(given, {"generator": _given(generator)})
-    elif generator is not None:
+    if generator is None or isinstance(generator, str | Path | Mapping | GeneratorSettings):
+        given = merged(given, {"generator": generator_settings(generator)})
+    else:
         objects["generator"] = generator
-    if isinstance(lvlm, str | Path):
-        given = merged(given, {"lvlm": lvlm_settings(str(lvlm))})
-    elif isinstance(lvlm, Mapping | LVLMSettings):
-        given = merged(given, {"lvlm": _given(lvlm)})
-    elif lvlm is not None:
+    if lvlm is None or isinstance(lvlm, str | Path | Mapping | LVLMSettings):
+        given = merged(given, {"lvlm": lvlm_settings(lvlm)})
+    else:
         objects["lvlm"] = lvlm
     if isinstance(reward, str):
         given = merged(given, {"loop": {"reward": reward}})
@@ -580,7 +578,3 @@ def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Callable
     critic = Critic(asker, lvlm.critic_prompt or wanted.get("critic_prompt", "critic"), lvlm.samples)
     prompt = lvlm.rewriter_prompt or wanted.get("rewriter_prompt", "rewriter")
     return critic, cache(lambda name: load_rewriter(name, asker, prompt))
-
-
-def _given(settings: Mapping[str, Any] | BaseModel) -> dict[str, Any]:
-    return dict(settings) if isinstance(settings, Mapping) else settings.model_dump(exclude_unset=True)
