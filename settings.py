@@ -167,8 +167,7 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        **_: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Keyword, environment, then the TOML file that `EMOLOOP_CONFIG` names (default `emoloop.toml`)."""
         named = os.environ.get("EMOLOOP_CONFIG")

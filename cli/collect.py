@@ -61,14 +61,6 @@ async def _collect(
     settings: Settings, source: Path, letters: Path, total: int, seed: int, concurrency: int, as_json: bool
 ) -> int:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     from ..graph.collect import Outcome, collect
 
@@ -76,18 +68,8 @@ async def _collect(
     done = Counter({"completed": 0, "already": 0, "failed": 0, "images": 0})
     async with open_models(settings, console) as loop:
         began = time.monotonic()
-        bar = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("[red]{task.fields[failures]}[/]"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            speed_estimate_period=600,
-            disable=not console.is_terminal,
-        )
+        texts = ("{task.completed}/{task.total}", "{task.fields[rate]}", "[red]{task.fields[failures]}[/]")
+        bar = opt.bars(console, *texts, speed_estimate_period=600)
         task = bar.add_task("", total=total, rate="", failures="")
 
         def note(outcome: Outcome) -> None:
