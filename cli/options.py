@@ -19,7 +19,6 @@ from ..domain import Emotion, UserError
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
-    from typer import Context
 
     from ..traces.rows import RunFilter
     from ..traces.store import TraceStore
@@ -82,7 +81,7 @@ Where = Annotated[
 class Filtered(TyperCommand):
     """A command with `--where` that takes the older flags, such as `--min-gain 0.5`, as well."""
 
-    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Turn older flags into `--where`, then parse as usual."""
         return super().parse_args(ctx, list(_modern(args)))
 
@@ -204,6 +203,11 @@ def bars(console: Console, *texts: str, **keywords: Any) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), *map(TextColumn, texts), TimeElapsedColumn())
     left = (TextColumn("left"), TimeRemainingColumn())
     return Progress(*columns, *left, console=console, disable=not console.is_terminal, **keywords)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """One line of ours as it is: what stands between brackets in it is no markup."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(document: Mapping[str, Any], indent: int | None = 2) -> None:

@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -126,10 +127,7 @@ async def _run(
     from .view import show_result
 
     console = Console(stderr=True)
-
-    def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
+    say = partial(opt.say, console)
     folder = out if out is not None else Path("emoloop-runs") / run_id
     check_writable(folder, "--out", "choose another with --out")
     again = f"emoloop run --resume {run_id}{_home_flag(settings)}"
@@ -190,7 +188,7 @@ async def _watched(
 def _ask(console: Console, wanted: Mapping[str, Any]) -> Any:
     best = wanted.get("best") or {}
     if best.get("image"):
-        console.print(f"  best so far: {best['image']}", markup=False, highlight=False, soft_wrap=True)
+        opt.say(console, f"  best so far: {best['image']}")
     console.print("  Enter: go on.  Text: tell the rewriter.  =text: use that prompt.  q: stop here.")
     answer = console.input("  > ").strip()
     if answer == "q":
@@ -266,9 +264,10 @@ async def open_models(settings: Settings, console: Console) -> AsyncIterator[Loo
     finally:
         gc.enable()
     console.print(f"[dim]models loaded in {time.monotonic() - began:.0f} s[/]", highlight=False)
-    async with AsyncExitStack() as stack:
-        stack.push_async_exit(loop)
+    try:
         yield loop
+    finally:
+        await loop.__aexit__()
 
 
 def _home_flag(settings: Settings) -> str:

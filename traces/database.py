@@ -113,7 +113,8 @@ def _url(settings: Settings, home: Path) -> URL:
 def _check_writable(folder: Path) -> None:
     probe = folder / f".probe-{uuid.uuid4().hex}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        # What a home holds is its owner's: prompts, pictures, comments.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -388,7 +388,7 @@ class _AllDone(StoppingCriteria):
     def __init__(self, rows: list[_Row]):
         self.rows = rows
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         done = [row.finish_reason is not None for row in self.rows]
         return torch.tensor(done, device=input_ids.device)
 
