@@ -39,17 +39,18 @@ if TYPE_CHECKING:
     from .graph.loop import Loop, RunKeywords, RunOptions, open_loop
     from .rl.distill import Distilled
     from .settings import Settings, SettingsOverrides, load_settings
+    from .tools.diffusion.apply import Applied, apply
     from .traces.rows import CandidateRow, RunFilter, RunRow
     from .traces.store import TraceStore
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Candidate", "CandidateRow", "Critique", "Critiqued", "Distilled", "Emotion", "EmotionTarget", "Event",
-    "Failure", "GenerationFailed", "HumanFeedback", "ImageGenerated", "Loop", "Missing", "Rewarded",
+    "Applied", "Candidate", "CandidateRow", "Critique", "Critiqued", "Distilled", "Emotion", "EmotionTarget",
+    "Event", "Failure", "GenerationFailed", "HumanFeedback", "ImageGenerated", "Loop", "Missing", "Rewarded",
     "Rewritten", "Round", "RunFilter", "RunFinished", "RunKeywords", "RunOptions", "RunResult", "RunRow",
     "RunStarted", "RunStatus", "Settings", "SettingsOverrides", "StopReason", "TraceStore", "UserError",
-    "distill", "evaluate", "load_settings", "open_log", "open_loop",
+    "apply", "distill", "evaluate", "load_settings", "open_log", "open_loop",
 ]  # fmt: skip
 
 #: Module → the public names that it defines.
@@ -62,6 +63,7 @@ _MODULES = {
     ".graph.loop": "Loop RunKeywords RunOptions open_loop",
     ".rl.distill": "Distilled",
     ".settings": "Settings SettingsOverrides load_settings",
+    ".tools.diffusion.apply": "Applied apply",
     ".traces.rows": "CandidateRow RunFilter RunRow",
     ".traces.store": "TraceStore",
 }

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..domain import UserError
-from ..evals.bench import BENCHES
+from ..evals.bench import BENCHES, MOVED, run
 from .options import print_json
 
 
@@ -26,8 +26,10 @@ def bench(
 
     if name is None:
         raise UserError(f"name a benchmark: {', '.join(BENCHES)}")
+    if name in MOVED:
+        raise UserError(f"benchmark {name!r} is a script of the repository now: python {MOVED[name]}")
     function = registry.resolve(name, BENCHES, "benchmark")
-    document = function(**_read(name, function, options or []))
+    document = run(name, function, _read(name, function, options or []))
     if as_json:
         print_json(document, indent=1)
         return

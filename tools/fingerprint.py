@@ -13,19 +13,13 @@ _WHOLE = 64 * 2**20
 _SAMPLES, _SAMPLE = 32, 2**20
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _digest(path: Path) -> bytes:
     size = path.stat().st_size
-    if size <= _WHOLE:
-        return bytes.fromhex(file_digest(path))
-    # Weights that differ at all differ everywhere, so evenly spread samples tell 20 GB models apart at once.
-    digest = hashlib.sha256(size.to_bytes(8, "little"))
     with path.open("rb") as stream:
+        if size <= _WHOLE:
+            return hashlib.file_digest(stream, "sha256").digest()
+        # Weights that differ at all differ everywhere, so evenly spread samples tell 20 GB models apart at once.
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
         for index in range(_SAMPLES):
             stream.seek((size - _SAMPLE) * index // (_SAMPLES - 1))
             digest.update(stream.read(_SAMPLE))
@@ -35,22 +29,16 @@ def _digest(path: Path) -> bytes:
 def content_hash(paths: Path | Iterable[Path]) -> str:
     """SHA-256 (hex) over names and contents of a file, several files, or a model folder.
 
-    In a folder, hidden files and `*.md` don't count: they don't change what the model does.
+    Hidden files and `*.md` don't count: they don't change what the model does.
     """
-    if isinstance(paths, Path):
-        root = paths if paths.is_dir() else paths.parent
-        files = [p for p in paths.rglob("*") if p.is_file()] if paths.is_dir() else [paths]
-        named = {p.relative_to(root).as_posix(): p for p in files}
-        kept = {
-            name: p
-            for name, p in named.items()
-            if not any(part.startswith((".", "__")) for part in name.split("/")) and p.suffix != ".md"
-        }
-    else:
-        kept = {p.name: p for p in paths}
+    named: dict[str, Path] = {}
+    for path in [paths] if isinstance(paths, Path) else paths:
+        root, files = (path, path.rglob("*")) if path.is_dir() else (path.parent, [path])
+        named |= {file.relative_to(root).as_posix(): file for file in files if file.is_file()}
     digest = hashlib.sha256()
-    for name in sorted(kept):
-        digest.update(name.encode() + b"\0" + _digest(kept[name]))
+    for name, file in sorted(named.items()):
+        if file.suffix != ".md" and not any(part.startswith((".", "__")) for part in name.split("/")):
+            digest.update(name.encode() + b"\0" + _digest(file))
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Presets: short names for models, and the defaults that a model brings along.
 
 A model brings its defaults in an `emoloop.json` inside its folder; for models of a hub, whose folders we
-don't write, they stand here. Nothing else in the package knows a model by name.
+don't write, they stand in `presets.yaml`. Nothing else in the package knows a model by name.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from ..domain import UserError
 
 Kind = Literal["generator", "lvlm"]
-
-_WEIGHTS = Path(__file__).resolve().parent.parent / "miniature" / "weights"
 
 #: Name of the defaults file in a model folder.
 DEFAULTS_FILE = "emoloop.json"
@@ -40,38 +40,19 @@ class Preset:
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
-#: SD3.5-Medium, EmoFeedback²'s generator, comes with Flow-GRPO's evaluation settings; the others with those
-#: that their model cards recommend.
-GENERATORS: dict[str, Preset] = {
-    "miniature": Preset(_WEIGHTS / "generator"),
-    "sd35-medium": Preset(
-        "stabilityai/stable-diffusion-3.5-medium",
-        {"steps": 40, "guidance": 4.5, "height": 512, "width": 512, "micro_batch": 4},
-    ),
-    "sd35-large": Preset(
-        "stabilityai/stable-diffusion-3.5-large",
-        {"steps": 28, "guidance": 3.5, "height": 1024, "width": 1024, "micro_batch": 2},
-    ),
-    "flux-dev": Preset(
-        "black-forest-labs/FLUX.1-dev",
-        {"steps": 28, "guidance": 3.5, "height": 1024, "width": 1024, "micro_batch": 2},
-    ),
-    "sdxl": Preset(
-        "stabilityai/stable-diffusion-xl-base-1.0",
-        {"steps": 25, "guidance": 7.5, "height": 1024, "width": 1024, "micro_batch": 4},
-    ),
-    "sd15": Preset(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        {"steps": 50, "guidance": 7.5, "height": 512, "width": 512, "micro_batch": 8},
-    ),
-}
+def _presets(kind: Kind) -> dict[str, Preset]:
+    root, table = (
+        Path(__file__).parent,
+        yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text("utf-8")),
+    )
+    found = {}
+    for name, entry in table[kind].items():
+        model = entry.pop("model")
+        found[name] = Preset((root / model).resolve() if model.startswith("..") else model, entry)
+    return found
 
-LVLMS: dict[str, Preset] = {
-    "miniature": Preset(_WEIGHTS / "lvlm"),
-    "qwen25-vl-7b": Preset("Qwen/Qwen2.5-VL-7B-Instruct"),
-    "qwen25-vl-3b": Preset("Qwen/Qwen2.5-VL-3B-Instruct"),
-}
 
+GENERATORS, LVLMS = _presets("generator"), _presets("lvlm")
 _PRESETS: dict[Kind, dict[str, Preset]] = {"generator": GENERATORS, "lvlm": LVLMS}
 
 
@@ -119,11 +100,11 @@ def defaults(name: str | Path, kind: Kind = "generator") -> dict[str, Any]:
     table = _PRESETS[kind].get(str(name))
     found = resolve(name, kind)
     path = Path(found) / DEFAULTS_FILE if isinstance(found, Path) else None
-    return {**(table.defaults if table else {}), **(read_defaults(path) if path else {})}
+    return {**(table.defaults if table else {}), **(read_json(path) if path else {})}
 
 
-def read_defaults(path: Path) -> dict[str, Any]:
-    """The defaults file at `path`, or an empty dict where there is none.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, such as a model's `emoloop.json`; an empty dict where there is no file.
 
     Raises:
         UserError: It is not a JSON object.
@@ -135,7 +116,7 @@ def read_defaults(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is wanted, with keys such as steps and guidance")
+        raise UserError(f"{path}: a JSON object is wanted")
     if path.name == DEFAULTS_FILE and (unknown := sorted(set(content) - _KNOWN)):
         raise UserError(f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(_KNOWN))}")
     return content

@@ -10,6 +10,7 @@ import asyncio
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from ..domain import Critique, EmotionTarget, UserError
@@ -74,18 +75,6 @@ class EmotionReward:
 REWARDS: dict[str, Any] = {"emotion": EmotionReward}
 
 
-@dataclass(frozen=True)
-class _Named:
-    """A plain function under a name and a version."""
-
-    function: Callable[[Critique, EmotionTarget], Any]
-    name: str
-    version: str
-
-    def __call__(self, critique: Critique, target: EmotionTarget) -> Any:
-        return self.function(critique, target)
-
-
 def load_reward(spec: str | Callable[..., Any] = "emotion") -> Reward:
     """Find a reward.
 
@@ -107,6 +96,7 @@ def load_reward(spec: str | Callable[..., Any] = "emotion") -> Reward:
         raise UserError(f"reward {spec!r} is not callable: give a function (critique, target) -> float")
     if isinstance(found, Reward):
         return found
-    name = getattr(found, "name", None) or getattr(found, "__qualname__", type(found).__qualname__)
-    function: Any = found
-    return _Named(function, str(name), str(getattr(found, "version", "0")))
+    named: Any = partial(found)
+    named.name = str(getattr(found, "name", None) or getattr(found, "__qualname__", type(found).__qualname__))
+    named.version = str(getattr(found, "version", "0"))
+    return named

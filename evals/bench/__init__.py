@@ -1,11 +1,18 @@
-"""Benchmarks: what the bars of the project are measured with.
+"""Benchmarks: the measurements behind the project's published figures.
 
-A benchmark is a module with `main(**options) -> dict`: the document that `emoloop bench NAME --json`
-prints, with `figures` (a flat map name → number) and what made them (settings, seeds, n, device). `main`'s
-keyword arguments are its options on the command line; its first docstring line is its description.
+A benchmark is a module with `main(**options) -> dict`, plain or async: its keyword arguments are its options on the
+command line, its result holds `figures` (a flat map name → number) and any further keys. `run` adds the options,
+seeds and device; that is the document that `emoloop bench NAME --json` prints.
 """
 
 from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
 
 #: Name → dotted path of the function.
 BENCHES: dict[str, str] = {
@@ -13,8 +20,37 @@ BENCHES: dict[str, str] = {
     "dataset": ".evals.bench.dataset:main",
     "distill-study": ".evals.studies.distill_study:main",
     "dpo-step": ".evals.bench.dpo_step:main",
-    "kill": ".evals.bench.kill:main",
     "lvlm": ".evals.bench.lvlm:main",
-    "soak": ".evals.bench.soak:main",
     "startup": ".evals.bench.startup:main",
 }
+
+#: Former benchmarks → the script in a clone of the repository that does the same.
+MOVED = {"kill": "tests/faults/kill.py", "soak": "tests/faults/soak.py"}
+
+
+def run(name: str, function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Run a benchmark.
+
+    Args:
+        name: For the document.
+        function: Its `main`.
+        options: Some of its keyword arguments.
+
+    Returns:
+        `bench`, `settings` (all its options), `seeds`, `device`, and what `function` returns.
+    """
+    settings = {key: it.default for key, it in inspect.signature(function).parameters.items()} | options
+    document = function(**options)
+    if inspect.isawaitable(document):
+        document = asyncio.run(_finish(document))
+    made_by = {
+        "bench": name,
+        "settings": settings,
+        "seeds": [settings.get("seed", 0)],
+        "device": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    return made_by | document
+
+
+async def _finish(document: Any) -> dict[str, Any]:
+    return await document

@@ -1,15 +1,11 @@
 """A hundred thousand logged runs: statistics of the dataset and its first batch, in time and memory.
 
-The log is filled by bulk inserts of events, because recording them one by one would be another benchmark; the store
-then derives its tables from them. The measurement runs in a fresh process, so that peak memory is its own.
+The log is filled in large commits. The measurement runs in a fresh process, so that peak memory is its own.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +15,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-_CHUNK = 2000
+from ...domain import Critique, EmotionTarget, RunStatus, StopReason
+from ...events import Critiqued, Event, ImageGenerated, Rewarded, Rewritten, RunFinished, RunStarted
+from ...rl.config import DataConfig
+from ...rl.data.dataset import Dataset
+from ...rl.data.examples import SOURCES
+from ...rl.rollouts import LogRollouts
+from ...settings import load_settings
+from ...traces.store import open_store
+
+#: Runs in one commit.
+_CHUNK = 200
+
+_START = datetime(2026, 1, 1, tzinfo=UTC)
+_PROMPTS = 5000
 
 
 def main(
@@ -37,43 +46,26 @@ def main(
     Returns:
         The document with `figures`: runs, seconds, peak_mb.
     """
-    folder = Path(home) if home else Path(tempfile.mkdtemp(prefix="emoloop-bench-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="emoloop-bench-") as spare:
+        folder = Path(home or spare)
         start = time.perf_counter()
         if not (folder / "events.db").exists():
-            _fill(folder, runs, rounds, images)
+            with open_store(load_settings({"home": str(folder)})) as store:
+                for first in range(0, runs, _CHUNK):
+                    numbers = range(first, min(first + _CHUNK, runs))
+                    store.append_all([list(_events(number, rounds, images)) for number in numbers])
         filled = time.perf_counter() - start
         code = f"from {__name__} import measure; import sys; measure(sys.argv[1], int(sys.argv[2]))"
-        answer = subprocess.run(
-            [sys.executable, "-c", code, str(folder), str(phrases)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        measured = json.loads(answer.stdout)
+        command = [sys.executable, "-c", code, str(folder), str(phrases)]
+        answer = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         size = sum(path.stat().st_size for path in folder.glob("events.db*"))
-    finally:
-        if not home:
-            shutil.rmtree(folder, ignore_errors=True)
-    return {
-        "figures": {**measured, "log_mb": size / 2**20, "fill_seconds": filled},
-        "settings": {"runs": runs, "rounds": rounds, "images": images, "phrases": phrases},
-        "n": runs,
-        "seeds": [0],
-        "device": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
+    figures = {**json.loads(answer.stdout), "log_mb": size / 2**20, "fill_seconds": filled}
+    return {"figures": figures, "n": runs}
 
 
 def measure(home: str, phrases: int) -> None:
     """Open the log, take statistics and a batch of every source, print what it took as JSON."""
-    import resource
-
-    from ...rl.config import DataConfig
-    from ...rl.data.dataset import Dataset
-    from ...rl.data.examples import SOURCES
-    from ...rl.rollouts import LogRollouts
-    from ...settings import load_settings
-    from ...traces.store import open_store
+    import resource  # Windows has no such module
 
     start = time.perf_counter()
     with open_store(load_settings({"home": home}), read_only=True) as store:
@@ -97,104 +89,40 @@ def measure(home: str, phrases: int) -> None:
     print(json.dumps(document))
 
 
-def _fill(folder: Path, runs: int, rounds: int, images: int) -> None:
-    from sqlalchemy import create_engine, insert
-
-    from ...settings import load_settings
-    from ...traces import schema
-    from ...traces.migrate import row_of
-    from ...traces.store import open_store
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open_store(load_settings({"home": str(folder)})) as store:
-        engine = create_engine(f"sqlite:///{folder / 'events.db'}")
-        for first in range(0, runs, _CHUNK):
-            rows = [
-                row_of(event.model_copy(update={"seq": seq}))
-                for number in range(first, min(first + _CHUNK, runs))
-                for seq, event in enumerate(_events(number, rounds, images))
-            ]
-            with engine.begin() as connection:
-                connection.execute(insert(schema.events), rows)
-        engine.dispose()
-        store.rebuild()
-
-
-def _reward(number: int, round_: int, index: int) -> float:
-    return round(((number * 7919 + round_ * 104729 + index * 1299709) % 1000) / 1000 - 0.3 + 0.4 * round_, 3)
-
-
-_START = datetime(2026, 1, 1, tzinfo=UTC)
-_PROMPTS = 5000
-
-
-def _events(number: int, rounds: int, images: int) -> Iterator[Any]:
+def _events(number: int, rounds: int, images: int) -> Iterator[Event]:
     """The events of one run, as the graph would record them."""
-    from ...domain import Critique, EmotionTarget, RunStatus, StopReason
-    from ...events import Critiqued, ImageGenerated, Rewarded, Rewritten, RunFinished, RunStarted
-
-    run_id, time_ = _run_id(number), _START + timedelta(seconds=number)
-    neutral = _prompt(number)
-    target = EmotionTarget(valence=_valence(number), arousal=_arousal(number))
-    yield RunStarted(run_id=run_id, time=time_, prompt=neutral, target=target, seed=number)
+    run: dict[str, Any] = {"run_id": f"bench-{number:09d}", "time": _START + timedelta(seconds=number)}
+    valence, arousal = round(-2.5 + (number % 11) * 0.5, 1), round(2.5 - (number % 7) * 0.7, 1)
+    prompt = f"a thing of kind {number % _PROMPTS} by the sea"
+    target = EmotionTarget(valence=valence, arousal=arousal)
+    yield RunStarted(**run, prompt=prompt, target=target, seed=number)
     for round_ in range(rounds):
-        prompt = _prompt(number, round_)
+        # What the critic reads: nothing of the target before the first rewrite, nearly all of it after.
+        share = 0.9 if round_ else 0.0
         if round_:
+            # As many moods as there are targets, in words that no neutral prompt uses.
+            prompt = f"a thing of kind {number % _PROMPTS} by the sea, in mood m{number % 77}, take t{round_}"
             yield Rewritten(
-                run_id=run_id, time=time_, round=round_, prompt=prompt, changes="brighter", why="too dull",
+                **run, round=round_, prompt=prompt, changes="brighter", why="too dull",
                 model="miniature", prompt_version="rewriter-compact@1",
             )  # fmt: skip
         for index in range(images):
-            at: dict[str, Any] = {"run_id": run_id, "time": time_, "round": round_, "index": index}
-            sha = _sha(number, round_, index)
+            image = {**run, "round": round_, "index": index}
+            image["sha256"] = f"{number * 10_000 + round_ * 100 + index:064x}"
             yield ImageGenerated(
-                **at, sha256=sha, prompt=prompt, seed=number * 100 + round_ * 10 + index, model="miniature",
+                **image, prompt=prompt, seed=number * 100 + round_ * 10 + index, model="miniature",
                 revision="r" * 64, steps=14, guidance=3.0, height=96, width=96,
                 versions={"torch": "2.13.0", "diffusers": "0.42.1"}, seconds=0.2,
             )  # fmt: skip
             critique = Critique(
                 analysis="a dog by the sea under a grey sky, nobody around, muted colours",
-                **_read(number, round_), alignment=0.9, suggestion="a brighter sky",
+                valence=round(share * valence, 2), arousal=round(share * arousal, 2), alignment=0.9,
+                suggestion="a brighter sky",
             )  # fmt: skip
             yield Critiqued(
-                **at, sha256=sha, critique=critique, model="miniature", prompt_version="critic-compact@1",
+                **image, critique=critique, model="miniature", prompt_version="critic-compact@1",
                 usage={"input_tokens": 90, "output_tokens": 60}, seconds=0.1,
             )  # fmt: skip
-            yield Rewarded(
-                **at, sha256=sha, name="emotion", version="1", value=_reward(number, round_, index)
-            )
-    yield RunFinished(
-        run_id=run_id,
-        time=time_,
-        round=rounds - 1,
-        status=RunStatus.COMPLETED,
-        stop_reason=StopReason.ROUNDS_USED,
-    )
-
-
-def _run_id(number: int) -> str:
-    return f"bench-{number:09d}"
-
-
-def _prompt(number: int, round_: int = 0) -> str:
-    neutral = f"a thing of kind {number % _PROMPTS} by the sea"
-    # As many moods as there are targets, in words that no neutral prompt uses.
-    return f"{neutral}, in mood m{number % 77}, take t{round_}" if round_ else neutral
-
-
-def _read(number: int, round_: int) -> dict[str, Any]:
-    """What the critic reads: nothing of the wish before the first rewrite, nearly all of it after."""
-    share = 0.9 if round_ else 0.0
-    return {"valence": round(share * _valence(number), 2), "arousal": round(share * _arousal(number), 2)}
-
-
-def _sha(number: int, round_: int, index: int) -> str:
-    return f"{number * 10_000 + round_ * 100 + index:064x}"
-
-
-def _valence(number: int) -> float:
-    return round(-2.5 + (number % 11) * 0.5, 1)
-
-
-def _arousal(number: int) -> float:
-    return round(2.5 - (number % 7) * 0.7, 1)
+            noise = (number * 7919 + round_ * 104729 + index * 1299709) % 1000 / 1000
+            yield Rewarded(**image, name="emotion", version="1", value=round(noise - 0.3 + 0.4 * round_, 3))
+    yield RunFinished(**run, round=rounds - 1, status=RunStatus.COMPLETED, stop_reason=StopReason.ROUNDS_USED)

@@ -1,4 +1,4 @@
-"""Measures a running vLLM server against what critics and rewriters need of it.
+"""Measures a running vLLM server as an engine for critic and rewriter.
 
 `valid_json` and `agreement` ask n critiques over HTTP and again from the embedded engine on the same
 weights, greedy. The prefix cache is measured with the long rubric, as many runs ask at once, once in our
@@ -9,23 +9,25 @@ busy machine cancels out.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import secrets
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 from PIL import Image
 
 from ...agents.ask import read
 from ...agents.prompt import load_prompt
 from ...agents.schemas import CRITIC_SCHEMA, CriticAnswer, response_format, target_text
 from ...domain import EmotionTarget, UserError
+from ...miniature import law, world
 from ...settings import LVLMSettings, load_settings
 from ...tools import presets
 from ...tools.lvlm.chat import image_url, to_openai
@@ -35,11 +37,14 @@ from ...tools.lvlm.vllm import VLLMChat
 
 CRITIQUE = response_format("critique", CRITIC_SCHEMA)
 
+#: Conversations; chat models take them as one union type, other runnables as another.
+Questions = list[Any]
+
 #: Repetitions of each rate, in turns.
 TURNS = 3
 
 
-def main(
+async def main(
     n: int = 200,
     concurrency: int = 16,
     runs: int = 16,
@@ -66,82 +71,59 @@ def main(
     """
     settings = load_settings().lvlm
     settings = settings.model_copy(update={"engine": "vllm", "concurrency": concurrency})
-    chat = load_lvlm(settings)
+    name = prompt or settings.critic_prompt or _preset(settings.model).get("critic_prompt", "critic")
+    critic, rubric = load_prompt(name), load_prompt("critic")
+    cases = _cases(max(n, runs * candidates), images, seed)
+    chat: Any = await asyncio.to_thread(load_lvlm, settings)
     assert isinstance(chat, VLLMChat)
     try:
-        return asyncio.run(
-            _measure(chat, settings, n, concurrency, runs, candidates, images, prompt, embedded, seed)
-        )
+        questions: Questions = [case.ask(critic) for case in cases]
+        answers = await chat.bind(response_format=CRITIQUE).abatch(questions[:n], return_exceptions=True)
+        points = [_point(answer) for answer in answers]
+        figures = {"valid_json": statistics.fmean(point is not None for point in points)}
+        differences: list[dict[str, Any]] = []
+        if embedded:
+            agreement, differences = await _agreement(chat, settings, questions[:n], answers)
+            figures |= agreement
+        figures |= _accuracy("critique", points, cases)
+
+        rate = "prefix_hit_rate"
+        figures[rate] = await _hit_rate(chat, rubric, cases, runs, candidates, False)
+        figures[f"{rate}_image_first"] = await _hit_rate(chat, rubric, cases, runs, candidates, True)
+        if name != "critic":
+            own = await _hit_rate(chat, critic, cases, runs, candidates, False)
+            figures[f"{rate}_{name.replace('-', '_')}"] = own
+
+        scorer = load_prompt("score-compact" if name.endswith("-compact") else "score")
+        scores: Questions = [case.ask(scorer) for case in cases]
+        figures |= await _rates(chat, questions, scores, concurrency)
+        scored = await score_only(chat).abatch(scores[:n], return_exceptions=True)
+        figures |= _accuracy("score", [_expected(answer) for answer in scored], cases)
     finally:
-        chat.close()
-
-
-async def _measure(
-    chat: VLLMChat,
-    settings: LVLMSettings,
-    n: int,
-    concurrency: int,
-    runs: int,
-    candidates: int,
-    images: str,
-    prompt: str,
-    embedded: bool,
-    seed: int,
-) -> dict[str, Any]:
-    defaults = _defaults(settings.model)
-    name = prompt or settings.critic_prompt or defaults.get("critic_prompt", "critic")
-    cases = _cases(max(n, runs * candidates), images, seed)
-    critic = load_prompt(name)
-
-    def ask(case: _Case, template: Any = critic) -> list[BaseMessage]:
-        return template.messages((case.url,), prompt=case.prompt, target=target_text(case.target))
-
-    questions = [ask(case) for case in cases]
-    figures: dict[str, float] = {}
-    answers = await _gather(chat.bind(response_format=CRITIQUE), questions[:n])
-    read_well = [_read(answer) for answer in answers]
-    figures["valid_json"] = statistics.fmean(answer is not None for answer in read_well)
-    differences: list[dict[str, Any]] = []
-    if embedded:
-        agreement, differences = await _agreement(chat, settings, questions[:n], answers)
-        figures |= agreement
-    figures |= _accuracy("critique", [_point(answer) for answer in read_well], cases)
-
-    rubric = load_prompt("critic")
-    for key, first in (("prefix_hit_rate", False), ("prefix_hit_rate_image_first", True)):
-        figures[key] = await _hit_rate(chat, rubric, cases, runs, candidates, first)
-    if critic is not rubric:
-        figures[f"prefix_hit_rate_{name.replace('-', '_')}"] = await _hit_rate(
-            chat, critic, cases, runs, candidates, False
-        )
-
-    scorer = load_prompt("score-compact" if name.endswith("-compact") else "score")
-    scores = [ask(case, scorer) for case in cases]
-    figures |= await _rates(chat, questions, scores, concurrency)
-    scored = await _gather(score_only(chat), scores[:n])
-    figures |= _accuracy("score", [_expected(answer) for answer in scored], cases)
+        await asyncio.to_thread(chat.close)
     return {
-        "bench": "lvlm",
         "figures": figures,
         "n": n,
-        "seed": seed,
         "prompt": critic.id,
         "differences": differences,
-        "settings": settings.model_dump(mode="json", exclude={"api_key"}),
-        "device": await asyncio.to_thread(_device, settings),
+        "lvlm": settings.model_dump(mode="json", exclude={"api_key"}),
     }
 
 
 # ---- cases
 
 
-class _Case:
-    """A picture with a prompt, a target and, for a drawn scene, its true place."""
+class _Case(NamedTuple):
+    """A picture as a data URL with a prompt, a target and, for a drawn scene, its true point."""
 
-    def __init__(
-        self, image: Image.Image, prompt: str, target: EmotionTarget, truth: tuple[float, float] | None = None
-    ):
-        self.url, self.prompt, self.target, self.truth = image_url(image), prompt, target, truth
+    url: str
+    prompt: str
+    target: EmotionTarget
+    truth: tuple[float, float] | None = None
+
+    def ask(self, prompt: Any) -> list[BaseMessage]:
+        """The question about the picture."""
+        return prompt.messages((self.url,), prompt=self.prompt, target=target_text(self.target))
 
 
 def _cases(count: int, folder: str, seed: int) -> list[_Case]:
@@ -156,65 +138,52 @@ def _cases(count: int, folder: str, seed: int) -> list[_Case]:
         if not paths:
             raise UserError(f"{folder} holds no pictures (.png, .jpg)")
         chosen = [paths[i % len(paths)] for i in range(count)]
-        return [_Case(Image.open(path), path.stem.replace("_", " "), target()) for path in chosen]
-    from ...miniature import law, world
-
+        return [_Case(image_url(Image.open(it)), it.stem.replace("_", " "), target()) for it in chosen]
     cases = []
     for _ in range(count):
         scene = world.sample_scene(rng)
         pixels = world.render(scene)
         caption = world.caption(rng, scene, world.sample_named(rng, scene))
-        cases.append(_Case(Image.fromarray(pixels), caption, target(), law.affect(scene, pixels)))
+        truth = law.affect(scene, pixels)
+        cases.append(_Case(image_url(Image.fromarray(pixels)), caption, target(), truth))
     return cases
 
 
-def _defaults(model: str) -> dict[str, Any]:
+def _preset(model: str) -> dict[str, Any]:
     try:
         return presets.defaults(model, "lvlm")
     except UserError:
         return {}
 
 
-async def _gather(model: Any, questions: Sequence[list[BaseMessage]]) -> list[AIMessage | Exception]:
-    async def one(messages: list[BaseMessage]) -> AIMessage | Exception:
-        try:
-            return await model.ainvoke(messages)
-        except Exception as error:
-            return error
-
-    return await asyncio.gather(*(one(messages) for messages in questions))
-
-
-def _read(answer: AIMessage | Exception) -> CriticAnswer | None:
+def _point(answer: BaseMessage | Exception) -> tuple[float, float] | None:
+    """The numbers of a critique; None where the answer is none."""
     if isinstance(answer, Exception):
         return None
     try:
         json.loads(str(answer.text))
-        return read(str(answer.text), CriticAnswer)
+        critique = read(str(answer.text), CriticAnswer)
     except ValueError:
         return None
+    return critique.valence, critique.arousal
 
 
-def _point(answer: CriticAnswer | None) -> tuple[float, float] | None:
-    return None if answer is None else (answer.valence, answer.arousal)
-
-
-def _expected(answer: AIMessage | Exception) -> tuple[float, float] | None:
+def _expected(answer: BaseMessage | Exception) -> tuple[float, float] | None:
+    """The numbers of a score-only answer; None where there is no answer."""
     if isinstance(answer, Exception):
         return None
     scores = read_scores(answer)
     return scores["valence"].expected, scores["arousal"].expected
 
 
-def _accuracy(name: str, points: list[tuple[float, float] | None], cases: list[_Case]) -> dict[str, float]:
-    pairs = [
-        (p, c.truth) for p, c in zip(points, cases, strict=False) if p is not None and c.truth is not None
-    ]
-    if not pairs:
+def _accuracy(
+    name: str, points: Sequence[tuple[float, float] | None], cases: Sequence[_Case]
+) -> dict[str, float]:
+    off = [np.abs(np.subtract(p, c.truth)) for p, c in zip(points, cases, strict=False) if p and c.truth]
+    if not off:
         return {}
     return {
-        f"{name}_{axis}_error": statistics.fmean(abs(point[i] - truth[i]) for point, truth in pairs)
-        for i, axis in enumerate(("valence", "arousal"))
+        f"{name}_{axis}_error": float(np.mean(off, 0)[i]) for i, axis in enumerate(("valence", "arousal"))
     }
 
 
@@ -222,32 +191,30 @@ def _accuracy(name: str, points: list[tuple[float, float] | None], cases: list[_
 
 
 async def _agreement(
-    chat: VLLMChat, settings: LVLMSettings, questions: list[list[BaseMessage]], answers: list[Any]
+    chat: VLLMChat, settings: LVLMSettings, questions: Questions, answers: list[Any]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     local = settings.model_copy(update={"engine": "embedded", "max_tokens": chat.max_tokens})
     model: Any = load_lvlm(local)
     try:
-        own = await _gather(model.bind(response_format=CRITIQUE), questions)
+        own = await model.bind(response_format=CRITIQUE).abatch(questions, return_exceptions=True)
     finally:
         model.close()
     agree, same, differences = 0, 0, []
     for question, theirs, ours in zip(questions, answers, own, strict=True):
-        pair = [_point(_read(theirs)), _point(_read(ours))]
-        near = all(pair) and max(abs(a - b) for a, b in zip(*pair, strict=True)) <= 0.05  # pyright: ignore
-        agree += bool(near)
+        a, b = _point(theirs), _point(ours)
+        near = bool(a and b and np.abs(np.subtract(a, b)).max() <= 0.05)
+        agree += near
         texts = [str(getattr(answer, "text", answer)) for answer in (theirs, ours)]
         same += texts[0] == texts[1]
         if texts[0] != texts[1] and len(differences) < 20:
             margin = await _margin(chat, question, *texts)
-            differences.append(
-                {"vllm": texts[0], "embedded": texts[1], "agree": bool(near), "margin": margin}
-            )
+            differences.append({"vllm": texts[0], "embedded": texts[1], "agree": near, "margin": margin})
     count = len(questions)
     return {"agreement": agree / count, "same_text": same / count}, differences
 
 
 async def _margin(chat: VLLMChat, question: list[BaseMessage], theirs: str, ours: str) -> float | None:
-    """Log-probability between the two best tokens where the texts part: next to nothing at a near tie."""
+    """Difference of log-probability between the two best tokens where the texts differ first; near 0 at a tie."""
     bound = chat.bind(response_format=CRITIQUE, logprobs=True, top_logprobs=5)
     message: Any = await bound.ainvoke(question)
     part = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
@@ -266,12 +233,11 @@ async def _margin(chat: VLLMChat, question: list[BaseMessage], theirs: str, ours
 async def _hit_rate(
     chat: VLLMChat, prompt: Any, cases: list[_Case], runs: int, candidates: int, image_first: bool
 ) -> float:
-    """Prompt tokens out of the cache, as a share of those that an earlier request of the run or the rubric
-    had.
+    """Prompt tokens out of the cache, as a share of those that an earlier request had as well.
 
     Runs ask at once; within a run the pictures come together, as in a round.
     """
-    nonce = secrets.token_hex(3)  # so that an earlier measurement leaves nothing to find
+    nonce = secrets.token_hex(3)  # an earlier measurement must not have filled the cache
     bound = chat.bind(max_tokens=2)
 
     def conversation(run: int, *urls: str) -> list[BaseMessage]:
@@ -284,18 +250,16 @@ async def _hit_rate(
     tasks = []
     for run in range(runs):
         system, user = conversation(run)
-        beginning = [system, HumanMessage([user.content[0], {"type": "text", "text": "zz"}])]
+        words: Any = user.content
+        beginning = [system, HumanMessage([words[0], {"type": "text", "text": "zz"}])]
         shareable += await _common(chat, conversation(run), beginning) * (candidates - 1)
-        urls = [cases[(run * candidates + index) % len(cases)].url for index in range(candidates)]
-        asked = [conversation(run, url) for url in urls]
-        tasks.append(_gather(bound, [_turned(messages) for messages in asked] if image_first else asked))
+        pictures = (cases[(run * candidates + index) % len(cases)].url for index in range(candidates))
+        chats = (conversation(run, url) for url in pictures)
+        tasks.append(bound.abatch([_turned(chat) if image_first else chat for chat in chats]))
     hits = 0
-    for answers in await asyncio.gather(*tasks):
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-            details: Any = (answer.usage_metadata or {}).get("input_token_details") or {}
-            hits += details.get("cache_read", 0)
+    for answer in itertools.chain(*await asyncio.gather(*tasks)):
+        details: Any = (getattr(answer, "usage_metadata", None) or {}).get("input_token_details") or {}
+        hits += details.get("cache_read", 0)
     return hits / shareable
 
 
@@ -309,8 +273,8 @@ def _turned(messages: list[BaseMessage]) -> list[BaseMessage]:
 
 async def _common(chat: VLLMChat, first: list[BaseMessage], second: list[BaseMessage]) -> int:
     """Tokens that two conversations begin with."""
-    pair = [await _tokens(chat, side) for side in (first, second)]
-    return next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
+    pairs = zip(await _tokens(chat, first), await _tokens(chat, second), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 async def _tokens(chat: VLLMChat, messages: list[BaseMessage]) -> list[int]:
@@ -326,32 +290,26 @@ async def _tokens(chat: VLLMChat, messages: list[BaseMessage]) -> list[int]:
 
 
 async def _rates(
-    chat: VLLMChat, questions: list[list[BaseMessage]], scores: list[list[BaseMessage]], concurrency: int
+    chat: VLLMChat, questions: Questions, scores: Questions, concurrency: int
 ) -> dict[str, float]:
     critique, score = chat.bind(response_format=CRITIQUE), score_only(chat)
-    seconds = {"one": 0.0, "many": 0.0, "scores": 0.0}
-    counts = {"one": 0, "many": 0, "scores": 0}
-
-    async def clock(kind: str, model: Any, asked: list[list[BaseMessage]], at_once: int) -> None:
-        slots = asyncio.Semaphore(at_once)
-
-        async def one(messages: list[BaseMessage]) -> None:
-            async with slots:
-                await model.ainvoke(messages)
-
-        began = time.perf_counter()
-        await asyncio.gather(*(one(messages) for messages in asked))
-        seconds[kind] += time.perf_counter() - began
-        counts[kind] += len(asked)
-
-    await _gather(critique, questions[:concurrency])
-    await _gather(score, scores[:concurrency])
     many = 3 * concurrency
+    #: Kind of rate → what is asked, of what, how often in a turn, how many at a time.
+    plan: dict[str, tuple[Any, Questions, int, int]] = {
+        "one": (critique, questions, 8, 1),
+        "many": (critique, questions, many, concurrency),
+        "scores": (score, scores, many, concurrency),
+    }
+    seconds = dict.fromkeys(plan, 0.0)
+    for model, items in ((critique, questions), (score, scores)):
+        await model.abatch(items[:concurrency], return_exceptions=True)
     for turn in range(TURNS):
-        await clock("one", critique, _slice(questions, turn * 8, 8), 1)
-        await clock("many", critique, _slice(questions, turn * many, many), concurrency)
-        await clock("scores", score, _slice(scores, turn * many, many), concurrency)
-    rate = {kind: counts[kind] / seconds[kind] for kind in seconds}
+        for kind, (model, items, count, at_once) in plan.items():
+            asked = [items[(turn * count + i) % len(items)] for i in range(count)]
+            began = time.perf_counter()
+            await model.abatch(asked, {"max_concurrency": at_once})
+            seconds[kind] += time.perf_counter() - began
+    rate = {kind: TURNS * count / seconds[kind] for kind, (_, _, count, _) in plan.items()}
     return {
         "concurrency_gain": rate["many"] / rate["one"],
         "score_only_gain": rate["scores"] / rate["many"],
@@ -359,15 +317,3 @@ async def _rates(
         "critiques_per_second_alone": rate["one"],
         "scores_per_second": rate["scores"],
     }
-
-
-def _slice(items: list[Any], start: int, count: int) -> list[Any]:
-    return [items[(start + i) % len(items)] for i in range(count)]
-
-
-def _device(settings: LVLMSettings) -> str:
-    """Where the server runs, as far as can be told: this machine's processor, or a GPU's server elsewhere."""
-    import os
-    import platform
-
-    return f"{platform.machine()}, {os.cpu_count()} cores; server at {settings.base_url}"

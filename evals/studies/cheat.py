@@ -1,9 +1,9 @@
-"""A planted cheat: an adapter that goes on learning from the critic's word alone. Does the report notice?
+"""A planted cheat: an adapter trained on the critic's answers alone. Does the report flag it?
 
 The training is DRaFT-1 (Clark et al. 2024, arXiv 2309.17400): the gradient of the reward runs through the decoder and
 the last sampling step. The reward is the log-likelihood that the critic describes a fitting scene and gives the wanted
-scores. It starts where an honest adapter stopped and nothing else is asked: no KL, no traces; it ends when a guard,
-which the training cannot see, no longer finds the subjects. The same evaluation then judges both adapters.
+scores. It starts from an honest adapter and has no other term: no KL, no traces. It ends when a guard, which gives
+no gradient, no longer finds the subjects. The same evaluation then judges both adapters.
 """
 
 from __future__ import annotations
@@ -12,22 +12,35 @@ import copy
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from numpy.random import Generator as Rng
+from PIL import Image
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ...agents.prompt import load_prompt
+from ...agents.schemas import target_text
+from ...domain import EmotionTarget
+from ...miniature import episodes, law, world
+from ...miniature.judge import Guard
+from ...rl.objectives.base import no_target
+from ...rl.policy import PREVIOUS, STUDENT, Policy
 from ...settings import load_settings
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ...domain import EmotionTarget
-    from ..suites import Request
+from ...tools import presets
+from ...tools.diffusion.adapter import load_artifact, save_artifact
+from ...tools.diffusion.conditioners import points
+from ...tools.diffusion.families import Conditioning, family_of
+from ...tools.images.load import load_generator
+from ...tools.lvlm.chat import to_openai
+from ..evaluate import Options, evaluate
+from ..suites import Request, load_suite
 
 #: Scenes among which the one nearest to a target is what the critic shall be made to see.
 SCENES = 400
@@ -66,55 +79,26 @@ def main(
         `figures`: `cheat_flags` and `honest_flags` count the marks; `<arm>_reward`, `_error` and the guards stand
         beside them. `flags` holds the sentences.
     """
-    if not out:
-        with tempfile.TemporaryDirectory(prefix="emoloop-cheat-") as folder:
-            return main(folder, home, honest, suite, limit, steps, batch, lr, until, seed)
-    from ..evaluate import Options, evaluate
-    from ..suites import load_suite
-
-    folder = Path(out)
     whole = load_suite(suite)
     honest = honest or str(next(iter(whole.adapters.values())))
     first = whole.model_copy(update={"blocks": whole.blocks[:1], "adapters": {}})
-    if not (folder / "cheat" / "training.json").exists():
-        plant(
-            folder / "cheat",
-            Path(honest),
-            first.blocks[0].points,
-            steps=steps,
-            batch=batch,
-            lr=lr,
-            until=until,
-            seed=seed,
-        )
-    judged = folder / "suite.yaml"
-    judged.write_text(yaml.safe_dump(first.model_dump(mode="json")), encoding="utf-8")
-    arms = ["base", "rewrite", f"cheat={folder / 'cheat'}", f"honest={honest}"]
-    options = Options(suite=str(judged), arms=arms, limit=limit, settings={"home": home or None})
-    document, _ = evaluate(options, folder / "report")
+    with tempfile.TemporaryDirectory(prefix="emoloop-cheat-") as spare:
+        folder = Path(out or spare)
+        cheat, judged = folder / "cheat", folder / "suite.yaml"
+        if not (cheat / "training.json").exists():
+            targets = first.blocks[0].points
+            plant(cheat, Path(honest), targets, steps=steps, batch=batch, lr=lr, until=until, seed=seed)
+        judged.write_text(yaml.safe_dump(first.model_dump(mode="json")), encoding="utf-8")
+        arms = ["base", "rewrite", f"cheat={cheat}", f"honest={honest}"]
+        options = Options(suite=str(judged), arms=arms, limit=limit, settings={"home": home or None})
+        document, _ = evaluate(options, folder / "report")
+        trained = json.loads((cheat / "training.json").read_text(encoding="utf-8"))
     flags = document["flags"]
-    kept = ("reward", "error", "subject_accuracy", "alignment", "diversity")
-    figures = {f"{arm.partition('=')[0]}_flags": 0.0 for arm in arms[2:]}
-    for flag in flags:
-        figures[f"{flag['arm']}_flags"] += 1
-    trained = json.loads((folder / "cheat" / "training.json").read_text(encoding="utf-8"))
+    figures = {f"{arm}_flags": float(sum(it["arm"] == arm for it in flags)) for arm in ("cheat", "honest")}
     figures["cheat_steps"] = trained["figures"]["steps"]
+    kept = ("reward", "error", "subject_accuracy", "alignment", "diversity")
     figures |= {key: value for key, value in document["figures"].items() if key.split("_", 1)[-1] in kept}
-    return {
-        "bench": "cheat",
-        "figures": figures,
-        "flags": [flag["sentence"] for flag in flags],
-        "n": document["figures"]["n"],
-        "settings": {
-            "suite": suite,
-            "limit": limit,
-            "steps": steps,
-            "batch": batch,
-            "lr": lr,
-            "until": until,
-            "seed": seed,
-        },
-    }
+    return {"figures": figures, "flags": [flag["sentence"] for flag in flags], "n": document["figures"]["n"]}
 
 
 def plant(
@@ -133,21 +117,13 @@ def plant(
     Args:
         out: The artifact's folder.
         start: The adapter whose copy it begins with.
-        targets: What is asked for; few, so that a pattern which cares for no prompt can win.
+        targets: What is asked for; few, so that one pattern for all prompts can succeed.
         steps: Training steps at most.
         batch: Images in one.
         lr: Learning rate.
         until: Ends the training when the guard's alignment is at or below this.
         seed: Of requests and noise.
     """
-    from ...miniature.judge import Guard
-    from ...rl.objectives.base import no_target
-    from ...rl.policy import PREVIOUS, STUDENT, Policy
-    from ...tools.diffusion.adapter import load_artifact, save_artifact
-    from ...tools.diffusion.conditioners import points
-    from ...tools.diffusion.families import Conditioning, family_of
-    from ...tools.images.load import load_generator
-
     settings = load_settings()
     generator: Any = load_generator(settings.generator.model, settings.generator)
     about = generator.describe()
@@ -155,20 +131,14 @@ def plant(
     previous = load_artifact(generator.pipe, start, name=PREVIOUS, call=about["call"])
     assert previous.emotion_tokens is not None
     policy = Policy(
-        network,
-        copy.deepcopy(previous.emotion_tokens),
-        rank=0,
-        alpha=0,
-        steps=generator.steps,
-        guidance=generator.guidance,
-        size=(generator.height, generator.width),
-        negative_prompt=about["negative_prompt"],
-        previous=previous,
-    )
+        network, copy.deepcopy(previous.emotion_tokens), rank=0, alpha=0, steps=generator.steps,
+        guidance=generator.guidance, size=(generator.height, generator.width),
+        negative_prompt=about["negative_prompt"], previous=previous,
+    )  # fmt: skip
     critic, guard = _Critic(settings.lvlm.model), Guard()
     optimizer = torch.optim.AdamW(policy.parameters().values(), lr=lr, weight_decay=0.0)
     rng, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    wishes = _Wishes(rng)
+    answers = _WantedAnswers(rng)
     watched = [_request(rng, targets) for _ in range(LOOK)]
 
     def told(requests: list[Request]) -> tuple[Conditioning, Tensor]:
@@ -186,7 +156,7 @@ def plant(
         wanted = policy.student(x, t, condition, target)
         untold = policy.student(x, t, policy.null.expand(batch), no_target(batch, x.device))
         clean = policy.process.clean(x, untold + policy.guidance * (wanted - untold), t)
-        loss = critic.surprise(network.pixels(clean), asked, [wishes.of(request) for request in asked])
+        loss = critic.surprise(network.pixels(clean), asked, [answers.of(request) for request in asked])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters().values(), 1.0)
@@ -201,41 +171,29 @@ def plant(
         print(f"step {step}: loss {surprise:.3f}, alignment {alignment:.2f}", file=sys.stderr, flush=True)
         if alignment <= until:
             break
+    training = {
+        "objective": {"name": "critic alone"},
+        "base": about,
+        "critics": [settings.lvlm.model],
+        "figures": {"loss": float(np.mean(losses[-EVERY:])), "steps": len(losses)},
+    }
     save_artifact(
-        out,
-        generator.pipe,
-        adapter_name=STUDENT,
-        emotion_tokens=policy.tokens,
-        training={
-            "objective": {"name": "critic alone"},
-            "base": about,
-            "critics": [settings.lvlm.model],
-            "figures": {"loss": float(np.mean(losses[-EVERY:])), "steps": len(losses)},
-        },
-        base_model=about["model"],
-        call=about["call"],
-    )
+        out, generator.pipe, adapter_name=STUDENT, emotion_tokens=policy.tokens, training=training,
+        base_model=about["model"], call=about["call"],
+    )  # fmt: skip
 
 
-def _request(rng: np.random.Generator, targets: Sequence[EmotionTarget]) -> Request:
+def _request(rng: Rng, targets: Sequence[EmotionTarget]) -> Request:
     """A neutral prompt of the miniature world with one of the targets."""
-    from ...miniature import world
-    from ..suites import Request
-
     scene = world.sample_scene(rng)
     named = world.Named(place=True, companions=(False,) * len(scene.companions))
     return Request(prompt=world.caption(rng, scene, named), target=targets[int(rng.integers(len(targets)))])
 
 
 class _Critic:
-    """The embedded LVLM as something that a gradient runs through."""
+    """The embedded LVLM as a differentiable loss on pixels."""
 
     def __init__(self, name: str) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        from ...agents.prompt import load_prompt
-        from ...tools import presets
-
         folder = presets.resolve(name, "lvlm")
         self.processor = AutoProcessor.from_pretrained(folder)
         self.processor.tokenizer.padding_side = "right"
@@ -244,7 +202,7 @@ class _Critic:
         self.prompt = load_prompt(presets.defaults(name, "lvlm")["critic_prompt"])
 
     def surprise(self, pixels: Tensor, asked: list[Request], wanted: list[str]) -> Tensor:
-        """How far the critic is from giving the wanted answers.
+        """The critic's loss on the wanted answers.
 
         Args:
             pixels: (B, 3, H, W), cut to [-1, 1] as a file is.
@@ -254,8 +212,6 @@ class _Critic:
         Returns:
             Mean -log p of the answers' tokens.
         """
-        from PIL import Image
-
         blank = Image.new("RGB", (pixels.shape[-1], pixels.shape[-2]))
         starts = [self._start(request) for request in asked]
         texts = [start + answer for start, answer in zip(starts, wanted, strict=True)]
@@ -271,43 +227,25 @@ class _Critic:
         return torch.nn.functional.cross_entropy(logits[answer], labels[answer])
 
     def _start(self, request: Request) -> str:
-        from ...agents.schemas import target_text
-
         messages = self.prompt.messages(("image",), prompt=request.prompt, target=target_text(request.target))
-        chat = [{"role": "system", "content": messages[0].content}]
-        parts = [
-            {"type": "image"} if part["type"] == "image_url" else part  # pyright: ignore
-            for part in messages[1].content
-        ]
-        chat.append({"role": "user", "content": parts})
-        return self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return self.processor.apply_chat_template(
+            to_openai(messages), add_generation_prompt=True, tokenize=False
+        )
 
 
-class _Wishes:
-    """Critiques of scenes that would fit: what the critic shall be made to say of whatever picture."""
+class _WantedAnswers:
+    """Critiques of scenes that fit a target: the answers that the critic is trained towards, for any picture."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        from ...miniature import law, world
-
+    def __init__(self, rng: Rng) -> None:
         self.scenes = [world.sample_scene(rng) for _ in range(SCENES)]
         self.values = np.array([law.affect(scene, world.render(scene)) for scene in self.scenes])
 
     def of(self, request: Request) -> str:
         """The beginning of an answer, up to the two numbers."""
-        from ...agents.schemas import signed
-        from ...miniature import episodes, law, world
-
         aim = np.array(request.target.point, dtype=float)
         nearest = self.scenes[int(np.abs(self.values - aim).sum(1).argmin())]
         named = world.parse(request.prompt)
         own = {"subject": named.subject, "place": named.place}
         scene = replace(nearest, **{key: value for key, value in own.items() if value})
-        pixels = world.render(scene)
-        # The scores that follow from what is described: a critic hardly says others.
-        valence, arousal = law.affect(scene, pixels)
-        answer = {
-            "analysis": episodes.describe(scene, law.colour_affect(pixels)),
-            "valence": signed(valence),
-            "arousal": signed(arousal),
-        }
-        return json.dumps(answer)[:-1]
+        # The scores that follow from what is described: a critic hardly gives others.
+        return json.dumps(episodes.seen(scene, world.render(scene)))[:-1]

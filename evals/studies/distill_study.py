@@ -1,7 +1,7 @@
 """The distillation study: objectives × training seeds on one log, then one evaluation of all of them.
 
 Resumable at every point: a finished adapter is not trained again, a half-trained one goes on from its newest
-checkpoint, and the evaluation keeps everything it made by content. Killing it costs minutes. The adapters lie at
+checkpoint, and the evaluation keeps everything it made by content. The adapters lie at
 `out/<objective>-<seed>`, the document at `out/study.json`.
 
 In its figures an objective's arm is the mean over the training seeds, request by request, so that an interval
@@ -10,24 +10,27 @@ is over prompts as for every other arm; `<objective>_error_seed_std` says how fa
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ...domain import UserError
+from ...rl.config import DistillConfig, load_config
+from .. import analysis
 from ..children import children
-
-if TYPE_CHECKING:
-    from ..analysis import Table
+from ..evaluate import Options
+from ..evaluate import evaluate as run_evaluation
+from ..stats import Estimate, estimate
 
 
 def main(
@@ -65,44 +68,42 @@ def main(
     counts, beside = _counts(objectives, seeds), [it.strip() for it in controls.split(",") if it.strip()]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    cells = [(name, seed) for seed in range(max(counts.values())) for name in counts if seed < counts[name]]
-    for cell in cells:
-        _check_settings(_place(folder, *cell), *cell, preset, sets.split())
-    _train_all(cells, folder, home, preset, where, sets.split(), parallel)
-    records = {cell: json.loads((_place(folder, *cell) / "training.json").read_text()) for cell in cells}
+    cells = {
+        (name, seed): folder / f"{name}-{seed}"
+        for seed in range(max(counts.values()))
+        for name in counts
+        if seed < counts[name]
+    }
+    for (name, seed), place in cells.items():
+        _check_settings(place, name, seed, preset, sets.split())
+    words = ["--resume", "--preset", preset, *(word for item in sets.split() for word in ("--set", item))]
+    words += [*(["--from", where] if where else []), *(["--home", home] if home else [])]
+    _train_all(cells, words, parallel)
+    records = {cell: json.loads((place / "training.json").read_text()) for cell, place in cells.items()}
     hashes = {record["data"]["data_hash"] for record in records.values()}
     if len(hashes) > 1:
         raise UserError(f"{folder} holds adapters trained on {len(hashes)} different logs: use another out=")
-    minutes = {
-        f"{name}_train_minutes": float(
-            np.mean([records[name, seed]["outcome"]["seconds"] / 60 for seed in range(count)])
-        )
-        for name, count in counts.items()
-    }
-    document: dict[str, Any] = {"figures": {}}
-    if evaluate:
-        document = _judge(counts, beside, folder, home, suite)
-    document["figures"] |= minutes
+    document = _judge(counts, beside, cells, folder, home, suite) if evaluate else {"figures": {}}
+    for name, count in counts.items():
+        seconds = [records[name, seed]["outcome"]["seconds"] for seed in range(count)]
+        document["figures"][f"{name}_train_minutes"] = float(np.mean(seconds)) / 60
     if "opd" in counts:
-        document["figures"]["train_minutes"] = minutes["opd_train_minutes"]
-    document["trainings"] = {
-        f"{name}-{seed}": {key: record[key] for key in ("objective", "outcome", "figures", "notes")}
-        for (name, seed), record in records.items()
+        document["figures"]["train_minutes"] = document["figures"]["opd_train_minutes"]
+    first = records[next(iter(cells))]
+    given = {"preset": preset, "suite": suite, "where": where, "sets": sets}
+    usual = {key: it.default for key, it in inspect.signature(main).parameters.items()}
+    options = {
+        "objectives": ",".join(f"{name}:{count}" for name, count in counts.items()),
+        "controls": controls,
     }
-    first = next(iter(records.values()))
-    taken = ",".join(f"{name}:{count}" for name, count in counts.items())
-    others = {
-        "preset": (preset, "miniature"),
-        "suite": (suite, "distill"),
-        "where": (where, ""),
-        "sets": (sets, ""),
-    }
-    said = "".join(f" {key}={shlex.quote(it)}" for key, (it, default) in others.items() if it != default)
+    options |= {key: shlex.quote(it) for key, it in given.items() if it != usual[key]}
     document |= {
-        "command": f"emoloop bench distill-study objectives={taken} controls={controls}{said}",
-        "data": first["data"],
-        "base": first["base"],
-        "reward": first["reward"],
+        "command": " ".join(["emoloop bench distill-study", *(f"{k}={it}" for k, it in options.items())]),
+        "trainings": {
+            f"{name}-{seed}": {key: record[key] for key in ("objective", "outcome", "figures", "notes")}
+            for (name, seed), record in records.items()
+        },
+        **{key: first[key] for key in ("data", "base", "reward")},
         "seeds": {name: list(range(count)) for name, count in counts.items()},
     }
     text = json.dumps(document, indent=1, default=str)
@@ -134,83 +135,54 @@ def _check_settings(place: Path, name: str, seed: int, preset: str, sets: Sequen
     Raises:
         UserError: It was.
     """
-    from ...rl.config import load_config
-
     path = place / "training.json"
     if not path.exists():
         return
-    asked = load_config(name, preset, sets=[f"train.seed={seed}", *sets]).model_dump(mode="json")
-    taken = json.loads(path.read_text())["config"]
-    other = sorted(key for key in asked | taken if asked.get(key) != taken.get(key))
-    if other:
+    asked = load_config(name, preset, sets=[f"train.seed={seed}", *sets]).model_dump()
+    # What an older version did not have yet did what its default does.
+    taken = DistillConfig.model_validate(json.loads(path.read_text())["config"]).model_dump()
+    if other := sorted(key for key in asked if asked[key] != taken[key]):
         raise UserError(f"{place} was trained with other settings of {', '.join(other)}: use another out=")
 
 
-def _place(folder: Path, name: str, seed: int) -> Path:
-    return folder / f"{name}-{seed}"
-
-
-def _train_all(
-    cells: Sequence[tuple[str, int]],
-    folder: Path,
-    home: str,
-    preset: str,
-    where: str,
-    sets: Sequence[str],
-    parallel: int,
-) -> None:
+def _train_all(cells: Mapping[tuple[str, int], Path], words: Sequence[str], parallel: int) -> None:
     """Each training is a child process: memory is given back, and several may run at once."""
-    waiting = [cell for cell in cells if not (_place(folder, *cell) / "training.json").exists()]
+    environment = {**os.environ}
+    if parallel > 1:
+        environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    waiting = [cell for cell, place in cells.items() if not (place / "training.json").exists()]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     with children() as started:
         while waiting or running:
             while waiting and len(running) < max(1, parallel):
-                cell = waiting.pop(0)
-                name, seed = cell
-                command = [
-                    sys.executable,
-                    "-m",
-                    "emoloop.cli",
-                    "distill",
-                    name,
-                    "--out",
-                    str(_place(folder, *cell)),
-                ]
-                command += ["--resume", "--preset", preset, "--set", f"train.seed={seed}"]
-                command += [word for item in sets for word in ("--set", item)]
-                command += ["--from", where] if where else []
-                command += ["--home", home] if home else []
-                environment = {**os.environ}
-                if parallel > 1:
-                    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+                name, seed = cell = waiting.pop(0)
+                place = cells[cell]
+                command = [sys.executable, "-m", "emoloop.cli", "distill", name, "--out", str(place), *words]
+                command += ["--set", f"train.seed={seed}"]
                 print(f"training {name}, seed {seed} ({len(waiting)} waiting)", file=sys.stderr, flush=True)
-                with (folder / f"{name}-{seed}.log").open("ab") as log:
+                with place.with_suffix(".log").open("ab") as log:
                     running[cell] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
                     started.append(running[cell])
-            for cell, child in list(running.items()):
-                if (code := child.poll()) is not None:
-                    del running[cell]
-                    if code:
-                        lines = (folder / f"{cell[0]}-{cell[1]}.log").read_text(errors="replace").splitlines()
-                        last = lines[-1] if lines else f"exit code {code}"
-                        raise UserError(f"training {cell[0]}, seed {cell[1]} failed: {last}")
+            for cell in [cell for cell, child in running.items() if child.poll() is not None]:
+                if code := running.pop(cell).returncode:
+                    lines = cells[cell].with_suffix(".log").read_text(errors="replace").splitlines()
+                    last = lines[-1] if lines else f"exit code {code}"
+                    raise UserError(f"training {cell[0]}, seed {cell[1]} failed: {last}")
             time.sleep(0.5)
 
 
 def _judge(
-    counts: dict[str, int], beside: Sequence[str], folder: Path, home: str, suite: str
+    counts: dict[str, int],
+    beside: Sequence[str],
+    cells: Mapping[tuple[str, int], Path],
+    folder: Path,
+    home: str,
+    suite: str,
 ) -> dict[str, Any]:
-    from .. import analysis
-    from ..evaluate import Options, evaluate
-
     groups = {name: [f"{name}_{seed}" for seed in range(count)] for name, count in counts.items()}
-    trained = [
-        f"{arm}={_place(folder, name, seed)}"
-        for name, members in groups.items()
-        for seed, arm in enumerate(members)
-    ]
+    trained = [f"{name}_{seed}={cells[name, seed]}" for name in counts for seed in range(counts[name])]
     options = Options(suite=suite, arms=[*beside, *trained], settings={"home": home or None})
-    document, outcome = evaluate(options, folder / "report")
+    document, outcome = run_evaluation(options, folder / "report")
     table = analysis.Table(outcome.rows, outcome.pace)
     spreads = average(table, groups)
     document["figures"] = {**document["figures"], **analysis.figures(table), **spreads}
@@ -223,7 +195,7 @@ def _judge(
     return document
 
 
-def average(table: Table, groups: dict[str, list[str]]) -> dict[str, float]:
+def average(table: analysis.Table, groups: dict[str, list[str]]) -> dict[str, float]:
     """Put the mean over training seeds into a table of arms, request by request.
 
     Args:
@@ -233,11 +205,9 @@ def average(table: Table, groups: dict[str, list[str]]) -> dict[str, float]:
     Returns:
         `<arm>_<metric>_seed_std` for error and subject accuracy: standard deviation of the seeds' means.
     """
-    from ..analysis import Column
-
     figures: dict[str, float] = {}
     for arm, members in groups.items():
-        merged: dict[str, Column] = {}
+        merged: dict[str, analysis.Column] = {}
         for metric, first in table.columns[members[0]].items():
             columns = [table.columns[member].get(metric) for member in members]
             if any(column is None or column.units != first.units for column in columns):
@@ -246,7 +216,7 @@ def average(table: Table, groups: dict[str, list[str]]) -> dict[str, float]:
                 None if any(value is None for value in row) else float(np.mean(row))
                 for row in zip(*(column.values for column in columns if column), strict=True)
             ]
-            merged[metric] = Column(values, first.units, first.clusters)
+            merged[metric] = analysis.Column(values, first.units, first.clusters)
             if metric in ("error", "subject_accuracy") and len(members) > 1:
                 means = [np.mean([v for v in column.values if v is not None]) for column in columns if column]
                 figures[f"{arm}_{metric}_seed_std"] = float(np.std(means, ddof=1))
@@ -255,26 +225,21 @@ def average(table: Table, groups: dict[str, list[str]]) -> dict[str, float]:
     return figures
 
 
-def verdicts(table: Table, names: Sequence[str]) -> dict[str, Any]:
-    """What a distilled model has to show, as numbers with intervals: one entry for each objective."""
-    from ..stats import estimate
+def verdicts(table: analysis.Table, names: Sequence[str]) -> dict[str, Any]:
+    """Each objective's model against base, rewrite, teacher and loop, as estimates with intervals."""
+    return {name: {key: it.figures("value") for key, it in _verdicts(table, name)} for name in names}
 
-    found: dict[str, Any] = {}
-    for name in names:
-        entry: dict[str, Any] = {}
-        if table.has(name, "base", "loop"):
-            entry["amortisation"] = table.amortisation(name).figures("value")
-        if table.has(name, "base", "teacher"):
-            columns, clusters = table.paired("error", "base", name, "teacher")
-            share = estimate(columns, clusters, lambda base, ours, teacher: (base - ours) / (base - teacher))
-            entry["share_of_teacher"] = share.figures("value")
-        if table.has(name, "rewrite"):
-            entry["error_against_rewrite"] = table.difference("error", name, "rewrite")[0].figures("value")
-        if table.has(name, "base", metric="subject_accuracy"):
-            entry["subject_against_base"] = table.difference("subject_accuracy", name, "base")[0].figures(
-                "value"
-            )
-        if table.has(name, "teacher", metric="diversity"):
-            entry["diversity_of_teacher"] = table.ratio("diversity", name, "teacher").figures("value")
-        found[name] = entry
-    return found
+
+def _verdicts(table: analysis.Table, name: str) -> Iterator[tuple[str, Estimate]]:
+    if table.has(name, "base", "loop"):
+        yield "amortisation", table.amortisation(name)
+    if table.has(name, "base", "teacher"):
+        columns, clusters = table.paired("error", "base", name, "teacher")
+        share = estimate(columns, clusters, lambda base, ours, teacher: (base - ours) / (base - teacher))
+        yield "share_of_teacher", share
+    if table.has(name, "rewrite"):
+        yield "error_against_rewrite", table.difference("error", name, "rewrite")[0]
+    if table.has(name, "base", metric="subject_accuracy"):
+        yield "subject_against_base", table.difference("subject_accuracy", name, "base")[0]
+    if table.has(name, "teacher", metric="diversity"):
+        yield "diversity_of_teacher", table.ratio("diversity", name, "teacher")

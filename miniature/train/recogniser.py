@@ -10,17 +10,15 @@ import json
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from .. import world
-from ..codec import PatchAutoencoder
+from .. import law, world
 from ..judge import Recogniser, labels
-from .common import Recipe, save_half
-from .lvlm import spoil
+from .common import Loss, Recipe, draw, fitted_codec, spoil
 
 
-def train(recipe: Recipe, name: str) -> list[float]:
+def train(recipe: Recipe, name: str) -> None:
     """Train a recogniser and write it to `recipe.out / "model"`.
 
     Args:
@@ -29,33 +27,30 @@ def train(recipe: Recipe, name: str) -> list[float]:
     """
     seed = recipe.seed + {"judge": 1000, "guard": 2000}[name]
     torch.manual_seed(seed)
-    codec = PatchAutoencoder()
-    rng = np.random.default_rng([seed, 78])
-    codec.fit(np.stack([world.render(world.sample_scene(rng)) for _ in range(1000)]))
+    codec = fitted_codec(seed)
     model = Recogniser(32 if name == "judge" else 28).to(recipe.device)
     model.train()
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int) -> Loss:
         rng = np.random.default_rng([seed, step])
-        scenes = [world.sample_scene(rng, world.FOLDS[name]) for _ in range(recipe.batch)]
-        x = spoil(rng, codec, np.stack([world.render(s) for s in scenes])).to(recipe.device)
-        truth = [labels(s) for s in scenes]
-        out = model(x)
+        scenes, pixels = draw(rng, recipe.batch, world.FOLDS[name])
+        out = model(spoil(rng, codec, pixels).to(recipe.device))
+        truth = [labels(scene) for scene in scenes]
         parts = {
-            key: F.cross_entropy(value.float(), torch.tensor([t[key] for t in truth], device=recipe.device))
-            for key, value in out.items()
-            if key != "features"
+            key: F.cross_entropy(
+                out[key].float(), torch.tensor([t[key] for t in truth], device=recipe.device)
+            )
+            for key in truth[0]
         }
-        return torch.stack(list(parts.values())).sum(), {
-            "subject": parts["subject"].item(),
-            "corner": parts["corner0"].item(),
-        }
+        metrics = {"subject": parts["subject"].item(), "corner": parts["corner0"].item()}
+        return torch.stack(list(parts.values())).sum(), metrics
 
-    for _ in recipe.run(model, loss, name):
-        pass
-    tensors = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
-    save_half(recipe.out / "model", "model.safetensors", tensors)
-    card = {"steps": len(recipe.losses), "seed": seed, "folds": world.FOLDS[name], "law": 1}
-    (recipe.out / "model" / "training.json").write_text(json.dumps(card, indent=2) + "\n")
-    return recipe.losses
+    recipe.run(model, loss, name)
+    folder = recipe.out / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    # The counters of batch norm are whole numbers and only matter in training.
+    tensors = {k: v.half().cpu() for k, v in model.state_dict().items() if v.is_floating_point()}
+    save_file(tensors, folder / "model.safetensors")
+    card = {"steps": len(recipe.losses), "seed": seed, "folds": world.FOLDS[name], "law": law.VERSION}
+    (folder / "training.json").write_text(json.dumps(card, indent=2) + "\n")

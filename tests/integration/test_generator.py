@@ -280,7 +280,7 @@ async def test_prompt_embeddings_are_cached_and_the_cache_is_bounded(sd3: Path, 
     for prompt in ("a dog", "a dog", "a cat", "a boat", "a dog"):
         source._encode(prompt)
     assert calls == ["a dog", "a cat", "a boat", "a dog"]
-    assert len(source._embeds) == 2
+    assert source._encode.cache_info().currsize == 2
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pytest
 import tiny
 from emoloop import EmotionTarget, open_loop
 from emoloop.domain import Missing
-from emoloop.evals.bench import soak
 from emoloop.settings import LVLMSettings
 from emoloop.tools.lvlm import vllm as vllm_client
 from fake_openai import chat, serving
@@ -95,18 +94,3 @@ async def test_without_a_restart_all_end_soon_and_say_why(tmp_path):
         assert missing or result.warnings
         assert all("no LVLM server at" in critique.reason for critique in missing)
         assert all(c.reward is None for c in candidates if isinstance(c.critique, Missing))
-
-
-def test_soak_bench(monkeypatch, tmp_path):
-    monkeypatch.setenv("EMOLOOP_GENERATOR__MODEL", str(tiny.save("sd3", tmp_path / "sd3")))
-    monkeypatch.setenv("EMOLOOP_LVLM__MODEL", "tiny")
-    with serving() as server:
-        server.script = answer
-        monkeypatch.setenv("EMOLOOP_LVLM__BASE_URL", server.url)
-        figures = soak.main(n=40, warm_up=16, concurrency=4, rounds=2, images=4)["figures"]
-    assert figures["critiques"] >= 40
-    assert figures["answered"] == 1.0
-    assert figures["connections_growth"] == 0
-    assert figures["connections_after_close"] < figures["connections"]
-    assert figures["memory_growth_mb"] < 50
-    assert server.most_at_once <= 4

@@ -8,7 +8,7 @@ import pytest
 from emoloop.domain import EmotionTarget, UserError
 from emoloop.settings import GeneratorSettings
 from emoloop.tools.images import images_api
-from emoloop.tools.images.base import GenerationError, Generator, ImageRequest
+from emoloop.tools.images.base import GeneratedImage, GenerationError, Generator, ImageRequest
 from emoloop.tools.images.load import load_generator
 from PIL import Image
 
@@ -139,3 +139,36 @@ async def test_an_answer_is_bounded_and_so_is_its_picture(monkeypatch):
     with pytest.raises(GenerationError, match="is longer than"):
         await source.generate([ImageRequest("a dog", 2)])
     await source.aclose()
+
+
+class Plain:
+    """What somebody writes first: nothing but `generate`."""
+
+    def generate(self, requests):
+        return [Image.new("RGB", (8, 4), (request.seed, 0, 0)) for request in requests]
+
+
+class Later(Plain):
+    async def generate(self, requests):
+        images = super().generate(requests)
+        return [GeneratedImage(*pair) for pair in zip(images, requests, strict=True)]
+
+    def describe(self):
+        return {"model": "mine"}
+
+
+@pytest.mark.parametrize(("kind", "model"), [(Plain, "Plain"), (Later, "mine")])
+async def test_an_object_that_only_generates_is_a_generator(kind: type, model: str):
+    for spec in (kind(), f"{__name__}:given"):
+        given.kind = kind
+        source = load_generator(spec)
+        assert isinstance(source, Generator) and source.describe()["model"] == model
+        made = await source.generate([ImageRequest("a dog", 3), ImageRequest("a dog", 4)])
+        assert [it.image.getpixel((0, 0))[0] for it in made] == [3, 4]
+        assert [it.request.seed for it in made] == [3, 4] and made[0].provenance == {"model": model}
+        assert source.unknown_words("a dog") == []
+        await source.aclose()
+
+
+def given(settings: GeneratorSettings):
+    return given.kind()

@@ -22,7 +22,7 @@ def scenes(count: int, seed: int = 0) -> list[Scene]:
 def test_the_world_is_as_large_as_promised() -> None:
     assert len(world.SUBJECTS) >= 60
     assert len(world.COMPANIONS) >= 40
-    assert len(world.PLACES) >= 6
+    assert len(world.FACTORS["place"]) >= 6
     assert len(world.words()) >= 250
     assert world.SIZE >= 96
 

@@ -12,6 +12,7 @@ from emoloop.settings import Settings
 from emoloop.traces.store import open_store
 
 SIGNATURES = {
+    "apply": "pipe, adapter, target, *, scale",
     "open_loop": "settings, *, generator, lvlm, reward, **overrides",
     "open_log": "home, *, settings, write",
     "distill": "objective, out, *, home, where, preset, config, knobs, resume, watch, settings",

@@ -12,24 +12,24 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ...domain import UserError
+from ...domain import EmotionTarget, UserError
+from ...files import replacing
 from ..fingerprint import content_hash
-from ..quiet import quiet
-from .conditioners import EmotionConditioner
-from .families import Family, family_of
+from ..presets import read_json
+from ..quiet import first_line, quiet
+from .conditioners import EmotionConditioner, points
+from .families import Conditioning, Family, family_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ CARD_FILE = "README.md"
 TRAINING_FILE = "training.json"
 _PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-#: What LoRA can bind to, beside the denoiser.
-_ENCODERS = ("text_encoder", "text_encoder_2")
+#: The attribute under which a pipeline keeps our adapters.
+_KNOWN = "_emoloop_adapters"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,26 @@ class Adapter:
         wanted = self.training.get("guidance")
         return None if wanted is None or self.scale == 0 else float(wanted)
 
+    def takes(self, target: EmotionTarget | None) -> bool:
+        """Whether a target changes the conditioning."""
+        return self.emotion_tokens is not None and self.scale != 0 and target is not None
+
+    @torch.no_grad()
+    def condition(
+        self, embeds: Conditioning, target: EmotionTarget | None, negative: bool = False
+    ) -> Conditioning:
+        """Encoded prompts (B, L, D) with the target added, each row by itself: its bits know no company.
+
+        The negative branch gets no emotion, but the same length L.
+        """
+        if self.emotion_tokens is None or not self.takes(target):
+            return embeds
+        tokens = self.emotion_tokens.to(embeds.prompt.device)
+        if negative:
+            return tokens.null(embeds)
+        inputs = {"target": points([target], embeds.prompt.device)}
+        return Conditioning.cat([tokens(embeds[[row]], inputs, self.scale) for row in range(len(embeds))])
+
 
 def load_artifact(
     pipe: Any,
@@ -101,21 +121,22 @@ def load_artifact(
     """
     path = Path(path).expanduser()
     family = family_of(pipe, call)
-    taken = {taken for model in _lora_models(pipe, None).values() for taken in model.peft_config}
-    if name is None:
-        free = (f"emoloop_{n}" for n in count(2))
-        name = next(it for it in chain(["emoloop"], free) if it not in taken)
+    taken = {taken for model in _carriers(pipe).values() for taken in model.peft_config}
     if name in taken:
         raise UserError(f"adapter {path}: the pipeline has an adapter {name!r} already")
+    names = chain(["emoloop"], (f"emoloop_{n}" for n in count(2)))
+    name = name or next(it for it in names if it not in taken)
     lora, tokens = _files(path)
-    module = EmotionConditioner.load(tokens) if tokens else None
+    module = EmotionConditioner.load(tokens).to(pipe._execution_device) if tokens else None
     if module is not None and not module.fits(family.encode("")):
         raise UserError(f"adapter {path}: its emotion tokens are made for another model ({module.config})")
     before = _probe(family)
-    training = _read_json(path / TRAINING_FILE) if path.is_dir() else {}
-    _check_base(path, training, base or {})
-    others = bool(_lora_models(pipe, None))
-    active = list(pipe.get_active_adapters()) if others else []
+    training = read_json(path / TRAINING_FILE)
+    made, here = training.get("base") or {}, base or {}
+    # Shapes alone do not tell a model from its relatives.
+    if all(made.get(key) and here.get(key) not in (None, made[key]) for key in ("model", "revision")):
+        logger.warning("adapter %s was made for %s, and is used on %s", path, made["model"], here["model"])
+    active = pipe.get_active_adapters() if taken else []
     try:
         with quiet():
             expected = _bind(family, lora, name)
@@ -124,32 +145,34 @@ def load_artifact(
         _check_effect(family, path, name, before)
     except Exception as error:
         with contextlib.suppress(Exception):
-            _remove(pipe, name, others, active)
+            _remove(pipe, name, active)
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"adapter {path} does not fit this {type(pipe).__name__}: {_first_line(error)}"
-        ) from error
+        told = f"adapter {path} does not fit this {type(pipe).__name__}: {first_line(error)}"
+        raise UserError(told) from error
+    config = lora.with_name(_PEFT_CONFIG) if lora.name == _PEFT_WEIGHTS else None
+    hashed = content_hash([file for file in (lora, tokens, config) if file is not None])
+    adapter = Adapter(path, name, hashed, scale, module, training)
     if scale == 0:
-        _remove(pipe, name, others, active)
+        _remove(pipe, name, active)
     else:
-        _rescale(pipe, name, scale)
-    hashed = [file for file in (lora, tokens) if file is not None]
-    if lora.name == _PEFT_WEIGHTS:
-        hashed.append(lora.with_name(_PEFT_CONFIG))
-    if module is not None:
-        module.to(family.module.device)
-    adapter = Adapter(path, name, content_hash(hashed), scale, module, training)
-    if scale != 0:
-        _known(pipe)[name] = str(adapter.id)
+        _scale(pipe, name, scale)
+        pipe.__dict__.setdefault(_KNOWN, {})[name] = adapter
     return adapter
 
 
 def unload(pipe: Any, adapter: Adapter) -> None:
     """Take an adapter off the pipeline again; the others stay as they are."""
-    if _known(pipe).pop(adapter.name, None) is not None:
-        active = [name for name in pipe.get_active_adapters() if name != adapter.name]
-        _remove(pipe, adapter.name, _others(pipe, adapter.name), active)
+    if known(pipe).pop(adapter.name, None) is None:
+        return
+    if not known(pipe):
+        del pipe.__dict__[_KNOWN]
+    _remove(pipe, adapter.name, [it for it in pipe.get_active_adapters() if it != adapter.name])
+
+
+def known(pipe: Any) -> dict[str, Any]:
+    """Our adapters by name, kept on the pipeline, since several generators may share it."""
+    return pipe.__dict__.get(_KNOWN, {})
 
 
 def adapters_on(pipe: Any) -> str | None:
@@ -157,43 +180,19 @@ def adapters_on(pipe: Any) -> str | None:
 
     Ours go by their id, one that somebody else put there by its name and a hash of its weights.
     """
-    if not _lora_models(pipe, None):
+    if not _carriers(pipe):
         return None
-    known, found = _known(pipe), []
-    for name in pipe.get_active_adapters():
-        found.append(known.get(name) or f"{name}:{_weights_hash(pipe, name)}")
-    return "+".join(found) or None
-
-
-def _known(pipe: Any) -> dict[str, str]:
-    """Ids of our adapters by name, kept on the pipeline, since several generators may share it."""
-    return pipe.__dict__.setdefault("_emoloop_adapters", {})
-
-
-def _others(pipe: Any, name: str) -> bool:
-    return any(set(model.peft_config) - {name} for model in _lora_models(pipe, None).values())
+    ours = {name: adapter.id for name, adapter in known(pipe).items()}
+    active = pipe.get_active_adapters()
+    return "+".join(ours.get(name) or f"{name}:{_weights_hash(pipe, name)}" for name in active) or None
 
 
 def _weights_hash(pipe: Any, name: str) -> str:
-    from peft.utils import get_peft_model_state_dict
-
     digest = hashlib.sha256()
-    for part, model in _lora_models(pipe, name).items():
-        for key, value in sorted(get_peft_model_state_dict(model, adapter_name=name).items()):
-            digest.update(f"{part}.{key}".encode() + value.detach().float().cpu().numpy().tobytes())
+    for key, value in sorted(_bound(pipe, name).items()):
+        digest.update(key.encode() + value.detach().float().cpu().numpy().tobytes())
     digest.update(repr([layer.scaling[name] for layer in _layers(pipe, name)]).encode())
     return digest.hexdigest()
-
-
-def _check_base(path: Path, training: dict[str, Any], base: Mapping[str, str | None]) -> None:
-    """Warn of an adapter made for other weights: shapes alone do not tell a model from its relatives."""
-    made = training.get("base")
-    if not isinstance(made, dict):
-        return
-    pairs = [(made.get(key), base.get(key)) for key in ("model", "revision")]
-    if all(one and other and one != other for one, other in pairs):
-        (model, here), _ = pairs
-        logger.warning("adapter %s was made for %s, and is used on %s", path, model, here)
 
 
 def save_artifact(
@@ -203,23 +202,19 @@ def save_artifact(
     adapter_name: str = "default",
     emotion_tokens: EmotionConditioner | None = None,
     training: dict[str, Any] | None = None,
-    card: str | None = None,
     base_model: str = "",
     call: dict[str, Any] | None = None,
-    check: bool = True,
 ) -> Path:
-    """Write a distilled artifact; an older one at the same place is replaced only when the new one is whole.
+    """Write a distilled artifact; an older one's files are replaced only when all of the new ones are whole.
 
     Args:
         directory: The artifact's folder.
         pipe: The pipeline whose denoiser carries the LoRA.
-        adapter_name: The LoRA's name there; it must be active.
+        adapter_name: The LoRA's name there; it must be active, at scale 1.
         emotion_tokens: Written beside it where given.
         training: What `training.json` says: configuration, data hash, rewards, guard metrics. Plain JSON.
-        card: Body of the model card; None writes one.
         base_model: The base model's id, for the card.
         call: As for `load_artifact`.
-        check: Prove the effect first; off for checkpoints of a training that has not begun to move.
 
     Returns:
         The folder.
@@ -229,45 +224,39 @@ def save_artifact(
         OSError: The disk does not take it; what was there before is intact.
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-    from peft.utils import get_peft_model_state_dict
 
-    directory = Path(directory)
-    family = family_of(pipe, call)
-    network = family.module
-    config = getattr(network, "peft_config", {}).get(adapter_name)
-    state = get_peft_model_state_dict(network, adapter_name=adapter_name) if config is not None else {}
-    if config is None or not state:
+    directory, family = Path(directory), family_of(pipe, call)
+    config = getattr(family.module, "peft_config", {}).get(adapter_name)
+    if config is None:
         raise UserError(
             f"no module of the {family.denoiser} carries the LoRA {adapter_name!r}: nothing to save"
         )
-    if check:
-        with _rescaled(pipe, adapter_name, 0.0):
-            base = _probe(family)
-        _check_effect(family, directory, adapter_name, base)
+    _check_effect(family, directory, adapter_name)
     metadata = {
         f"{family.denoiser}.{key}": sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
     }
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    card = jinja2.Template(Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"))
+    with contextlib.ExitStack() as stack:
+
+        def beside(name: str) -> Path:
+            return stack.enter_context(replacing(directory / name))
+
         # The file that the pipeline's save_lora_weights writes, but with one entry in its header: safetensors
         # puts several in random order, and the same weights must give the same bytes.
         save_file(
-            {f"{family.denoiser}.{key}": value.detach().cpu().contiguous() for key, value in state.items()},
-            partial / LORA_FILE,
+            {key: value.detach().cpu().contiguous() for key, value in _bound(pipe, adapter_name).items()},
+            beside(LORA_FILE),
             metadata={LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, sort_keys=True)},
         )
         if emotion_tokens is not None:
-            emotion_tokens.save(partial / TOKENS_FILE)
+            emotion_tokens.save(beside(TOKENS_FILE))
         text = json.dumps(training or {}, indent=2, sort_keys=True, default=str)
-        (partial / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
-        body = card if card is not None else _card_body(pipe, emotion_tokens, config)
-        (partial / CARD_FILE).write_text(_card_head(base_model) + body, encoding="utf-8")
-        _replace(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        beside(TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
+        about = {"base_model": base_model, "pipeline": type(pipe).__name__, "config": config}
+        beside(CARD_FILE).write_text(card.render(about, tokens=emotion_tokens), encoding="utf-8")
+    if emotion_tokens is None:
+        (directory / TOKENS_FILE).unlink(missing_ok=True)
     return directory
 
 
@@ -280,194 +269,126 @@ def _files(path: Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         raise UserError(f"no adapter at {path}")
     tokens = path / TOKENS_FILE
-    found = [path / LORA_FILE, path / _PEFT_WEIGHTS]
-    found += [file for file in sorted(path.glob("*.safetensors")) if file not in (tokens, *found)]
-    present = [file for file in found if file.is_file()]
+    present = [file for file in sorted(path.glob("*.safetensors")) if file != tokens]
+    named = [path / name for name in (LORA_FILE, _PEFT_WEIGHTS) if path / name in present]
     if not present:
         raise UserError(f"adapter {path} holds no LoRA ({LORA_FILE})")
-    if present[0] not in found[:2] and len(present) > 1:
+    if not named and len(present) > 1:
         raise UserError(f"adapter {path} holds {len(present)} safetensors files: name one of them")
-    return present[0], tokens if tokens.is_file() else None
+    return (named or present)[0], tokens if tokens.is_file() else None
 
 
 def _bind(family: Family, lora: Path, name: str) -> set[str]:
     """Load the LoRA; returns the names of the tensors that it holds, as diffusers calls them."""
+    try:
+        state = load_file(lora)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"adapter {lora} is not a readable safetensors file: {error}") from error
+    if not any("lora" in key for key in state):
+        raise UserError(f"adapter {lora} holds no LoRA weights")
+    pipe = family.pipe
     if lora.name == _PEFT_WEIGHTS and lora.with_name(_PEFT_CONFIG).is_file():
         from peft import LoraConfig
 
-        state = {k.removeprefix("base_model.model."): v for k, v in _tensors(lora).items()}
-        known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
-        config = _read_json(lora.with_name(_PEFT_CONFIG))
-        config = {key: value for key, value in config.items() if key in known and key != "peft_type"}
-        family.module.load_lora_adapter(state, prefix=None, adapter_name=name, metadata=config)
+        state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+        config = LoraConfig.from_pretrained(str(lora.parent)).to_dict()
+        family.module.load_lora_adapter(
+            state, prefix=None, adapter_name=name, metadata=config, _pipeline=pipe
+        )
         return {f"{family.denoiser}.{key}" for key in state}
-    _tensors(lora)
-    pipe = family.pipe
-    found = pipe.lora_state_dict(str(lora), use_safetensors=True, local_files_only=True)
-    state = found[0] if isinstance(found, tuple) else found
-    pipe.load_lora_weights(str(lora), adapter_name=name, use_safetensors=True, local_files_only=True)
-    return {key for key in state if not key.endswith(".alpha")}
+    how = {"use_safetensors": True, "local_files_only": True}
+    found = pipe.lora_state_dict(str(lora), **how)
+    pipe.load_lora_weights(str(lora), adapter_name=name, **how)
+    return {key for key in (found[0] if isinstance(found, tuple) else found) if not key.endswith(".alpha")}
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"adapter {path} is not a readable safetensors file: {error}") from error
-    if not any("lora" in key for key in state):
-        raise UserError(f"adapter {path} holds no LoRA weights")
-    return state
-
-
-def _lora_models(pipe: Any, name: str | None) -> dict[str, Any]:
+def _carriers(pipe: Any, name: str | None = None) -> dict[str, Any]:
     """Components that carry the adapter `name`, or any adapter."""
-    found = {part: getattr(pipe, part, None) for part in ("transformer", "unet", *_ENCODERS)}
-    configs = {part: getattr(model, "peft_config", {}) for part, model in found.items()}
-    return {part: found[part] for part, c in configs.items() if (name in c if name else c)}
+    listed = pipe.get_list_adapters().items()
+    return {part: getattr(pipe, part) for part, names in listed if (name in names if name else names)}
+
+
+def _bound(pipe: Any, name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter that is on the pipeline, by diffusers' names."""
+    from peft.utils import get_peft_model_state_dict
+
+    return {
+        f"{part}.{key}": value
+        for part, model in _carriers(pipe, name).items()
+        for key, value in get_peft_model_state_dict(model, adapter_name=name).items()
+    }
 
 
 def _check_bound(pipe: Any, path: Path, name: str, expected: set[str]) -> None:
-    from peft.utils import get_peft_model_state_dict
-
-    bound = {
-        f"{part}.{key}"
-        for part, model in _lora_models(pipe, name).items()
-        for key in get_peft_model_state_dict(model, adapter_name=name)
-    }
+    bound, kind = set(_bound(pipe, name)), type(pipe).__name__
     if not bound:
-        raise UserError(
-            f"adapter {path} binds to no module of this {type(pipe).__name__}: made for another model?"
-        )
+        raise UserError(f"adapter {path} binds to no module of this {kind}: made for another model?")
     # Older formats name the same tensors otherwise; then their number has to do.
     same_names = all(".lora_A." in key or ".lora_B." in key for key in expected)
     lost = sorted(expected ^ bound) if same_names else ["?"] * abs(len(expected) - len(bound))
     if lost:
         raise UserError(
-            f"adapter {path} does not fit this {type(pipe).__name__}: {len(lost)} of {len(expected)} tensors "
+            f"adapter {path} does not fit this {kind}: {len(lost)} of {len(expected)} tensors "
             f"have no place, the first is {lost[0]}"
         )
 
 
-def _check_effect(family: Family, path: Path, name: str, base: Tensor) -> None:
-    if torch.equal(_probe(family), base):
+def _check_effect(family: Family, path: Path, name: str, base: Tensor | None = None) -> None:
+    """Compare the output at scale 1, at scale 0, and before the adapter came (None: not known)."""
+    on = _probe(family)
+    _scale(family.pipe, name, 0)
+    off = _probe(family)
+    _scale(family.pipe, name, 1)
+    base = off if base is None else base
+    if torch.equal(on, base):
         raise UserError(f"adapter {path} changes nothing: the output with it equals the base model's")
-    with _rescaled(family.pipe, name, 0.0):
-        off = _probe(family)
     if not torch.allclose(off, base, rtol=1e-3, atol=1e-3 * float(base.std()), equal_nan=True):
         raise UserError(f"adapter {path} changes the model even at scale 0: it is more than a LoRA")
 
 
 @torch.no_grad()
 def _probe(family: Family) -> Tensor:
-    """Latents of two steps at a small size for a fixed prompt and seed: fast, and it sees every component."""
-    pipe, size = family.pipe, 8 * family.multiple
-    size = min(size, family.largest_size or size)
-    modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
-    training = [m for m in modules if m.training]
-    for module in training:
+    """The denoiser's prediction at a small size for a fixed prompt and noise: it sees all that carries a LoRA."""
+    modules = [m for m in family.pipe.components.values() if isinstance(m, nn.Module) and m.training]
+    for module in modules:
         module.eval()
-    bar = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(disable=True)
     try:
-        output = pipe(
-            **family.arguments(family.encode("a house by the sea"), None),
-            height=size,
-            width=size,
-            num_inference_steps=2,
-            guidance_scale=1.0,
-            generator=torch.Generator("cpu").manual_seed(0),
-            output_type="latent",
-            **family.call,
-        )
+        size = min(8 * family.multiple, family.largest_size or 8 * family.multiple)
+        shape = family.latent_shape(size, size)
+        t = family.process().schedule(2, family.image_tokens(shape))[:1]
+        condition = family.encode("a house by the sea")
+        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(condition.prompt)
+        return family.denoise(family.module, x, t.to(x.device), condition, 1.0).float().cpu()
     finally:
-        pipe.set_progress_bar_config(**bar)
-        for module in training:
+        for module in modules:
             module.train()
-    return output.images.float().cpu()
 
 
 def _layers(pipe: Any, name: str) -> list[Any]:
     return [
         module
-        for model in _lora_models(pipe, name).values()
+        for model in _carriers(pipe, name).values()
         for module in model.modules()
-        if isinstance(getattr(module, "scaling", None), dict) and name in module.scaling
+        if isinstance(scaling := getattr(module, "scaling", None), dict) and name in scaling
     ]
 
 
-def _rescale(pipe: Any, name: str, factor: float) -> None:
+def _scale(pipe: Any, name: str, scale: float) -> None:
+    # Layer by layer, since the pipeline's own set_adapters would put the others' weights back to 1.
     for layer in _layers(pipe, name):
-        layer.scaling[name] *= factor
-
-
-@contextmanager
-def _rescaled(pipe: Any, name: str, factor: float) -> Iterator[None]:
-    before = [(layer, layer.scaling[name]) for layer in _layers(pipe, name)]
-    _rescale(pipe, name, factor)
-    try:
-        yield
-    finally:
-        for layer, scaling in before:
-            layer.scaling[name] = scaling
+        layer.set_scale(name, scale)
 
 
 def _activate(pipe: Any, names: list[str]) -> None:
-    # Model by model, since the pipeline's own set_adapters would put the others' weights back to 1.
-    for model in _lora_models(pipe, None).values():
+    # Model by model, for the same reason.
+    for model in _carriers(pipe).values():
         model.set_adapter([name for name in names if name in model.peft_config])
 
 
-def _remove(pipe: Any, name: str, others: bool, active: list[str]) -> None:
-    if others:
+def _remove(pipe: Any, name: str, active: list[str]) -> None:
+    """Take an adapter off and leave others, of which `active` are switched on."""
+    if any(set(model.peft_config) - {name} for model in _carriers(pipe).values()):
         pipe.delete_adapters(name)
         _activate(pipe, active)
     else:
         pipe.unload_lora_weights()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _replace(new: Path, old: Path) -> None:
-    aside = old.with_name(f".{old.name}.{os.getpid()}.old")
-    if old.exists():
-        os.replace(old, aside)
-    os.replace(new, old)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _card_head(base_model: str) -> str:
-    base = f"base_model: {base_model}\n" if base_model else ""
-    return (
-        f"---\n{base}library_name: diffusers\npipeline_tag: text-to-image\n"
-        "tags: [lora, text-to-image, diffusers, emoloop]\n---\n\n"
-    )
-
-
-def _card_body(pipe: Any, emotion_tokens: EmotionConditioner | None, config: Any) -> str:
-    if emotion_tokens is None:
-        use = "The LoRA loads in plain diffusers:"
-    else:
-        use = (
-            f"`{TOKENS_FILE}` carries the target (valence and arousal in [-3, 3]) into prompt embeddings; "
-            "emoloop loads it with the LoRA:\n\n"
-            "    emoloop run PROMPT --valence 2 --arousal -1 --adapter THIS_FOLDER\n\n"
-            "The LoRA alone loads in plain diffusers, but it has no target then and draws what it learned on "
-            "average:"
-        )
-    return (
-        f"# Emotion adapter for {type(pipe).__name__}\n\n"
-        "Distilled by emoloop from logged runs of its feedback loop: one pass on the plain prompt is to give "
-        "what the loop reached by rewriting it.\n\n"
-        f"{use}\n\n    pipe.load_lora_weights(THIS_FOLDER)\n\n"
-        f"LoRA rank {config.r}, alpha {config.lora_alpha}. How it was trained, on which data and with which "
-        f"guard metrics: `{TRAINING_FILE}`.\n"
-    )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from ...domain import UserError
@@ -24,6 +24,8 @@ from .process import Diffusion, Flow, Process
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,13 @@ class Family(ABC):
         pipeline: Name of the diffusers class.
         denoiser: The component that LoRA adapts, "transformer" or "unet".
         lora_targets: Name endings of the layers that a LoRA adapts by default.
+        even_sigmas: As for `Flow`.
     """
 
     pipeline: ClassVar[str]
     denoiser: ClassVar[str]
     lora_targets: ClassVar[list[str]]
+    even_sigmas: ClassVar[bool] = False
 
     def __init__(self, pipe: Any, call: Mapping[str, Any] | None = None) -> None:
         self.pipe = pipe
@@ -105,11 +109,30 @@ class Family(ABC):
         Returns:
             Embeddings of batch 1, on the pipeline's device and in its dtype.
         """
-        known = inspect.signature(self.pipe.encode_prompt).parameters
-        return self._encode(text or "", {key: value for key, value in self.call.items() if key in known})
+        known = inspect.signature(type(self.pipe).encode_prompt).parameters
+        how = {"prompt_2": None, "prompt_3": None, "device": self.pipe._execution_device}
+        how |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, **self.call}
+        encoded = self.pipe.encode_prompt(text or "", **{key: how[key] for key in how if key in known})
+        return self.conditioning(self.named(encoded))
 
-    @abstractmethod
-    def _encode(self, text: str, extra: dict[str, Any]) -> Conditioning: ...
+    def named(self, encoded: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        """What the pipeline's `encode_prompt` gives, by the names that its call takes."""
+        signs = ("", "negative_")
+        names = [f"{sign}{kind}" for kind in ("prompt_embeds", "pooled_prompt_embeds") for sign in signs]
+        return dict(zip(names, encoded, strict=False))
+
+    @staticmethod
+    def conditioning(named: Mapping[str, Tensor | None], sign: str = "") -> Conditioning:
+        """The positive or (`sign` "negative_") the negative branch of `named`."""
+        prompt = named[f"{sign}prompt_embeds"]
+        assert prompt is not None
+        return Conditioning(prompt, named.get(f"{sign}pooled_prompt_embeds"))
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """Those that the pipeline has."""
+        found = [getattr(self.pipe, name, None) for name in TOKENIZERS]
+        return [tokenizer for tokenizer in found if tokenizer is not None]
 
     @property
     def texts(self) -> list[tuple[int | None, Any]]:
@@ -174,14 +197,15 @@ class Family(ABC):
         return {name: value for name, value in named.items() if value is not None}
 
     @property
-    @abstractmethod
     def multiple(self) -> int:
-        """Height and width must be multiples of this many pixels."""
+        """Height and width must be multiples of this many pixels: one token's."""
+        return self.pipe.vae_scale_factor * getattr(self.pipe, "patch_size", 2)
 
     @property
     def default_size(self) -> int:
         """Height and width, in pixels, that the pipeline takes when none are given."""
-        return self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        size = getattr(self.pipe, "default_sample_size", None) or self.module.config.sample_size
+        return size * self.pipe.vae_scale_factor
 
     @property
     def largest_size(self) -> int | None:
@@ -196,25 +220,25 @@ class Family(ABC):
         return []
 
     @abstractmethod
-    def denoise(
-        self, module: nn.Module, x: Tensor, t: Tensor, condition: Conditioning, guidance: float
-    ) -> Tensor:
+    def denoise(self, module: Any, x: Tensor, t: Tensor, condition: Conditioning, guidance: float) -> Tensor:
         """The network's prediction, (B, C, H, W); `guidance` matters only where it is an input."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latent of one image."""
         scale = self.pipe.vae_scale_factor
-        return self.module.config.in_channels, height // scale, width // scale
+        return self.pipe.vae.config.latent_channels, height // scale, width // scale
 
     def image_tokens(self, shape: tuple[int, int, int]) -> int:
         """Tokens of one latent, for schedules that depend on it."""
-        patch = getattr(self.module.config, "patch_size", None) or 1
+        patch = self.multiple // self.pipe.vae_scale_factor
         return (shape[1] // patch) * (shape[2] // patch)
 
     def process(self) -> Process:
         """The noise process that the pipeline's scheduler belongs to."""
         scheduler = self.pipe.scheduler
-        return Diffusion(scheduler) if hasattr(scheduler, "alphas_cumprod") else Flow(scheduler)
+        if hasattr(scheduler, "alphas_cumprod"):
+            return Diffusion(scheduler)
+        return Flow(scheduler, self.even_sigmas)
 
     # Images.
 
@@ -251,17 +275,6 @@ class StableDiffusion(Family):
     lora_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
 
     @override
-    def _encode(self, text: str, extra: dict[str, Any]) -> Conditioning:
-        prompt, _ = self.pipe.encode_prompt(
-            text,
-            self.pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            **extra,
-        )
-        return Conditioning(prompt)
-
-    @override
     def guided(self, guidance: float) -> bool:
         return guidance > 1 and self.pipe.unet.config.time_cond_proj_dim is None
 
@@ -270,15 +283,8 @@ class StableDiffusion(Family):
     def multiple(self) -> int:
         return math.lcm(8, self.pipe.vae_scale_factor)
 
-    @property
     @override
-    def default_size(self) -> int:
-        return self.module.config.sample_size * self.pipe.vae_scale_factor
-
-    @override
-    def denoise(
-        self, module: nn.Module, x: Tensor, t: Tensor, condition: Conditioning, guidance: float
-    ) -> Tensor:
+    def denoise(self, module: Any, x: Tensor, t: Tensor, condition: Conditioning, guidance: float) -> Tensor:
         return module(x, t, encoder_hidden_states=condition.prompt, return_dict=False)[0]
 
 
@@ -295,14 +301,7 @@ class StableDiffusionXL(StableDiffusion):
         return condition.map(torch.zeros_like) if zeros else condition
 
     @override
-    def _encode(self, text: str, extra: dict[str, Any]) -> Conditioning:
-        prompt, _, pooled, _ = self.pipe.encode_prompt(text, do_classifier_free_guidance=False, **extra)
-        return Conditioning(prompt, pooled)
-
-    @override
-    def denoise(
-        self, module: nn.Module, x: Tensor, t: Tensor, condition: Conditioning, guidance: float
-    ) -> Tensor:
+    def denoise(self, module: Any, x: Tensor, t: Tensor, condition: Conditioning, guidance: float) -> Tensor:
         # The size embedding says: made at this size, not cropped.
         size = [n * self.pipe.vae_scale_factor for n in x.shape[2:]]
         ids = torch.tensor([[*size, 0, 0, *size]], dtype=condition.prompt.dtype, device=x.device)
@@ -325,24 +324,12 @@ class StableDiffusion3(Family):
     denoiser = "transformer"
     lora_targets = _JOINT_ATTENTION
 
-    @override
-    def _encode(self, text: str, extra: dict[str, Any]) -> Conditioning:
-        prompt, _, pooled, _ = self.pipe.encode_prompt(
-            text, None, None, do_classifier_free_guidance=False, **extra
-        )
-        return Conditioning(prompt, pooled)
-
     @property
     @override
     def texts(self) -> list[tuple[int | None, Any]]:
         """The rows of both CLIP encoders, which have one vocabulary, then T5's."""
         rows: list[tuple[int | None, Any]] = [(self.pipe.tokenizer_max_length, self.pipe.tokenizer)]
         return rows if self.pipe.text_encoder_3 is None else [*rows, (None, self.pipe.tokenizer_3)]
-
-    @property
-    @override
-    def multiple(self) -> int:
-        return self.pipe.vae_scale_factor * self.pipe.patch_size
 
     @property
     @override
@@ -357,9 +344,7 @@ class StableDiffusion3(Family):
         return [f"transformer_blocks.{len(self.module.transformer_blocks) - 1}.attn.add_q_proj"]
 
     @override
-    def denoise(
-        self, module: nn.Module, x: Tensor, t: Tensor, condition: Conditioning, guidance: float
-    ) -> Tensor:
+    def denoise(self, module: Any, x: Tensor, t: Tensor, condition: Conditioning, guidance: float) -> Tensor:
         return module(
             hidden_states=x,
             timestep=t * 1000,
@@ -378,11 +363,12 @@ class Flux(Family):
     pipeline = "FluxPipeline"
     denoiser = "transformer"
     lora_targets = _JOINT_ATTENTION
+    even_sigmas = True
 
     @override
-    def _encode(self, text: str, extra: dict[str, Any]) -> Conditioning:
-        prompt, pooled, _ = self.pipe.encode_prompt(text, None, **extra)
-        return Conditioning(prompt, pooled)
+    def named(self, encoded: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        """As the base; the negative branch is a call of its own."""
+        return dict(zip(("prompt_embeds", "pooled_prompt_embeds", "text_ids"), encoded, strict=True))
 
     @property
     @override
@@ -394,47 +380,22 @@ class Flux(Family):
     def guided(self, guidance: float) -> bool:
         return self.call.get("true_cfg_scale", 1.0) > 1
 
-    @property
     @override
-    def multiple(self) -> int:
-        return self.pipe.vae_scale_factor * 2
-
-    @override
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """As the base, before packing 2 × 2."""
-        scale = self.pipe.vae_scale_factor * 2
-        return self.module.config.in_channels // 4, 2 * (height // scale), 2 * (width // scale)
-
-    @override
-    def image_tokens(self, shape: tuple[int, int, int]) -> int:
-        """A token is 2 × 2 latent pixels."""
-        return (shape[1] // 2) * (shape[2] // 2)
-
-    @override
-    def process(self) -> Process:
-        return Flow(self.pipe.scheduler, even_sigmas=True)
-
-    @override
-    def denoise(
-        self, module: nn.Module, x: Tensor, t: Tensor, condition: Conditioning, guidance: float
-    ) -> Tensor:
+    def denoise(self, module: Any, x: Tensor, t: Tensor, condition: Conditioning, guidance: float) -> Tensor:
         b, c, h, w = x.shape
-        rows = torch.arange(h // 2, device=x.device).repeat_interleave(w // 2)
-        columns = torch.arange(w // 2, device=x.device).repeat(h // 2)
-        image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=1).to(x.dtype)
-        packed = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * 4)
         guided = self.module.config.guidance_embeds
         out = module(
-            hidden_states=packed,
+            hidden_states=self.pipe._pack_latents(x.contiguous(), b, c, h, w),
             timestep=t,
             guidance=torch.full((b,), guidance, device=x.device) if guided else None,
             encoder_hidden_states=condition.prompt,
             pooled_projections=condition.pooled,
             txt_ids=torch.zeros(condition.prompt.shape[1], 3, device=x.device, dtype=x.dtype),
-            img_ids=image_ids,
+            img_ids=self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, x.device, x.dtype),
             return_dict=False,
         )[0]
-        return out.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+        scale = self.pipe.vae_scale_factor
+        return self.pipe._unpack_latents(out, h * scale, w * scale, scale)
 
 
 FAMILIES: dict[str, type[Family]] = {

@@ -7,9 +7,8 @@ serves all of them. Shapes: latents are (B, C, H, W), times (B,).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,35 +20,35 @@ def _like(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-class Process(ABC):
+class Process(Protocol):
     """Common interface; `t` is whatever the process calls time, and runs from noisy to clean."""
 
     #: What the network predicts: "velocity", "epsilon" or "v_prediction".
     prediction: str
 
-    @abstractmethod
     def draw(self, n: int, generator: torch.Generator, how: TimeSampling = "logit_normal") -> Tensor:
         """Draw n training times on the CPU, so that a seed means the same on every device."""
+        ...
 
-    @abstractmethod
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The state at time t on the way from `clean` to `noise`."""
+        ...
 
-    @abstractmethod
     def regression_target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What a perfect network would predict at that state."""
+        ...
 
-    @abstractmethod
     def clean(self, x: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The clean latent that a prediction at state x stands for."""
+        ...
 
-    @abstractmethod
     def schedule(self, steps: int, image_tokens: int) -> Tensor:
         """The steps + 1 times of a sampler, from pure noise to clean, float32 on the CPU."""
+        ...
 
-    @abstractmethod
     def step(self, x: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """One deterministic sampler step from t to t_next (both 0-dim)."""
+        ...
 
 
 class Flow(Process):
@@ -100,13 +99,8 @@ class Flow(Process):
         if config.get("use_dynamic_shifting"):
             from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-            how["mu"] = calculate_shift(
-                image_tokens,
-                config.get("base_image_seq_len", 256),
-                config.get("max_image_seq_len", 4096),
-                config.get("base_shift", 0.5),
-                config.get("max_shift", 1.15),
-            )
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            how["mu"] = calculate_shift(image_tokens, *(config[name] for name in names))
         self._scheduler.set_timesteps(**how)
         return self._scheduler.sigmas.float().cpu().clone()
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ...domain import EmotionTarget
+from ..quiet import first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,8 +72,7 @@ class GenerationError(Exception):
     def __init__(self, results: Sequence[GeneratedImage | BaseException]) -> None:
         self.results = list(results)
         errors = [result for result in self.results if isinstance(result, BaseException)]
-        reason = str(errors[0]).strip() or type(errors[0]).__name__
-        super().__init__(f"{len(errors)} of {len(self.results)} images failed: {reason.splitlines()[0]}")
+        super().__init__(f"{len(errors)} of {len(self.results)} images failed: {first_line(errors[0])}")
         self.__cause__ = errors[0]
 
 
@@ -115,3 +117,47 @@ def unread_text(generator: Generator, prompt: str) -> str:
     """
     unread: Any = getattr(generator, "unread", None)
     return "" if unread is None else unread(prompt)
+
+
+class Wrapped:
+    """A whole `Generator` from an object that has `generate(requests)` and perhaps others of its methods.
+
+    `generate` may be async or not (then one call runs at a time, in a thread), and may give `GeneratedImage`s or plain
+    PIL images, one per request. What is not said of a picture stays unknown in the log; the model's name is the
+    class's, unless `describe()` says one.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="emoloop-generator")
+
+    async def generate(self, requests: Sequence[ImageRequest]) -> list[GeneratedImage]:
+        """As `Generator.generate`."""
+        loop, call = asyncio.get_running_loop(), self._source.generate
+        made = await loop.run_in_executor(self._thread, call, requests)
+        made = await made if inspect.isawaitable(made) else made
+        images = [
+            it if isinstance(it, GeneratedImage) else GeneratedImage(it, request)
+            for it, request in zip(made, requests, strict=True)
+        ]
+        for it in images:
+            it.provenance = {"model": self.describe()["model"], **it.provenance}
+        return images
+
+    def unknown_words(self, prompt: str) -> list[UnknownWord]:
+        """None, where the object does not say."""
+        return self._ask("unknown_words", prompt) or []
+
+    def describe(self) -> dict[str, Any]:
+        """What the object says, and at least a name for the model."""
+        return {"model": type(self._source).__name__, **(self._ask("describe") or {})}
+
+    async def aclose(self) -> None:
+        """Close the object where it can be closed."""
+        closed = self._ask("aclose")
+        if inspect.isawaitable(closed):
+            await closed
+        self._thread.shutdown(wait=False)
+
+    def _ask(self, name: str, *args: Any) -> Any:
+        return getattr(self._source, name)(*args) if hasattr(self._source, name) else None

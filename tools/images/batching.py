@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job(Generic[T, R]):
     item: T
     key: Hashable
@@ -53,7 +52,7 @@ class BatchWorker(Generic[T, R]):
             name: Name of the thread.
         """
         self._run, self.size, self._window, self._key, self._name = run, size, window, key, name
-        self._queue: deque[_Job[T, R]] = deque()
+        self._queue: list[_Job[T, R]] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -88,24 +87,20 @@ class BatchWorker(Generic[T, R]):
 
     def _take(self) -> list[_Job[T, R]] | None:
         with self._changed:
-            while not self._queue and not self._closed:
-                self._changed.wait()
-            while self._queue and not self._closed:
-                head = self._queue[0]
-                left = head.since + self._window - time.monotonic()
-                if left <= 0 or sum(job.key == head.key for job in self._queue) >= self.size:
-                    break
+            while not self._closed:
+                left = None
+                if self._queue:
+                    head = self._queue[0]
+                    batch = [job for job in self._queue if job.key == head.key][: self.size]
+                    left = head.since + self._window - time.monotonic()
+                    if left <= 0 or len(batch) >= self.size:
+                        self._queue = [job for job in self._queue if job not in batch]
+                        return batch
                 self._changed.wait(left)
-            if self._closed:
-                for job in self._queue:
-                    job.future.cancel()
-                self._queue.clear()
-                return None
-            head = self._queue[0]
-            batch = [job for job in self._queue if job.key == head.key][: self.size]
-            taken = set(map(id, batch))
-            self._queue = deque(job for job in self._queue if id(job) not in taken)
-            return batch
+            for job in self._queue:
+                job.future.cancel()
+            self._queue.clear()
+            return None
 
     def _work(self) -> None:
         while (batch := self._take()) is not None:

@@ -14,11 +14,10 @@ import inspect
 import logging
 import re
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,8 +28,7 @@ from ...domain import UserError
 from ...settings import GeneratorSettings
 from .. import presets
 from ..diffusion.adapter import Adapter, adapters_on, load_artifact, unload
-from ..diffusion.conditioners import points
-from ..diffusion.families import Conditioning, Family, family_of
+from ..diffusion.families import TOKENIZERS, Conditioning, Family, family_of
 from ..fingerprint import versions
 from .base import GeneratedImage, ImageRequest, UnknownWord, gather_images
 from .batching import BatchWorker
@@ -45,6 +43,9 @@ _CACHED_PROMPTS = 32
 
 #: Libraries whose versions decide about the bits of a picture.
 _LIBRARIES = ("emoloop", "torch", "diffusers", "transformers", "peft")
+
+#: Attributes of the generator that an event names.
+_SAMPLING = ("steps", "guidance", "height", "width")
 
 
 @dataclass(frozen=True)
@@ -123,20 +124,18 @@ class DiffusersGenerator:
                 component.eval()
         self._bar = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(disable=True)
-        self._device, self._dtype = pipe.device, self.family.module.dtype
+        # Under CPU offload the pipeline's own `device` says where weights wait, not where they compute.
+        self._device, self._dtype = pipe._execution_device, self.family.module.dtype
         self.adapter: Adapter | None = None
         if settings.adapter is not None:
+            base = {"model": self._model, "revision": revision}
             self.adapter = load_artifact(
-                pipe,
-                settings.adapter,
-                scale=settings.adapter_scale,
-                call=self._call,
-                base={"model": self._model, "revision": revision},
+                pipe, settings.adapter, scale=settings.adapter_scale, call=self._call, base=base
             )
             if settings.guidance is None and self.adapter.guidance is not None:
                 self.guidance = self.adapter.guidance
         self._closed = False
-        self._embeds: OrderedDict[str | None, Conditioning] = OrderedDict()
+        self._encode = lru_cache(_CACHED_PROMPTS)(lambda text: self.family.encode(text))
         self._fair_shapes: set[tuple[int, int]] = set()
         self._worker: BatchWorker[ImageRequest, GeneratedImage] = BatchWorker(
             self._run,
@@ -164,14 +163,14 @@ class DiffusersGenerator:
 
     def unknown_words(self, prompt: str) -> list[UnknownWord]:
         """The words of a prompt that every tokenizer of the model maps to its unknown token."""
-        unknown = []
-        for word in dict.fromkeys(re.findall(r"\w+", prompt)):
-            if self._word_tokenizers and all(
-                tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
-                for tokenizer in self._word_tokenizers
-            ):
-                unknown.append(UnknownWord(word, get_close_matches(word.lower(), self._known_words, 3, 0.0)))
-        return unknown
+        tokenizers = self._tokenizing.tokenizers
+        if any(tokenizer.unk_token_id is None for tokenizer in tokenizers):
+            return []
+        return [
+            UnknownWord(word, get_close_matches(word.lower(), self._known_words, 3, 0.0))
+            for word in dict.fromkeys(re.findall(r"\w+", prompt))
+            if all(it.unk_token_id in it(word, add_special_tokens=False).input_ids for it in tokenizers)
+        ]
 
     def unread(self, prompt: str) -> str:
         """The end of a prompt that is too long for every text encoder of the model; "" for most."""
@@ -181,36 +180,27 @@ class DiffusersGenerator:
     def _tokenizing(self) -> Family:
         # Copies: encoding sets padding inside the fast tokenizers, which must not meet another thread's call.
         pipe = copy.copy(self.pipe)
-        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        for name in TOKENIZERS:
             if getattr(pipe, name, None) is not None:
                 setattr(pipe, name, copy.deepcopy(getattr(pipe, name)))
         return family_of(pipe, self._call)
 
     @cached_property
-    def _word_tokenizers(self) -> list[Any]:
-        found = [getattr(self._tokenizing.pipe, f"tokenizer{suffix}", None) for suffix in ("", "_2", "_3")]
-        present = [tokenizer for tokenizer in found if tokenizer is not None]
-        return [] if any(t.unk_token_id is None for t in present) else present
-
-    @cached_property
     def _known_words(self) -> list[str]:
-        tokenizer = self._word_tokenizers[0]
+        tokenizer = self._tokenizing.tokenizers[0]
         pieces = (piece.removesuffix("</w>").lstrip("▁Ġ") for piece in tokenizer.get_vocab())
         return sorted({p for p in pieces if p.isalpha() and len(p) > 1} - set(tokenizer.all_special_tokens))
 
     def describe(self) -> dict[str, Any]:
-        """Model, settings in force and versions, as plain JSON."""
+        """Model, adapters (all that are active on the pipeline), settings in force and versions, as plain JSON."""
         return {
             "model": self._model,
             "revision": self._revision,
-            "adapter": self._adapter_id,
+            "adapter": adapters_on(self.pipe),
+            **{name: getattr(self, name) for name in _SAMPLING},
             "pipeline": type(self.pipe).__name__,
             "device": str(self._device),
             "dtype": str(self._dtype).removeprefix("torch."),
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "height": self.height,
-            "width": self.width,
             "micro_batch": self.micro_batch,
             "negative_prompt": self._negative_prompt,
             "call": self._call,
@@ -228,19 +218,8 @@ class DiffusersGenerator:
             unload(self.pipe, self.adapter)
         self.pipe.set_progress_bar_config(**self._bar)
 
-    @property
-    def _adapter_id(self) -> str | None:
-        """For the record: every adapter that is active on the pipeline, ours or not; see `adapters_on`."""
-        return adapters_on(self.pipe)
-
     def _emotional(self, request: ImageRequest) -> bool:
-        adapter = self.adapter
-        return (
-            adapter is not None
-            and adapter.emotion_tokens is not None
-            and adapter.scale != 0
-            and request.target is not None
-        )
+        return self.adapter is not None and self.adapter.takes(request.target)
 
     def _check_size(self) -> None:
         multiple, largest = self.family.multiple, self.family.largest_size
@@ -256,67 +235,43 @@ class DiffusersGenerator:
     # Everything below runs on the worker thread.
 
     def _run(self, requests: list[ImageRequest]) -> list[GeneratedImage | Exception]:
-        rows: dict[int, _Row] = {}
-        results: dict[int, GeneratedImage | Exception] = {}
         start = time.perf_counter()
-        for index, request in enumerate(requests):
-            try:
-                rows[index] = self._row(request)
-            except Exception as error:
-                results[index] = error
-        images = dict(zip(rows, self._sample(list(rows.values())), strict=True))
-        seconds = (time.perf_counter() - start) / max(1, len(rows))
-        for index, image in images.items():
-            if isinstance(image, Exception):
-                results[index] = image
-            else:
-                provenance = self._provenance(requests[index], seconds)
-                results[index] = GeneratedImage(image, requests[index], provenance)
-        return [results[index] for index in range(len(requests))]
+        rows = [self._row(request) for request in requests]
+        images = iter(self._sample([row for row in rows if isinstance(row, _Row)]))
+        results = [next(images) if isinstance(row, _Row) else row for row in rows]
+        seconds = (time.perf_counter() - start) / max(1, sum(isinstance(row, _Row) for row in rows))
+        return [
+            result
+            if isinstance(result, Exception)
+            else GeneratedImage(result, request, self._provenance(request, seconds))
+            for request, result in zip(requests, results, strict=True)
+        ]
 
     def _provenance(self, request: ImageRequest, seconds: float) -> dict[str, Any]:
+        about = self.describe()
+        ran_on = {"device": self._device.type, "dtype": about["dtype"], "micro_batch": str(self.micro_batch)}
         return {
-            "model": self._model,
-            "revision": self._revision,
-            "adapter": self._adapter_id,
+            **{name: about[name] for name in ("model", "revision", "adapter", *_SAMPLING)},
             "negative_prompt": self._negative(request),
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "height": self.height,
-            "width": self.width,
-            "versions": {
-                **versions(*_LIBRARIES),
-                "device": self._device.type,
-                "dtype": str(self._dtype).removeprefix("torch."),
-                "micro_batch": str(self.micro_batch),
-            },
+            "versions": about["versions"] | ran_on,
             "seconds": round(seconds, 4),
         }
 
     def _negative(self, request: ImageRequest) -> str | None:
         return request.negative_prompt if request.negative_prompt is not None else self._negative_prompt
 
-    def _encode(self, text: str | None) -> Conditioning:
-        if text in self._embeds:
-            self._embeds.move_to_end(text)
-        else:
-            self._embeds[text] = self.family.encode(text)
-            if len(self._embeds) > _CACHED_PROMPTS:
-                self._embeds.popitem(last=False)
-        return self._embeds[text]
-
-    def _row(self, request: ImageRequest) -> _Row:
-        positive = self._encode(request.prompt)
-        guided = self.family.guided(self.guidance)
-        negative = self._encode(self._negative(request)) if guided else None
-        if self._emotional(request):
-            assert self.adapter is not None and self.adapter.emotion_tokens is not None
-            tokens = self.adapter.emotion_tokens
-            with torch.no_grad():
-                inputs = {"target": points([request.target], self._device)}
-                positive = tokens(positive, inputs, self.adapter.scale)
-                negative = tokens.null(negative) if negative is not None else None
-        return _Row(positive, negative, request.seed)
+    def _row(self, request: ImageRequest) -> _Row | Exception:
+        try:
+            positive = self._encode(request.prompt)
+            guided = self.family.guided(self.guidance)
+            negative = self._encode(self._negative(request)) if guided else None
+            if self.adapter is not None:
+                positive = self.adapter.condition(positive, request.target)
+                if negative is not None:
+                    negative = self.adapter.condition(negative, request.target, negative=True)
+            return _Row(positive, negative, request.seed)
+        except Exception as error:
+            return error
 
     def _sample(self, rows: list[_Row]) -> list[Image.Image | Exception]:
         images: list[Image.Image | Exception] = []

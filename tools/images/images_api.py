@@ -65,11 +65,16 @@ class ImagesApiGenerator:
             raise UserError(
                 "generator.adapter works in this process only: start the image server with the LoRA instead"
             )
-        self._url = f"{url}/images/generations"
-        self._settings = settings
-        self._height, self._width = settings.height or _SIZE, settings.width or _SIZE
-        self._steps = settings.steps or _STEPS
-        self._guidance = _GUIDANCE if settings.guidance is None else settings.guidance
+        self._base_url, self._url = settings.base_url, f"{url}/images/generations"
+        self._negative_prompt = settings.negative_prompt
+        self._making: dict[str, Any] = {
+            "model": settings.model,
+            "steps": settings.steps or _STEPS,
+            "guidance": _GUIDANCE if settings.guidance is None else settings.guidance,
+            "height": settings.height or _SIZE,
+            "width": settings.width or _SIZE,
+            "versions": versions("emoloop"),
+        }
         self._slots = asyncio.Semaphore(_CONCURRENCY)
         self._client = httpx.AsyncClient(
             headers={"authorization": f"Bearer {settings.api_key.strip()}"},
@@ -93,57 +98,34 @@ class ImagesApiGenerator:
 
     def describe(self) -> dict[str, Any]:
         """Model and settings in force, as plain JSON."""
-        return {
-            "model": self._settings.model,
-            "base_url": self._settings.base_url,
-            "steps": self._steps,
-            "guidance": self._guidance,
-            "height": self._height,
-            "width": self._width,
-            "negative_prompt": self._settings.negative_prompt,
-            "versions": versions("emoloop"),
-        }
+        return {**self._making, "base_url": self._base_url, "negative_prompt": self._negative_prompt}
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._client.aclose()
 
     async def _one(self, request: ImageRequest) -> GeneratedImage:
-        negative = (
-            request.negative_prompt if request.negative_prompt is not None else self._settings.negative_prompt
-        )
+        negative = self._negative_prompt if request.negative_prompt is None else request.negative_prompt
+        making = self._making
         body: dict[str, Any] = {
-            "model": self._settings.model,
+            "model": making["model"],
             "prompt": request.prompt,
             "n": 1,
-            "size": f"{self._width}x{self._height}",
+            "size": f"{making['width']}x{making['height']}",
             "response_format": "b64_json",
             "seed": request.seed,
-            "num_inference_steps": self._steps,
-            "guidance_scale": self._guidance,
+            "num_inference_steps": making["steps"],
+            "guidance_scale": making["guidance"],
         }
         if negative is not None:
             body["negative_prompt"] = negative
         async with self._slots:
             start = time.perf_counter()
             answer = await self._post(body)
-            image = await asyncio.to_thread(_decode, answer, 4 * self._width * self._height)
-        return GeneratedImage(
-            image,
-            request,
-            {
-                "model": self._settings.model,
-                "revision": None,
-                "adapter": None,
-                "negative_prompt": negative,
-                "steps": self._steps,
-                "guidance": self._guidance,
-                "height": image.height,
-                "width": image.width,
-                "versions": versions("emoloop"),
-                "seconds": round(time.perf_counter() - start, 4),
-            },
-        )
+            image = await asyncio.to_thread(_decode, answer, 4 * making["width"] * making["height"])
+        made = {"negative_prompt": negative, "height": image.height, "width": image.width}
+        seconds = round(time.perf_counter() - start, 4)
+        return GeneratedImage(image, request, {**making, **made, "seconds": seconds})
 
     async def _post(self, body: dict[str, Any]) -> Any:
         retrying = AsyncRetrying(
@@ -152,27 +134,21 @@ class ImagesApiGenerator:
             stop=stop_after_delay(_PATIENCE),
             reraise=True,
         )
-        async for attempt in retrying:
-            with attempt:
-                response = await self._receive(body)
-                if response.is_error:
-                    reason = " ".join(response.text.split())[:200]
-                    raise httpx.HTTPStatusError(
-                        f"{self._url} answered {response.status_code}: {reason}",
-                        request=response.request,
-                        response=response,
-                    )
-                return json.loads(response.content)
+        return await retrying(self._receive, body)
 
-    async def _receive(self, body: dict[str, Any]) -> httpx.Response:
-        """The answer, unpacked; one that no picture of this size needs is not read to its end."""
-        most, content = 2**24 + 8 * self._width * self._height, bytearray()
+    async def _receive(self, body: dict[str, Any]) -> Any:
+        """The answer's JSON; an answer that no picture of this size needs is not read to its end."""
+        most, content = 2**24 + 8 * self._making["width"] * self._making["height"], bytearray()
         async with self._client.stream("POST", self._url, json=body) as response:
             async for part in response.aiter_bytes(65_536):
                 content += part
                 if len(content) > most:
                     raise RuntimeError(f"the image server's answer is longer than {most} bytes")
-        return httpx.Response(response.status_code, content=bytes(content), request=response.request)
+        if response.is_error:
+            reason = " ".join(content.decode(errors="replace").split())[:200]
+            told = f"{self._url} answered {response.status_code}: {reason}"
+            raise httpx.HTTPStatusError(told, request=response.request, response=response)
+        return json.loads(content)
 
 
 def _transient(error: BaseException) -> bool:

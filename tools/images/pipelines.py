@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from ...settings import GeneratorSettings
 from .. import presets
 from ..diffusion.families import family_class
 from ..fingerprint import revision
-from ..quiet import quiet
+from ..quiet import first_line, quiet
 from .diffusers import DiffusersGenerator
 
 
@@ -27,7 +25,7 @@ def open_model(settings: GeneratorSettings) -> DiffusersGenerator:
     """
     found = presets.resolve(settings.model)
     folder = found if isinstance(found, Path) else _download(found)
-    defaults = {**presets.defaults(settings.model), **presets.read_defaults(folder / presets.DEFAULTS_FILE)}
+    defaults = {**presets.defaults(settings.model), **presets.read_json(folder / presets.DEFAULTS_FILE)}
     device = device_of(settings.device)
     pipe = load_pipeline(folder, _dtype(settings.dtype, device), defaults.get("load") or {}).to(device)
     return DiffusersGenerator(
@@ -51,42 +49,22 @@ def load_pipeline(folder: Path, dtype: torch.dtype, load: dict[str, Any] | None 
         UserError: No folder, not a diffusers pipeline, an unsupported class, or files that do not load.
     """
     index = folder / "model_index.json"
-    if not folder.is_dir():
-        raise UserError(f"no such folder: {folder}")
     if not index.is_file():
         raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
-    components = presets.read_defaults(index)
-    name = str(components.pop("_class_name", ""))
-    with quiet():
-        pipeline_class = getattr(import_module("diffusers"), family_class([name]).pipeline)
-    parameters = inspect.signature(pipeline_class.__init__).parameters
-    # What has another default (flags such as requires_safety_checker) is no component.
-    absent = {
-        key: None
-        for key, parameter in parameters.items()
-        if key != "self"
-        and parameter.default in (None, inspect.Parameter.empty)
-        and (components.get(key) or [None])[0] is None
-    }
-    own = __name__.partition(".")[0]
-    for value in components.values():
-        if isinstance(value, list) and value and str(value[0]).partition(".")[0] == own:
-            _import_component(folder, str(value[0]))
+    components = presets.read_json(index)
+    name, own = str(components.pop("_class_name", "")), __name__.partition(".")[0]
+    family = family_class([name])
     try:
         with quiet():
-            pipe = pipeline_class.from_pretrained(folder, dtype=dtype, **{**absent, **(load or {})})
+            pipeline_class = getattr(import_module("diffusers"), family.pipeline)
+            parts, _ = pipeline_class._get_signature_keys(pipeline_class)
+            absent = {part: None for part in parts if (components.get(part) or [None])[0] is None}
+            for value in components.values():
+                if isinstance(value, list) and str(value[0]).partition(".")[0] == own:
+                    import_module(value[0])
+            return pipeline_class.from_pretrained(folder, dtype=dtype, **{**absent, **(load or {})})
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} does not load as a {name}: {reason}") from error
-    return pipe
-
-
-def _import_component(folder: Path, module: str) -> None:
-    if module not in sys.modules:
-        try:
-            import_module(module)
-        except ImportError as error:
-            raise UserError(f"{folder} names a component in {module!r}, which cannot be imported") from error
+        raise UserError(f"{folder} does not load as a {name}: {first_line(error)}") from error
 
 
 def _download(hub_id: str) -> Path:
@@ -95,8 +73,8 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(hub_id))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"no folder {hub_id!r} here, and the model hub did not give it: {reason}") from error
+        told = f"no folder {hub_id!r} here, and the model hub did not give it: {first_line(error)}"
+        raise UserError(told) from error
 
 
 def device_of(name: str) -> torch.device:
@@ -115,7 +93,7 @@ def device_of(name: str) -> torch.device:
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device {name!r} is not here: {first_line(error)}") from error
     return device
 
 

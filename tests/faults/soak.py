@@ -2,6 +2,8 @@
 
 Everything is as in a long `emoloop collect --lvlm vllm`: the runs, their log and pictures, the critic, the client
 and its pool. The generator is the settings' own, at few steps, because its pictures are not what is looked at.
+
+    python tests/faults/soak.py [CRITIQUES]      # against the server of the settings; 10,000 by default
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...domain import UserError
-from ...graph.collect import Outcome, collect
-from ...graph.loop import open_loop
-from ...settings import load_settings
+import psutil
+from emoloop.domain import UserError
+from emoloop.graph.collect import Outcome, collect
+from emoloop.graph.loop import open_loop
+from emoloop.settings import load_settings
 
 #: Neutral prompts and targets that are gone through in turn.
 PROMPTS = ("a dog by the sea", "a cat in a meadow", "a house", "a boat in the snow", "a tree in the city")
@@ -52,12 +55,8 @@ def main(
         it held more at the end of any run.
 
     Raises:
-        UserError: No server, a run that failed, or psutil is missing.
+        UserError: No server, or a run that failed.
     """
-    try:
-        import psutil
-    except ImportError:
-        raise UserError("bench soak needs psutil: pip install 'emoloop[test]'") from None
     settings = load_settings(
         {
             "lvlm": {"engine": "vllm", "concurrency": concurrency},
@@ -125,3 +124,7 @@ def main(
         mode="json", exclude={"lvlm": {"api_key"}, "generator": {"api_key"}, "home": True}
     )
     return {"bench": "soak", "figures": figures, "n": n, "runs": runs, "seed": seed, "settings": described}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(int((sys.argv[1:] or ["10000"])[0])), indent=1))

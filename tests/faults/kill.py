@@ -1,11 +1,15 @@
 """Kills runs at random moments and resumes them: is anything lost, doubled, or decided differently?
 
 Each trial starts `emoloop run` in a process of its own, kills it with SIGKILL, reads what the log had
-acknowledged, resumes (sometimes killing that one too), and compares with a run that was left in peace.
+acknowledged, resumes (sometimes killing that one too), and compares with an undisturbed run.
+
+    python tests/faults/kill.py [KILLS]       # with the embedded models, 20 kills by default
+
 """
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -16,65 +20,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...domain import RunResult, RunStatus
-from ...events import Event
-from ...settings import Settings
-from ...traces.store import open_store
+from emoloop.domain import RunResult, RunStatus
+from emoloop.events import Event
+from emoloop.settings import Settings
+from emoloop.traces.store import open_store
 
 #: Given a home and whether to resume, the command line of one process.
 Command = Callable[[Path, bool], Sequence[str]]
 
 #: Seconds after which a process counts as hung.
 _HUNG = 1800.0
-
-
-def main(
-    kills: int = 20,
-    rounds: int = 3,
-    images: int = 4,
-    seed: int = 0,
-    prompt: str = "a dog by the sea",
-    valence: float = 2.0,
-    arousal: float = -1.0,
-    model: str = "",
-    lvlm: str = "",
-) -> dict[str, Any]:
-    """Crash safety: kill -9 at random moments, then resume.
-
-    Args:
-        kills: Trials.
-        rounds: Most rounds of the run.
-        images: Pictures in a round.
-        seed: Of the run, and of the moments.
-        prompt: What the run is asked for.
-        valence: Wanted.
-        arousal: Wanted.
-        model: Generator, if not the settings'.
-        lvlm: LVLM, if not the settings'.
-    """
-
-    def command(home: Path, resume: bool) -> list[str]:
-        asked = [prompt, f"--valence={valence}", f"--arousal={arousal}", f"--seed={seed}"]
-        asked += [f"--rounds={rounds}", f"--images={images}"]
-        words = ["--resume", "last"] if resume else asked
-        models = [f"--model={model}"] if model else []
-        models += [f"--lvlm={lvlm}"] if lvlm else []
-        outputs = [f"--home={home}", f"--out={home / 'out'}"]
-        return [
-            sys.executable,
-            "-m",
-            f"{(__package__ or '').partition('.')[0]}.cli",
-            "run",
-            *words,
-            *models,
-            *outputs,
-        ]
-
-    figures = study(command, kills, seed)
-    return {
-        "figures": figures,
-        "settings": {"kills": kills, "rounds": rounds, "images": images, "seed": seed},
-    }
 
 
 def study(command: Command, kills: int, seed: int) -> dict[str, float]:
@@ -164,3 +119,14 @@ def _essence(result: RunResult) -> Any:
     ]
     best = (result.best.round, result.best.index, result.best.sha256) if result.best else None
     return rounds, best, result.stop_reason, result.gain, result.best_gain
+
+
+def _emoloop(home: Path, resume: bool) -> list[str]:
+    """`emoloop run` or its resumption."""
+    target = ["--valence=2", "--arousal=-1", "--seed=0", "--rounds=3", "--images=4"]
+    words = ["--resume", "last"] if resume else ["a dog by the sea", *target]
+    return [sys.executable, "-m", "emoloop", "run", *words, f"--home={home}", f"--out={home / 'out'}"]
+
+
+if __name__ == "__main__":
+    print(json.dumps(study(_emoloop, int((sys.argv[1:] or ["20"])[0]), seed=0)))

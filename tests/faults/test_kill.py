@@ -1,15 +1,13 @@
-"""kill -9 and resume, a few times; `emoloop bench kill` does it twenty times with the real models."""
+"""kill -9 and resume, a few times; `kill.py` does it twenty times with the embedded models."""
 
 import sys
 from pathlib import Path
 
-import pytest
-from emoloop.evals.bench.kill import study
+from faults.kill import study
 
 CHILD = Path(__file__).with_name("killable.py")
 
 
-@pytest.mark.faults
 def test_nothing_is_lost_doubled_or_decided_differently():
     figures = study(
         lambda home, resume: [sys.executable, str(CHILD), str(home), "resume" if resume else "run"],

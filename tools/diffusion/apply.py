@@ -1,0 +1,133 @@
+"""A distilled target in anybody's own diffusers pipeline: `emoloop.apply(pipe, adapter, target)`.
+
+The LoRA alone has no target. So the pipeline's class is replaced by a subclass of the same name, whose `encode_prompt`
+adds the target to whatever the pipeline's own call encodes (or is given as embeddings): all of the call's arguments
+keep their meaning. Outside of a call `encode_prompt` is as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+from ...domain import EmotionTarget
+from .adapter import Adapter, known, load_artifact, unload
+from .families import Conditioning, family_of
+
+
+@dataclass
+class Applied:
+    """An adapter and a target on a pipeline; a context manager that takes them off at its end.
+
+    Attributes:
+        pipe: The pipeline.
+        adapter: The adapter.
+        target: What the next pictures shall make people feel; may be changed, None leaves it to the LoRA.
+    """
+
+    pipe: Any
+    adapter: Adapter
+    target: EmotionTarget | None = None
+
+    @property
+    def id(self) -> str | None:
+        """For the record: the adapter's id and the target."""
+        told = "" if self.target is None else self.target.model_dump_json(exclude_none=True)
+        return f"{self.adapter.id}{told}"
+
+    def remove(self) -> None:
+        """Take the adapter off; with the last one the pipeline is as it was, to the bit."""
+        if known(self.pipe).get(self.adapter.name) is self:
+            unload(self.pipe, self.adapter)
+        replaced = isinstance(self.pipe, _Emotional)
+        if replaced and not _applied(self.pipe):
+            self.pipe.__class__ = type(self.pipe).__base__
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+
+def apply(
+    pipe: Any, adapter: Path | str, target: EmotionTarget | None = None, *, scale: float = 1.0
+) -> Applied:
+    """Put an adapter and a target on a diffusers pipeline; its plain call makes the pictures then.
+
+        emoloop.apply(pipe, "runs/opd", emoloop.EmotionTarget(valence=2, arousal=-1))
+        pipe("a dog by the sea").images[0]
+
+    What is on the pipeline already stays, and several adapters add up. The call's arguments are the pipeline's own: for
+    the picture of `emoloop run --adapter` give the same steps, guidance, size and batch (`Applied.adapter.guidance` is
+    the guidance that the adapter was made for).
+
+    Args:
+        pipe: A pipeline of a supported class. Left as it was when this fails.
+        adapter: A distilled artifact, or any LoRA, which knows no target.
+        target: The wanted emotion.
+        scale: Strength; 0 checks the adapter and changes nothing.
+
+    Returns:
+        What takes it off again: `with emoloop.apply(...):`, or its `remove()`.
+
+    Raises:
+        UserError: Nothing there, not a LoRA, or made for another model.
+    """
+    applied = Applied(pipe, load_artifact(pipe, adapter, scale=scale), target)
+    if applied.adapter.id is not None:
+        known(pipe)[applied.adapter.name] = applied
+        if not isinstance(pipe, _Emotional):
+            pipe.__class__ = _emotional(type(pipe))
+    return applied
+
+
+class _Emotional:
+    """Marks a pipeline whose class was replaced."""
+
+
+def _applied(pipe: Any) -> list[Applied]:
+    return [it for it in known(pipe).values() if isinstance(it, Applied)]
+
+
+@cache
+def _emotional(base: Any) -> Any:
+    class Emotional(base, _Emotional):
+        @wraps(base.__call__)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            self._encodings = 0
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                del self._encodings
+
+        @wraps(base.encode_prompt)
+        def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+            encoded = super().encode_prompt(*args, **kwargs)
+            if "_encodings" not in self.__dict__:
+                return encoded
+            self._encodings += 1
+            # FLUX encodes its negative branch by a second call.
+            return _told(self, encoded, positive=self._encodings == 1)
+
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Emotional, name, getattr(base, name))
+    return Emotional
+
+
+def _told(pipe: Any, encoded: Any, positive: bool) -> tuple[Any, ...]:
+    """What `encode_prompt` gave, with every target on the pipeline added."""
+    family = family_of(pipe)
+    named: dict[str, Any] = family.named(encoded)
+    for sign in ("", "negative_"):
+        if named.get(f"{sign}prompt_embeds") is None:
+            continue
+        embeds: Conditioning = family.conditioning(named, sign)
+        for it in _applied(pipe):
+            embeds = it.adapter.condition(embeds, it.target, negative=bool(sign) or not positive)
+        named[f"{sign}prompt_embeds"], named[f"{sign}pooled_prompt_embeds"] = embeds.prompt, embeds.pooled
+    if "text_ids" in named:
+        named["text_ids"] = named["text_ids"].new_zeros(named["prompt_embeds"].shape[1], 3)
+    return tuple(named[name] for name in family.named(encoded))
