@@ -30,6 +30,9 @@ def show_runs(console: Console, rows: Sequence[RunRow]) -> None:
         "best": [_number(row.best_reward) for row in rows],
         "gain": [_number(row.gain) for row in rows],
     }
+    if any(row.adapter for row in rows):
+        # As `--where adapter=` and `distill --from adapter=` take it.
+        columns["adapter"] = [(row.adapter or "none")[:12] for row in rows]
     for name in _DISPENSABLE if console.width < _WIDE else ():
         del columns[name]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ...domain import UserError
-from ...rl.config import DistillConfig, load_config
+from ...rl.config import changed, load_config
 from .. import analysis
 from ..children import children
 from ..evaluate import Options
@@ -138,10 +138,8 @@ def _check_settings(place: Path, name: str, seed: int, preset: str, sets: Sequen
     path = place / "training.json"
     if not path.exists():
         return
-    asked = load_config(name, preset, sets=[f"train.seed={seed}", *sets]).model_dump()
-    # What an older version did not have yet did what its default does.
-    taken = DistillConfig.model_validate(json.loads(path.read_text())["config"]).model_dump()
-    if other := sorted(key for key in asked if asked[key] != taken[key]):
+    asked = load_config(name, preset, sets=[f"train.seed={seed}", *sets])
+    if other := changed(json.loads(path.read_text())["config"], asked):
         raise UserError(f"{place} was trained with other settings of {', '.join(other)}: use another out=")
 
 
