@@ -6,12 +6,20 @@ the work. The heavy libraries are loaded by the call.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .domain import UserError
-from .settings import GeneratorSettings, LVLMSettings, Settings, load_settings, lvlm_settings
+from .settings import (
+    GeneratorSettings,
+    LVLMSettings,
+    Settings,
+    generator_settings,
+    load_settings,
+    lvlm_settings,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -82,7 +90,7 @@ def distill(
     where = where or RunFilter()
     file = None if config is None else Path(config)
     chosen = preset or preset_for(logged_model(resolved, where), file)
-    words = [f"{key}={_yaml(value)}" for key, value in (knobs or {}).items()]
+    words = [f"{key}={json.dumps(value)}" for key, value in (knobs or {}).items()]
     return run(
         resolved, load_config(objective, chosen, file, words), Path(out), where, resume=resume, watch=watch
     )
@@ -131,7 +139,6 @@ def evaluate(
     from .evals.document import Options
     from .evals.evaluate import evaluate as run
 
-    made = _section(generator, lambda word: {"model": word})
     options = Options(
         suite=str(suite),
         arms=None if arms is None else list(arms),
@@ -140,7 +147,7 @@ def evaluate(
         adapter=None if adapter is None else Path(adapter),
         allow_reward_judge=allow_reward_judge,
         limit=limit,
-        settings={"home": home, "generator": made, "lvlm": _section(lvlm, lvlm_settings)},
+        settings={"home": home, "generator": generator_settings(generator), "lvlm": lvlm_settings(lvlm)},
     )
     return run(options, Path(out or f"eval-{Path(suite).stem}"), progress, processes)[0]
 
@@ -181,15 +188,3 @@ def preset_for(model: str, config: Path | None) -> str | None:
             "or give --config FILE"
         )
     return None
-
-
-def _section(given: Any, read: Any) -> dict[str, Any]:
-    if given is None or isinstance(given, Mapping):
-        return dict(given or {})
-    return read(str(given)) if isinstance(given, str | Path) else given.model_dump(exclude_unset=True)
-
-
-def _yaml(value: Any) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

@@ -10,13 +10,15 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
 from .domain import UserError
+from .files import check_writable
 from .settings import SECRETS, Settings, load_settings
 from .tools import presets
 from .tools.urls import base_urls, is_local, redact
@@ -76,9 +78,6 @@ def _python(settings: Settings) -> Iterator[Check]:
 def _packages(settings: Settings) -> Iterator[Check]:
     from packaging.requirements import Requirement
 
-    wrong: list[str] = []
-    extras: dict[str, list[str]] = {}
-    have: list[str] = []
     try:
         needed = [Requirement(line) for line in requires("emoloop") or []]
     except PackageNotFoundError:
@@ -86,29 +85,25 @@ def _packages(settings: Settings) -> Iterator[Check]:
             "packages", "missing", "emoloop itself is not installed", "pip install -e . in its folder"
         )
         return
+    unmet: dict[str, list[str]] = {}
     for requirement in needed:
-        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", str(requirement.marker or ""))
         if requirement.name == "emoloop":
             continue
         try:
             installed = version(requirement.name)
-            fits = requirement.specifier.contains(installed, prereleases=True)
-            problem = "" if fits else f"{requirement.name} {installed} (wanted {requirement.specifier})"
         except PackageNotFoundError:
-            problem = requirement.name
-        if problem and extra:
-            extras.setdefault(extra.group(1), []).append(problem)
-        elif problem:
-            wrong.append(problem)
-        elif requirement.name in ("torch", "diffusers", "transformers", "langgraph"):
-            have.append(f"{requirement.name} {version(requirement.name)}")
-    if wrong:
-        yield Check(
-            "packages", "missing", f"not as needed: {', '.join(wrong)}", "pip install -e . -c constraints.txt"
-        )
+            installed = None
+        if installed is None or not requirement.specifier.contains(installed, prereleases=True):
+            extra = re.search(r"extra == ['\"]([\w-]+)['\"]", str(requirement.marker or ""))
+            found = requirement.name + (f" {installed} (wanted {requirement.specifier})" if installed else "")
+            unmet.setdefault(extra[1] if extra else "", []).append(found)
+    if wrong := unmet.pop("", None):
+        remedy = "pip install -e . -c constraints.txt"
+        yield Check("packages", "missing", f"not as needed: {', '.join(wrong)}", remedy)
     else:
-        yield Check("packages", "ok", ", ".join(have))
-    for extra, problems in extras.items():
+        main = ("torch", "diffusers", "transformers", "langgraph")
+        yield Check("packages", "ok", ", ".join(f"{name} {version(name)}" for name in main))
+    for extra, problems in unmet.items():
         remedy = "see docs/serving.md" if extra == "vllm" else f"pip install -e '.[{extra}]'"
         yield Check(f"extra {extra}", "optional", f"not installed: {', '.join(problems)}", remedy)
 
@@ -116,14 +111,11 @@ def _packages(settings: Settings) -> Iterator[Check]:
 def _device(settings: Settings) -> Iterator[Check]:
     import torch
 
-    cores = f"{os.cpu_count()} CPU cores"
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        yield Check("device", "ok", f"{', '.join(names)}; {cores}")
-    elif torch.backends.mps.is_available():
-        yield Check("device", "ok", f"Apple GPU; {cores}")
-    else:
-        yield Check("device", "ok", f"{cores}, no GPU: right for the miniature, slow for real models")
+    found = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("Apple GPU")
+    found = found or ["no GPU: right for the miniature, slow for real models"]
+    yield Check("device", "ok", ", ".join([*found, f"{os.cpu_count()} CPU cores"]))
     wanted = settings.generator.device
     if wanted != "auto":
         try:
@@ -135,20 +127,20 @@ def _device(settings: Settings) -> Iterator[Check]:
 
 def _home(settings: Settings) -> Iterator[Check]:
     folder = home = settings.home
+    try:
+        check_writable(home, "home")
+    except UserError as error:
+        yield Check("home", "missing", str(error), "set another with EMOLOOP_HOME")
+        return
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        yield Check("home", "missing", f"{home} cannot be written", "set another with EMOLOOP_HOME")
-        return
     free = shutil.disk_usage(folder).free / 2**30
     there = "there" if home.is_dir() else "made when first needed"
-    enough = free >= 1
-    yield Check(
-        "home",
-        "ok" if enough else "missing",
-        f"{home}, {there}; {free:.0f} GiB free",
-        "" if enough else "less than 1 GiB is left: make room, or set EMOLOOP_HOME",
-    )
+    found = f"{home}, {there}; {free:.0f} GiB free"
+    if free < 1:
+        yield Check("home", "missing", found, "less than 1 GiB is left: make room, or set EMOLOOP_HOME")
+    else:
+        yield Check("home", "ok", found)
 
 
 def _model(name: str, kind: presets.Kind) -> Check:
@@ -164,33 +156,24 @@ def _model(name: str, kind: presets.Kind) -> Check:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    try:
-        cached = {repo.repo_id for repo in scan_cache_dir().repos}
-    except CacheNotFound:
-        cached = set()
-    if found in cached:
-        return Check(kind, "ok", f"{name}: {found}, in the hub's cache")
-    return Check(
-        kind, "missing", f"{name}: {found} is not on this machine", f"hf download {found}, or name a folder"
-    )
+    with suppress(CacheNotFound):
+        if found in {repo.repo_id for repo in scan_cache_dir().repos}:
+            return Check(kind, "ok", f"{name}: {found}, in the hub's cache")
+    remedy = f"hf download {found}, or name a folder"
+    return Check(kind, "missing", f"{name}: {found} is not on this machine", remedy)
 
 
 def _generator(settings: Settings) -> Iterator[Check]:
-    if settings.generator.base_url:
-        yield _server(
-            "generator", settings.generator.base_url, "start the images server, or unset generator.base_url"
-        )
+    url, adapter = settings.generator.base_url, settings.generator.adapter
+    if url:
+        yield _server("generator", url, "start the images server, or unset generator.base_url")
     else:
         yield _model(settings.generator.model, "generator")
-    adapter = settings.generator.adapter
-    if adapter is not None:
-        there = Path(adapter).expanduser().exists()
-        yield Check(
-            "adapter",
-            "ok" if there else "missing",
-            f"{adapter}" if there else f"{adapter} is not there",
-            "" if there else "name a LoRA or a distilled artifact in generator.adapter",
-        )
+    if adapter is not None and Path(adapter).expanduser().exists():
+        yield Check("adapter", "ok", adapter)
+    elif adapter is not None:
+        remedy = "name a LoRA or a distilled artifact in generator.adapter"
+        yield Check("adapter", "missing", f"{adapter} is not there", remedy)
 
 
 def _lvlm(settings: Settings) -> Iterator[Check]:
@@ -203,13 +186,14 @@ def _lvlm(settings: Settings) -> Iterator[Check]:
             yield Check("vLLM server", "missing", str(error), "set lvlm.base_url")
     else:
         yield _model(lvlm.model, "lvlm")
-    yield _vllm(lvlm.vllm_python, needed=lvlm.engine == "vllm-offline")
+    yield _vllm(
+        lvlm.vllm_python, "missing" if lvlm.engine == "vllm-offline" or lvlm.vllm_python else "optional"
+    )
 
 
-def _vllm(setting: str | None, needed: bool) -> Check:
+def _vllm(setting: str | None, absent: State) -> Check:
     from .tools.vllm.server import find_python
 
-    absent: State = "missing" if needed or setting else "optional"
     remedy = (
         "`emoloop lvlm install` (CPU), or the extra vllm in an environment of its own and lvlm.vllm_python"
     )
@@ -232,9 +216,8 @@ def _server(name: str, url: str, remedy: str, model: str | None = None) -> Check
         answer.raise_for_status()
         served = [entry["id"] for entry in answer.json()["data"]]
     except (httpx.HTTPError, OSError, ValueError, KeyError, TypeError) as error:
-        return Check(
-            name, "missing", f"{url}: {type(error).__name__}: {str(error) or 'no answer'}"[:200], remedy
-        )
+        reason = f"{url}: {type(error).__name__}: {str(error) or 'no answer'}"
+        return Check(name, "missing", reason[:200], remedy)
     if model is not None and model not in served:
         wrong = f"{url} serves {', '.join(served)}, not {model}"
         return Check(name, "missing", wrong, f"set lvlm.model to one of these, or {remedy} {model}")
@@ -273,30 +256,18 @@ def _log(settings: Settings) -> Iterator[Check]:
 
 
 #: In the order of the report; each yields its checks.
-EXAMINERS: tuple[Callable[[Settings], Iterator[Check]], ...] = (
-    _python,
-    _packages,
-    _device,
-    _home,
-    _log,
-    _generator,
-    _lvlm,
-    _tracing,
-)
+EXAMINERS = (_python, _packages, _device, _home, _log, _generator, _lvlm, _tracing)
 
 
 def _in_force(settings: Settings) -> Iterator[dict[str, Any]]:
     """Every setting with its value; secrets are not shown."""
-    for name in type(settings).model_fields:
-        section = getattr(settings, name)
-        fields = getattr(type(section), "model_fields", None)
-        if fields is None:
+    usual = Settings.model_construct().model_dump()
+    for name, section in settings.model_dump().items():
+        if not isinstance(section, dict):
             yield {"name": name, "value": str(section), "set": name in settings.model_fields_set}
             continue
-        for key, field in fields.items():
-            value = getattr(section, key)
-            changed = value != field.default
-            if key in SECRETS and changed:
-                value = "(set)"
+        for key, value in section.items():
+            changed = value != usual[name][key]
             shown = redact(value) if isinstance(value, str) else value
-            yield {"name": f"{name}.{key}", "value": shown, "set": changed}
+            hidden = key in SECRETS and changed
+            yield {"name": f"{name}.{key}", "value": "(set)" if hidden else shown, "set": changed}

@@ -191,7 +191,7 @@ class _Given(Settings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
 
@@ -222,7 +222,7 @@ def load_settings(overrides: Mapping[str, Any] | None = None, base: Settings | N
     Raises:
         UserError: An unknown key or a value out of range, in one line that names it.
     """
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    given = {key: value for key, value in (overrides or {}).items() if value not in (None, {})}
     try:
         if base is None:
             _refuse_unknown_environment()
@@ -278,37 +278,35 @@ def read_set(words: Iterable[str], model: type[BaseModel] = Settings) -> dict[st
     return result
 
 
-def _kinds(model: type[BaseModel], path: list[str]) -> tuple[Any, ...]:
+def _kinds(model: Any, path: list[str]) -> tuple[Any, ...]:
     """The types that a setting may have; none for an unknown one, which is refused later by its name."""
-    field = model.model_fields.get(path[0])
-    kind = field.annotation if field else None
-    if len(path) > 1:
-        return _kinds(kind, path[1:]) if isinstance(kind, type) and issubclass(kind, BaseModel) else ()
+    for part in path:
+        fields = getattr(model, "model_fields", {})
+        if part not in fields:
+            return ()
+        model = fields[part].annotation
     # Only of a choice or a union are the parts kinds of their own.
-    return get_args(kind) if get_origin(kind) in (Literal, types.UnionType, typing.Union) else (kind,)
+    return get_args(model) if get_origin(model) in (Literal, types.UnionType, typing.Union) else (model,)
 
 
 def _typed(text: str, kinds: tuple[Any, ...], key: str) -> Any:
     if any(kind in (str, Path) or isinstance(kind, str) for kind in kinds):
         if text == "null" and type(None) in kinds:
             return None
-        if len(text) > 1 and text[0] == text[-1] == '"':
-            try:
-                return json.loads(text)
-            except ValueError:
-                pass
-        return text
+        return _json(text) if len(text) > 1 and text[0] == text[-1] == '"' else text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {key}: the value is not YAML: {str(error).splitlines()[0]}") from error
     # YAML 1.1 reads 1e-4 as text.
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
+    return _json(value) if isinstance(value, str) else value
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def pruned(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,10 +329,23 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def lvlm_settings(word: str) -> dict[str, Any]:
-    """What one word about the LVLM means: an engine, a server's URL, or a model."""
+def generator_settings(given: str | Path | Mapping[str, Any] | GeneratorSettings | None) -> dict[str, Any]:
+    """What a caller gave for the generator as settings; one word is a model."""
+    return as_dict(given) if not isinstance(given, str | Path) else {"model": str(given)}
+
+
+def lvlm_settings(given: str | Path | Mapping[str, Any] | LVLMSettings | None) -> dict[str, Any]:
+    """What a caller gave for the LVLM as settings; one word is an engine, a server's URL, or a model."""
+    if not isinstance(given, str | Path):
+        return as_dict(given)
+    word = str(given)
     if word in get_args(LVLMSettings.model_fields["engine"].annotation):
         return {"engine": word}
     if word.startswith(("http://", "https://")):
         return {"engine": "vllm", "base_url": word}
     return {"model": word}
+
+
+def as_dict(given: Mapping[str, Any] | BaseModel | None) -> dict[str, Any]:
+    """A section that was given in any of its forms: what was set of it."""
+    return given.model_dump(exclude_unset=True) if isinstance(given, BaseModel) else dict(given or {})

@@ -61,14 +61,6 @@ async def _collect(
     settings: Settings, source: Path, letters: Path, total: int, seed: int, concurrency: int, as_json: bool
 ) -> int:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     from ..graph.collect import Outcome, collect
 
@@ -76,18 +68,8 @@ async def _collect(
     done = Counter({"completed": 0, "already": 0, "failed": 0, "images": 0})
     async with open_models(settings, console) as loop:
         began = time.monotonic()
-        bar = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("[red]{task.fields[failures]}[/]"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            speed_estimate_period=600,
-            disable=not console.is_terminal,
-        )
+        texts = ("{task.completed}/{task.total}", "{task.fields[rate]}", "[red]{task.fields[failures]}[/]")
+        bar = opt.bars(console, *texts, speed_estimate_period=600)
         task = bar.add_task("", total=total, rate="", failures="")
 
         def note(outcome: Outcome) -> None:
@@ -99,15 +81,13 @@ async def _collect(
             failures = f"{done['failed']} failed" if done["failed"] else ""
             bar.update(task, advance=1, rate=rate, failures=failures)
             if outcome.error is not None:
-                bar.console.print(
-                    f"line {outcome.line}: {outcome.error}", style="yellow", markup=False, soft_wrap=True
-                )
+                opt.say(bar.console, f"line {outcome.line}: {outcome.error}", "yellow")
 
         try:
             with bar:
                 await collect(loop, source, letters, seed=seed, concurrency=concurrency, on_outcome=note)
         except asyncio.CancelledError:
-            console.print("stopped and saved; the same command goes on", highlight=False)
+            opt.say(console, "stopped and saved; the same command goes on")
             raise
     seconds = time.monotonic() - began
     summary = {
@@ -120,15 +100,9 @@ async def _collect(
     if as_json:
         opt.print_json(summary)
     before = f", {done['already']} were there" if done["already"] else ""
-    console.print(
-        f"{done['completed']} runs completed{before}, {done['images']} images, {seconds:.0f} s",
-        highlight=False,
-    )
+    opt.say(console, f"{done['completed']} runs completed{before}, {done['images']} images, {seconds:.0f} s")
     if done["failed"]:
-        console.print(
-            f"{done['failed']} failed: see {letters}; the same command tries them again",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
+        opt.say(
+            console, f"{done['failed']} failed: see {letters}; the same command tries them again", "yellow"
         )
     return 0 if done["completed"] + done["already"] else 1

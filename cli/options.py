@@ -7,100 +7,61 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from ..domain import UserError
+from ..domain import Emotion, UserError
 
 if TYPE_CHECKING:
-    from typer import Context
+    from rich.console import Console
+    from rich.progress import Progress
 
     from ..traces.rows import RunFilter
     from ..traces.store import TraceStore
 
-_MODELS, _LOOP, _OUTPUT = "Models", "Loop", "Output"
+#: Conditions of `--where`.
+CONDITIONS = (
+    "run", "status", "category", "emotion", "valence", "arousal", "gain", "prompt", "model", "adapter", "since",
+    "limit",
+)  # fmt: skip
 
-#: Keys of `--where`, and the field of `RunFilter` that each sets.
-CONDITIONS = {
-    "run": "run_ids",
-    "status": "status",
-    "category": "category",
-    "emotion": "category",
-    "valence": "valence",
-    "arousal": "arousal",
-    "gain": "min_gain",
-    "prompt": "prompt",
-    "model": "model",
-    "adapter": "adapter",
-    "since": "since",
-    "limit": "limit",
-}
+#: Conditions whose field of `RunFilter` has another name.
+_FIELDS = {"run": "run_ids", "emotion": "category", "gain": "min_gain"}
 
 #: How a run in the log may stand.
 STATUSES = ("running", "completed", "failed")
 
-#: Older flags that stand for a condition, and how many words follow them.
-_ALIASES = {
-    "--status": ("status", 1),
-    "--category": ("category", 1),
-    "--emotion": ("category", 1),
-    "--valence": ("valence", 2),
-    "--arousal": ("arousal", 2),
-    "--min-gain": ("gain", 1),
-    "--prompt": ("prompt", 1),
-    "--model": ("model", 1),
-    "--adapter": ("adapter", 1),
-    "--since": ("since", 1),
-    "--limit": ("limit", 1),
-}
+_models = partial(typer.Option, rich_help_panel="Models")
+_loop = partial(typer.Option, rich_help_panel="Loop")
+_output = partial(typer.Option, rich_help_panel="Output")
 
-Home = Annotated[
-    Path | None, typer.Option(help="Folder of log, pictures and checkpoints.", rich_help_panel=_OUTPUT)
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=_OUTPUT)
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(help="Folder for best picture, contact sheet and trace.", rich_help_panel=_OUTPUT),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(help="Generator: a preset, a diffusers folder, a hub id.", rich_help_panel=_MODELS),
-]
-Adapter = Annotated[str | None, typer.Option(help="LoRA or distilled adapter.", rich_help_panel=_MODELS)]
-AdapterScale = Annotated[
-    float | None, typer.Option(help="How strongly the adapter acts.", rich_help_panel=_MODELS)
-]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=_MODELS)]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", rich_help_panel=_MODELS)]
+Home = Annotated[Path | None, _output(help="Folder of log, pictures and checkpoints.")]
+AsJson = Annotated[bool, _output("--json", help="Print one JSON document on stdout.")]
+Out = Annotated[Path | None, _output(help="Folder for best picture, contact sheet and trace.")]
+Model = Annotated[str | None, _models(help="Generator: a preset, a diffusers folder, a hub id.")]
+Adapter = Annotated[str | None, _models(help="LoRA or distilled adapter.")]
+AdapterScale = Annotated[float | None, _models(help="How strongly the adapter acts.")]
+Steps = Annotated[int | None, _models(help="Denoising steps.")]
+Guidance = Annotated[float | None, _models(help="Guidance scale.")]
 Lvlm = Annotated[
     str | None,
-    typer.Option(
-        help="LVLM: a preset, folder or hub id; a server's URL; or an engine: embedded, vllm, vllm-offline.",
-        rich_help_panel=_MODELS,
-    ),
+    _models(help="LVLM: a preset, folder or hub id; a server's URL; or embedded, vllm, vllm-offline."),
 ]
-Rounds = Annotated[int | None, typer.Option(help="Most rounds.", rich_help_panel=_LOOP)]
-Images = Annotated[int | None, typer.Option(help="Pictures in a round.", rich_help_panel=_LOOP)]
-Tolerance = Annotated[
-    float | None, typer.Option(help="How near to the target is reached, on each axis.", rich_help_panel=_LOOP)
+Valence = Annotated[float | None, typer.Option(help="Unpleasant (-3) to pleasant (3).")]
+Arousal = Annotated[float | None, typer.Option(help="Calm (-3) to stirred (3).")]
+Category = Annotated[
+    str | None, typer.Option("--category", "--emotion", help=f"One of {', '.join(Emotion)}.")
 ]
-Patience = Annotated[
-    int | None, typer.Option(help="Rounds without a better picture that end a run.", rich_help_panel=_LOOP)
-]
-Reward = Annotated[
-    str | None, typer.Option(help="A name, or a path like my_pkg.my_mod:MyReward.", rich_help_panel=_LOOP)
-]
-Strict = Annotated[
-    bool,
-    typer.Option(
-        "--strict", help="Refuse prompts with words that the model does not know.", rich_help_panel=_LOOP
-    ),
-]
+Rounds = Annotated[int | None, _loop(help="Most rounds.")]
+Images = Annotated[int | None, _loop(help="Pictures in a round.")]
+Tolerance = Annotated[float | None, _loop(help="How near to the target is reached, on each axis.")]
+Patience = Annotated[int | None, _loop(help="Rounds without a better picture that end a run.")]
+Reward = Annotated[str | None, _loop(help="A name, or a path like my_pkg.my_mod:MyReward.")]
+Strict = Annotated[bool, _loop("--strict", help="Refuse prompts with words that the model does not know.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, such as lvlm.timeout=60."),
@@ -120,7 +81,7 @@ Where = Annotated[
 class Filtered(TyperCommand):
     """A command with `--where` that takes the older flags, such as `--min-gain 0.5`, as well."""
 
-    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Turn older flags into `--where`, then parse as usual."""
         return super().parse_args(ctx, list(_modern(args)))
 
@@ -130,15 +91,15 @@ def _modern(args: Sequence[str]) -> Iterator[str]:
     while rest:
         word = rest.pop(0)
         flag, equals, value = word.partition("=")
-        if flag not in _ALIASES:
+        key = "gain" if flag == "--min-gain" else flag.removeprefix("--")
+        if key == flag or key not in CONDITIONS:
             yield word
             if word == "--":
                 yield from rest
                 return
             continue
-        key, count = _ALIASES[flag]
-        values = [value] if equals else rest[:count]
-        del rest[: 0 if equals else count]
+        count = 1 if equals else 2 if key in ("valence", "arousal") else 1
+        values = [value] if equals else [rest.pop(0) for _ in range(min(count, len(rest)))]
         if len(values) < count:
             raise UserError(f"{flag} wants {'two numbers' if count == 2 else 'a value'}")
         yield from ("--where", f"{key}={'..'.join(values)}")
@@ -191,7 +152,7 @@ def read_where(words: Sequence[str] | None, default_limit: int | None = None) ->
             raise UserError(f"--where status={value}: want one of {', '.join(STATUSES)}")
         elif key == "since":
             parsed = read_time(value)
-        fields[CONDITIONS[key]] = parsed
+        fields[_FIELDS.get(key, key)] = parsed
     try:
         return RunFilter.model_validate(fields)
     except ValidationError as error:
@@ -229,7 +190,27 @@ def read_time(text: str) -> datetime:
         raise UserError(f"--where since={text}: want 2026-01-31, 2026-01-31T12:00, 30m, 12h or 7d") from None
 
 
-def print_json(document: Mapping[str, Any], indent: int | None = None) -> None:
+def bars(console: Console, *texts: str, **keywords: Any) -> Progress:
+    """A progress bar with the time gone and left; nothing where the console is no terminal.
+
+    Args:
+        console: Where to.
+        *texts: What stands behind the bar, as rich formats a task ("{task.fields[rate]}").
+        **keywords: Of `rich.progress.Progress`.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), *map(TextColumn, texts), TimeElapsedColumn())
+    left = (TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, *left, console=console, disable=not console.is_terminal, **keywords)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """One line of ours as it is: what stands between brackets in it is no markup."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(document: Mapping[str, Any], indent: int | None = 2) -> None:
     """One JSON document on stdout, in plain ASCII where stdout cannot say more."""
     plain = "utf" not in (sys.stdout.encoding or "").lower()
     print(json.dumps(document, ensure_ascii=plain, indent=indent, allow_nan=False))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shlex
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from ..domain import EmotionTarget, RunResult, RunStatus, UserError, read_target
+from ..files import check_writable
 from . import options as opt
 
 if TYPE_CHECKING:
@@ -35,16 +38,9 @@ _KEPT = ("rounds", "images", "tolerance", "patience", "review")
 def run(
     context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="What the picture should show.")] = None,
-    valence: Annotated[float | None, typer.Option(help="Unpleasant (-3) to pleasant (3).")] = None,
-    arousal: Annotated[float | None, typer.Option(help="Calm (-3) to stirred (3).")] = None,
-    category: Annotated[
-        str | None,
-        typer.Option(
-            "--category",
-            "--emotion",
-            help="amusement, awe, contentment, excitement, anger, disgust, fear or sadness.",
-        ),
-    ] = None,
+    valence: opt.Valence = None,
+    arousal: opt.Arousal = None,
+    category: opt.Category = None,
     rounds: opt.Rounds = None,
     images: opt.Images = None,
     seed: Annotated[
@@ -125,16 +121,14 @@ async def _run(
     """Run a request, or go on with a run where there is none, and leave its files."""
     from rich.console import Console
 
+    from ..agents.ask import one_line
     from ..traces.fold import result_json
     from .view import show_result
 
     console = Console(stderr=True)
-
-    def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
+    say = partial(opt.say, console)
     folder = out if out is not None else Path("emoloop-runs") / run_id
-    _check_folder(folder)
+    check_writable(folder, "--out", "choose another with --out")
     again = f"emoloop run --resume {run_id}{_home_flag(settings)}"
     began = time.monotonic()
     async with open_models(settings, console) as loop:
@@ -148,8 +142,6 @@ async def _run(
         except UserError:
             raise
         except Exception as error:
-            from ..agents.ask import one_line
-
             say(f"emoloop: run {run_id} broke off: {one_line(error)}", "red")
             say(f"what is done is saved; go on with:  {again}")
             if os.environ.get("EMOLOOP_DEBUG"):
@@ -182,10 +174,8 @@ async def _watched(
     with RunView(console) as view:
 
         async def ask(wanted: dict[str, Any]) -> Any:
-            view.__exit__(None, None, None)
-            answer = await asyncio.to_thread(_ask, console, wanted)
-            view.__enter__()
-            return answer
+            with view.paused():
+                return await asyncio.to_thread(_ask, console, wanted)
 
         reviewer = ask if sys.stdin.isatty() else None
         if request is None:
@@ -197,14 +187,13 @@ async def _watched(
 def _ask(console: Console, wanted: Mapping[str, Any]) -> Any:
     best = wanted.get("best") or {}
     if best.get("image"):
-        console.print(f"  best so far: {best['image']}", markup=False, highlight=False, soft_wrap=True)
+        opt.say(console, f"  best so far: {best['image']}")
     console.print("  Enter: go on.  Text: tell the rewriter.  =text: use that prompt.  q: stop here.")
     answer = console.input("  > ").strip()
     if answer == "q":
         return {"stop": True}
-    if answer.startswith("="):
-        return {"prompt": answer[1:].strip()} if answer[1:].strip() else {}
-    return {"comment": answer} if answer else {}
+    key, words = ("prompt", answer[1:].strip()) if answer.startswith("=") else ("comment", answer)
+    return {key: words} if words else {}
 
 
 def _leave(loop: Loop, result: RunResult, folder: Path) -> dict[str, str]:
@@ -266,26 +255,28 @@ def settings_of(run: str, overrides: Mapping[str, Any]) -> tuple[Settings, str]:
     return load_settings(merged(known, overrides)), name
 
 
-class open_models:
+@asynccontextmanager
+async def open_models(settings: Settings, console: Console) -> AsyncIterator[Loop]:
     """An open loop, with a word about the wait."""
-
-    def __init__(self, settings: Settings, console: Console) -> None:
-        self._settings, self._console = settings, console
-
-    async def __aenter__(self) -> Loop:
-        # The libraries' advice is for their own users; what matters here is said by us.
-        for library in ("TRANSFORMERS", "DIFFUSERS"):
-            os.environ.setdefault(f"{library}_VERBOSITY", "error")
-        self._console.print("[dim]loading models …[/]", highlight=False)
-        began = time.monotonic()
+    # The libraries' advice is for their own users; what matters here is said by us.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    console.print("[dim]loading models …[/]", highlight=False)
+    began = time.monotonic()
+    # A million objects come with the libraries, and stay: looking through them meanwhile takes a fifth of the wait.
+    gc.disable()
+    try:
         from ..graph.loop import open_loop
 
-        self._loop = await open_loop(self._settings).__aenter__()
-        self._console.print(f"[dim]models loaded in {time.monotonic() - began:.0f} s[/]", highlight=False)
-        return self._loop
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._loop.__aexit__(*error)
+        loop = await open_loop(settings).__aenter__()
+        gc.freeze()
+    finally:
+        gc.enable()
+    console.print(f"[dim]models loaded in {time.monotonic() - began:.0f} s[/]", highlight=False)
+    try:
+        yield loop
+    finally:
+        await loop.__aexit__()
 
 
 def _home_flag(settings: Settings) -> str:
@@ -295,24 +286,21 @@ def _home_flag(settings: Settings) -> str:
     return f" --home {shlex.quote(str(home.relative_to(here) if home.is_relative_to(here) else home))}"
 
 
-def _check_folder(folder: Path) -> None:
-    parent = folder.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise UserError(f"cannot write to {folder}: {parent} is a file (choose another with --out)")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {folder}: no permission in {parent} (choose another with --out)")
-
-
 def run_async(work: Coroutine[Any, Any, int]) -> int:
-    """Run to the end; SIGTERM ends it as Ctrl-C does."""
+    """Run to the end. Ctrl-C and SIGTERM save and stop; a second one ends the process at once."""
 
     async def with_signals() -> int:
-        task = asyncio.current_task()
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
-        with suppress(NotImplementedError):  # Windows has no such signal to listen to
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+        def stop(number: signal.Signals) -> None:
+            task.cancel()
+            # What waits for a batch under way cannot be cancelled; the log is whole at any moment.
+            loop.add_signal_handler(number, os._exit, _INTERRUPTED)
+
+        with suppress(NotImplementedError):  # Windows has no such signals to listen to
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, stop, number)
         return await work
 
     try:

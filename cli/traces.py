@@ -34,7 +34,7 @@ def list_(where: opt.Where = None, home: opt.Home = None, as_json: opt.AsJson = 
         wanted = opt.read_where(where, default_limit=_LINES)
         rows = store.runs(opt.chosen(store, None, wanted))
         if as_json:
-            _print({"home": str(store.home), "runs": [row.model_dump(mode="json") for row in rows]})
+            opt.print_json({"home": str(store.home), "runs": [row.model_dump(mode="json") for row in rows]})
             return
     from rich.console import Console
 
@@ -53,7 +53,7 @@ def show(run: Run, home: opt.Home = None, as_json: opt.AsJson = False) -> None:
     with _store(home) as store:
         result = store.run(store.resolve(run))
     if as_json:
-        _print(result_json(result))
+        opt.print_json(result_json(result))
         return
     from rich.console import Console
 
@@ -92,7 +92,7 @@ def export(
             return
         count = write(store, wanted, out)
     if as_json:
-        _print({"format": format, "out": str(out), "count": count})
+        opt.print_json({"format": format, "out": str(out), "count": count})
     else:
         _say(f"{_many(count, noun)} in {out}")
 
@@ -117,7 +117,7 @@ def rm(
             typer.confirm(f"Delete {_many(len(rows), 'run')}?", abort=True, err=True)
         events, files = store.remove(*(row.run_id for row in rows))
     if as_json:
-        _print({"removed": [row.run_id for row in rows], "events": events, "files": files})
+        opt.print_json({"removed": [row.run_id for row in rows], "events": events, "files": files})
     else:
         _say(f"deleted {_many(len(rows), 'run')}, {_many(events, 'event')}, {_many(files, 'file')}")
 
@@ -147,7 +147,7 @@ def replay(
         finally:
             exporter.shutdown()
     if as_json:
-        _print({"runs": [row.run_id for row in rows], "spans": spans})
+        opt.print_json({"runs": [row.run_id for row in rows], "spans": spans})
     else:
         _say(f"sent {_many(spans, 'span')} of {_many(len(rows), 'run')}")
 
@@ -221,7 +221,3 @@ def _many(count: int, what: str) -> str:
 
 def _say(text: str) -> None:
     typer.echo(text, err=True)
-
-
-def _print(document: dict[str, Any]) -> None:
-    opt.print_json(document, indent=2)

@@ -13,9 +13,8 @@ from rich.text import Text
 from ..domain import Candidate, Critique, EmotionTarget, Missing, Round, RunResult
 from ..traces.rows import RunRow
 
-#: Columns that go first where the terminal is too narrow for the prompt, and the least room it gets.
-_DISPENSABLE = ("missing", "rounds", "started", "images")
-_PROMPT_ROOM = 24
+#: Columns that are left out of a terminal with fewer signs in a line than this.
+_DISPENSABLE, _WIDE = ("missing", "rounds", "started", "images"), 120
 
 
 def show_runs(console: Console, rows: Sequence[RunRow]) -> None:
@@ -34,21 +33,17 @@ def show_runs(console: Console, rows: Sequence[RunRow]) -> None:
     if any(row.adapter for row in rows):
         # As `--where adapter=` and `distill --from adapter=` take it.
         columns["adapter"] = [(row.adapter or "none")[:12] for row in rows]
-    widths = {name: max(map(len, (name, *cells))) for name, cells in columns.items()}
-    for name in _DISPENSABLE:
-        if console.width - sum(widths.values()) - 2 * len(widths) < _PROMPT_ROOM:
-            del columns[name], widths[name]
-    room = max(console.width - sum(widths.values()) - 2 * len(widths), _PROMPT_ROOM // 2)
+    for name in _DISPENSABLE if console.width < _WIDE else ():
+        del columns[name]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         numeric = name in ("rounds", "images", "missing", "best", "gain")
-        justify = "right" if numeric else "left"
-        table.add_column(name, no_wrap=True, justify=justify, min_width=widths[name])
-    table.add_column("prompt", no_wrap=True)
+        table.add_column(name, no_wrap=True, justify="right" if numeric else "left")
+    # Alone among the columns it may be narrowed.
+    table.add_column("prompt")
     for row, *cells in zip(rows, *columns.values(), strict=True):
-        prompt = Text(" ".join(row.prompt.split()))
-        prompt.truncate(room, overflow="ellipsis")
-        table.add_row(*(Text(cell) for cell in cells), prompt)
+        prompt = Text(" ".join(row.prompt.split()), no_wrap=True, overflow="ellipsis")
+        table.add_row(*map(Text, cells), prompt)
     console.print(table)
 
 
@@ -105,23 +100,19 @@ def _round(number: int, round_: Round, best: Candidate | None) -> RenderableType
     return Group(*parts, Padding(table, indent), Padding(words, indent))
 
 
-def _reading(critique: Critique | Missing | None) -> tuple[str, str, str, str]:
+def _reading(critique: Critique | Missing | None) -> tuple[str, ...]:
     if not isinstance(critique, Critique):
-        return "–", "–", "–", "–"
-    valence, arousal = f"{critique.valence:+.1f}", f"{critique.arousal:+.1f}"
-    return valence, arousal, critique.category or "–", f"{critique.alignment:.1f}"
+        return ("–",) * 4
+    numbers = f"{critique.valence:+.1f}", f"{critique.arousal:+.1f}"
+    return *numbers, critique.category or "–", f"{critique.alignment:.1f}"
 
 
 def _words(critique: Critique | Missing | None) -> Text:
-    match critique:
-        case Critique():
-            return Text(
-                f"{critique.analysis} → {critique.suggestion}" if critique.suggestion else critique.analysis
-            )
-        case Missing():
-            return Text(f"missing: {critique.reason}", style="yellow")
-        case None:
-            return Text("not yet", style="dim")
+    if critique is None:
+        return Text("not yet", style="dim")
+    if isinstance(critique, Missing):
+        return Text(f"missing: {critique.reason}", style="yellow")
+    return Text(" → ".join(filter(None, (critique.analysis, critique.suggestion))))
 
 
 def _number(value: float | None) -> str:

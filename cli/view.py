@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..agents.schemas import target_text
 from ..domain import Candidate, Critique, RunResult, RunStatus
 from ..events import Event, Rewarded, Rewritten, RunStarted
 from ..traces.fold import Fold
+from .options import bars
 
 
 class RunView:
@@ -25,17 +26,7 @@ class RunView:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._bar = bars(console, "{task.fields[state]}", transient=True)
         self._task = self._bar.add_task("", total=None, state="")
         self._round_began = time.monotonic()
         self._fold = Fold("")
@@ -45,10 +36,15 @@ class RunView:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No bar within the block."""
+        self._bar.stop()
+        yield
+        self._bar.start()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""

@@ -102,12 +102,12 @@ class Harness:
         self, arm: Arm, options: dict[str, Any], request: Request, seed: int, start: str | None, key: str
     ) -> Row:
         parts = self.loop.parts
-        for attempt in count(1):
-            run_id = f"{self.reuse.prefix}-{arm.name}-{key}" + (f".{attempt}" if attempt > 1 else "")
+        run_id = first = f"{self.reuse.prefix}-{arm.name}-{key}"
+        fold, attempts = await parts.recorder.fold(run_id), count(2)
+        # Another run tries again for what a complete one lacks; what it had is found in the log.
+        while fold.status is RunStatus.COMPLETED and _lacks(fold.result(), options["images"]):
+            run_id = f"{first}.{next(attempts)}"
             fold = await parts.recorder.fold(run_id)
-            # Another run tries again for what a complete one lacks; what it had is found in the log.
-            if fold.status is not RunStatus.COMPLETED or not _lacks(fold.result(), options["images"]):
-                break
         if start is not None and fold.started is None:
             begin = {"run_id": run_id, "prompt": request.prompt, "target": request.target, "seed": seed}
             await parts.recorder.record(

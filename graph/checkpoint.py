@@ -61,11 +61,11 @@ class _SqliteSaver(SqliteSaver):
         for found in await asyncio.to_thread(lambda: list(self.list(config, **wanted))):
             yield found
 
-    async def aput(self, *state: Any) -> RunnableConfig:
-        return await asyncio.to_thread(self.put, *state)
+    async def aput(self, *args: Any, **kwargs: Any) -> RunnableConfig:
+        return await asyncio.to_thread(self.put, *args, **kwargs)
 
-    async def aput_writes(self, *writes: Any) -> None:
-        await asyncio.to_thread(self.put_writes, *writes)
+    async def aput_writes(self, *args: Any, **kwargs: Any) -> None:
+        await asyncio.to_thread(self.put_writes, *args, **kwargs)
 
     async def adelete_thread(self, thread_id: str) -> None:
         await asyncio.to_thread(self.delete_thread, thread_id)

@@ -36,6 +36,8 @@ from ..settings import (
     LVLMSettings,
     Settings,
     SettingsOverrides,
+    as_dict,
+    generator_settings,
     load_settings,
     lvlm_settings,
     merged,
@@ -122,14 +124,17 @@ def open_loop(
         UserError: An unknown setting or a value out of range.
     """
     objects: dict[str, Any] = {}
-    given: dict[str, Any] = {key: _given(it) for key, it in overrides.items()}
-    for name, it in (("generator", generator), ("lvlm", lvlm)):
-        if isinstance(it, str | Path):
-            given = merged(given, {name: lvlm_settings(str(it)) if name == "lvlm" else {"model": str(it)}})
-        elif isinstance(it, Mapping | GeneratorSettings | LVLMSettings):
-            given = merged(given, {name: _given(it)})
-        else:
-            objects[name] = it
+    given: dict[str, Any] = {
+        key: as_dict(it) if isinstance(it, Mapping | BaseModel) else it for key, it in overrides.items()
+    }
+    if generator is None or isinstance(generator, str | Path | Mapping | GeneratorSettings):
+        given = merged(given, {"generator": generator_settings(generator)})
+    else:
+        objects["generator"] = generator
+    if lvlm is None or isinstance(lvlm, str | Path | Mapping | LVLMSettings):
+        given = merged(given, {"lvlm": lvlm_settings(lvlm)})
+    else:
+        objects["lvlm"] = lvlm
     if isinstance(reward, str):
         given = merged(given, {"loop": {"reward": reward}})
     else:
@@ -482,9 +487,3 @@ async def _cancelled(task: asyncio.Task[Any]) -> None:
     task.cancel()
     with suppress(asyncio.CancelledError, Exception):
         await task
-
-
-def _given(setting: Any) -> Any:
-    if isinstance(setting, BaseModel):
-        return setting.model_dump(exclude_unset=True)
-    return dict(setting) if isinstance(setting, Mapping) else setting

@@ -65,7 +65,7 @@ class Rollout(NamedTuple):
 
     request: Request
     round: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     prompt: str | None
     seed: int | None
     sha256: str | None

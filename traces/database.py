@@ -54,7 +54,8 @@ def open_database(settings: Settings, home: Path, *, read_only: bool) -> Engine:
     else:
         for folder in {home, Path(str(url.database)).parent} if local else {home}:
             check_writable(folder, "the log's folder", "EMOLOOP_HOME chooses another home")
-            folder.mkdir(parents=True, exist_ok=True)
+            # What a home holds is its owner's: prompts, pictures, comments.
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = _sqlite(url, read_only) if local else _server(url)
     try:
         _prepare(engine, read_only)

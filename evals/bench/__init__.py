@@ -24,6 +24,7 @@ BENCHES: dict[str, str] = {
     "lvlm": ".evals.bench.lvlm:main",
     "log": ".evals.bench.log:main",
     "overhead": ".evals.bench.overhead:main",
+    "startup": ".evals.bench.startup:main",
 }
 
 #: Former benchmarks → the script in a clone of the repository that does the same.

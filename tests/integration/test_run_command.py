@@ -118,7 +118,7 @@ def test_environment_and_file_give_settings(shell, monkeypatch):
         (["a dog", "--valence", "1", "--set", "rounds"], "KEY=VALUE"),
         (["a dog", "--valence", "1", "--reward", "kindness"], "unknown reward 'kindness'"),
         (["a dog", "--valence", "1", "--home", "file/home"], "cannot write to home"),
-        (["a dog", "--valence", "1", "--out", "file/out"], "cannot write to file/out"),
+        (["a dog", "--valence", "1", "--out", "file/out"], "cannot write to --out file/out"),
         (["a dog", "--valence", "1", "--seed", "-4"], "seed -4"),
         (
             ["an astronaut", "--valence", "1", "--strict"],

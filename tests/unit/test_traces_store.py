@@ -527,3 +527,8 @@ def test_a_run_is_one_owners_at_a_time(store):
     store.release("one", "a")
     assert store.lease("one", "b", -1) is None
     assert store.lease("one", "c", 60) is None  # b's time was over
+
+
+def test_a_new_home_is_its_owners_alone(tmp_path):
+    with open_store(Settings(home=tmp_path / "home")):
+        assert (tmp_path / "home").stat().st_mode & 0o077 == 0

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import llguidance
 import llguidance.hf
-import llguidance.torch
+import llguidance.numpy  # not llguidance.torch, which loads torch's compiler
 import numpy as np
 import torch
 from langchain_core.messages import AIMessage, BaseMessage
@@ -287,15 +287,15 @@ class _Referee(LogitsProcessor):
 
     def __init__(self, decoder: _Decoder, rows: Sequence[_Row]):
         self.decoder, self.rows = decoder, rows
-        self.mask = torch.full((len(rows), (decoder.vocabulary + 31) // 32), -1, dtype=torch.int32)
+        self.mask = llguidance.numpy.allocate_token_bitmask(len(rows), decoder.vocabulary)
         # Embeddings are padded beyond the tokenizer.
         self.known = np.arange(decoder.vocabulary) < len(decoder.bytes)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for index, row in enumerate(self.rows):
             if row.matcher and not row.finish_reason:
-                llguidance.torch.fill_next_token_bitmask(row.matcher, self.mask, index)
-        bits = np.unpackbits(self.mask.numpy().view(np.uint8), axis=1, bitorder="little").astype(bool)
+                llguidance.numpy.fill_next_token_bitmask(row.matcher, self.mask, index)
+        bits = np.unpackbits(self.mask.view(np.uint8), axis=1, bitorder="little").astype(bool)
         allowed = bits[:, : self.decoder.vocabulary] & self.known
         logits = scores.float().cpu().numpy()
         chosen = torch.full_like(scores, -torch.inf)

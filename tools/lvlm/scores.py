@@ -112,7 +112,7 @@ def _chances(tokens: list[dict[str, Any]], at: int, allowed: str) -> dict[str, f
     A token may begin before the place (a quote that comes with its sign): only alternatives with the same
     beginning count, those that the format forbids don't.
     """
-    position = 0
+    position, token = 0, tokens[0]
     for token in tokens:
         if at < position + len(token["token"]):
             break

@@ -54,7 +54,8 @@ def load_format(name: str) -> tuple[Export, str]:
     return resolve(path, {key: path for key, (path, _) in FORMATS.items()}, "export format"), noun
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
     """A preference: of one run, the better candidate and the worse one, and how many pairs the run gives."""
 
     run: RunRow
