@@ -29,9 +29,9 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
         yield beside
-        _sync(beside)
+        sync(beside)
         os.replace(beside, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -68,7 +68,12 @@ def check_writable(folder: Path, name: str, hint: str = "") -> None:
         raise UserError(f"cannot write to {name} {folder}: no permission in {found}{mend}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system write a file or a folder's entries to the disk.
+
+    Raises:
+        OSError: The disk does not take it.
+    """
     # Windows cannot open a folder, and keeps its entries safe by itself.
     if os.name == "nt" and path.is_dir():
         return

@@ -44,14 +44,14 @@ class Reply(Generic[Answer]):
     """
 
     answer: Answer | Missing
-    usage: dict[str, int] = field(default_factory=dict)
+    usage: dict[str, int] = field(default_factory=dict[str, int])
     seconds: float = 0.0
     error: Exception | None = None
 
 
 def model_id(model: Any) -> str:
     """A chat model's name for the log."""
-    inner = getattr(model, "bound", model)
+    inner: Any = getattr(model, "bound", model)
     for attribute in ("model_name", "model", "model_id"):
         if isinstance(name := getattr(inner, attribute, None), str) and name:
             return name

@@ -52,7 +52,7 @@ class Reading:
     """
 
     critique: Critique | Missing
-    usage: dict[str, int] = field(default_factory=dict)
+    usage: dict[str, int] = field(default_factory=dict[str, int])
     seconds: float = 0.0
     error: Exception | None = None
 

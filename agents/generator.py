@@ -6,7 +6,7 @@ all runs; so each picture is safe on disk as soon as its batch is done, and not 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..events import Event, ImageGenerated
 from ..tools.images.base import Generator, ImageRequest
@@ -59,16 +59,14 @@ async def paint(
     [made] = await generator.generate([request])
     sha256 = await log.put_image(made.image)
     # What a generator leaves out: its picture says the size, and the rest stays unknown.
-    known = {"model": type(generator).__name__, "height": made.image.height, "width": made.image.width}
+    known: dict[str, Any] = {
+        "model": type(generator).__name__,
+        "height": made.image.height,
+        "width": made.image.width,
+    }
     known |= {key: value for key, value in made.provenance.items() if key in _FIELDS}
-    event = ImageGenerated(
-        run_id=run_id,
-        round=round,
-        index=index,
-        node=node,
-        sha256=sha256,
-        **{**known, "prompt": request.prompt, "seed": request.seed},
-    )
+    known |= {"prompt": request.prompt, "seed": request.seed}
+    event = ImageGenerated(run_id=run_id, round=round, index=index, node=node, sha256=sha256, **known)
     [stands] = await log.record(event)
     assert isinstance(stands, ImageGenerated)
     return stands

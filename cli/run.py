@@ -79,8 +79,7 @@ def run(
             if value is not None:
                 raise UserError(f"--resume goes on with what the run was asked for: leave out {named}")
         _resume(resume, overrides, out, as_json)
-    from ..graph.nodes import new_run_id
-    from ..graph.state import read_prompt, read_seed
+    from ..graph.state import new_run_id, read_prompt, read_seed
     from ..settings import load_settings
 
     if prompt is None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
-from langgraph.types import Checkpointer
 
 from ..settings import LoopSettings
-from .nodes import Nodes, Parts
+from .nodes import Nodes
+from .parts import Parts
 from .retry import retry_policy
 from .state import Context, RunInput, State
 
@@ -27,7 +28,7 @@ def _most_rounds() -> int:
 
 
 def build_graph(
-    parts: Parts, checkpointer: Checkpointer = None
+    parts: Parts, checkpointer: BaseCheckpointSaver[Any] | None = None
 ) -> CompiledStateGraph[State, Context, RunInput, State]:
     """Compile the loop.
 

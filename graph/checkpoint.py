@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import aiosqlite
-from langgraph.checkpoint.base import BaseCheckpointSaver
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from langgraph.checkpoint.sqlite import SqliteSaver
 
 from ..domain import UserError
 from ..settings import Settings
@@ -44,11 +44,31 @@ async def open_checkpointer(settings: Settings) -> AsyncIterator[BaseCheckpointS
         return
     path = settings.home.expanduser().absolute() / "checkpoints.db"
     await asyncio.to_thread(_set_aside_if_damaged, path)
-    async with aiosqlite.connect(path, timeout=_BUSY) as connection:
-        saver = AsyncSqliteSaver(connection, serde=_serializer())
-        await saver.setup()
-        await connection.execute("PRAGMA synchronous=NORMAL")
+    with closing(sqlite3.connect(path, timeout=_BUSY, check_same_thread=False)) as connection:
+        saver = _SqliteSaver(connection, serde=_serializer())
+        await asyncio.to_thread(saver.setup)
+        connection.execute("PRAGMA synchronous=NORMAL")
         yield saver
+
+
+class _SqliteSaver(SqliteSaver):
+    """LangGraph's saver for plain and for async code alike; its own two serve one of them each."""
+
+    async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        return await asyncio.to_thread(self.get_tuple, config)
+
+    async def alist(self, config: RunnableConfig | None, **wanted: Any) -> AsyncIterator[CheckpointTuple]:
+        for found in await asyncio.to_thread(lambda: list(self.list(config, **wanted))):
+            yield found
+
+    async def aput(self, *state: Any) -> RunnableConfig:
+        return await asyncio.to_thread(self.put, *state)
+
+    async def aput_writes(self, *writes: Any) -> None:
+        await asyncio.to_thread(self.put_writes, *writes)
+
+    async def adelete_thread(self, thread_id: str) -> None:
+        await asyncio.to_thread(self.delete_thread, thread_id)
 
 
 def _serializer() -> JsonPlusSerializer:

@@ -45,7 +45,7 @@ class Request:
     prompt: str
     target: EmotionTarget
     seed: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,12 @@ def read_line(number: int, text: str) -> Request:
         UserError: Not a JSON object, an unknown key, or a request that makes no sense.
     """
     try:
-        given = json.loads(text)
+        read = json.loads(text)
     except ValueError as error:
         raise UserError(f"not JSON: {error}") from error
-    if not isinstance(given, dict):
+    if not isinstance(read, dict):
         raise UserError("a JSON object is wanted")
+    given: dict[str, Any] = read
     if isinstance(given.get("raw"), str):
         return read_line(_line_of(given, number), given["raw"])
     known = ("prompt", "target", "seed", *_TARGET, *_OPTIONS, *_LETTER)
@@ -260,7 +261,7 @@ def _bury(path: Path, number: int, text: str, outcome: Outcome) -> None:
         given = json.loads(text)
     except ValueError:
         given = None
-    letter = dict(given) if isinstance(given, dict) else {"raw": text.rstrip("\n")}
+    letter: dict[str, Any] = given if isinstance(given, dict) else {"raw": text.rstrip("\n")}
     letter = {"line": number, **letter, "run_id": outcome.run_id, "error": outcome.error}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(letter, ensure_ascii=False) + "\n")

@@ -13,8 +13,8 @@ import inspect
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, aclosing, suppress
-from functools import cache, partial
+from contextlib import AsyncExitStack, ExitStack, aclosing, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,11 +27,9 @@ from langgraph.types import Command, StateSnapshot
 from pydantic import BaseModel
 from typing_extensions import TypedDict, Unpack
 
-from ..agents.ask import Asker, one_line
-from ..agents.critic import Critic
-from ..agents.rewriters import Rewriter, load_rewriter
+from ..agents.ask import one_line
 from ..domain import Critique, EmotionTarget, RunResult, RunStatus, UserError
-from ..events import Critiqued, Event, ImageGenerated, Rewarded, RunStarted
+from ..events import Event, RunStarted
 from ..files import check_writable
 from ..settings import (
     GeneratorSettings,
@@ -42,16 +40,13 @@ from ..settings import (
     lvlm_settings,
     merged,
 )
-from ..tools import presets
 from ..tools.images.base import Generator
-from ..tools.images.load import load_generator
-from ..tools.reward import load_reward
 from ..traces.fold import Fold
-from ..traces.recorder import StoreRecorder, open_recorder
+from ..traces.recorder import StoreRecorder
 from .build import build_graph
 from .checkpoint import open_checkpointer
-from .nodes import Parts, check_request, new_run_id, read_review
-from .state import Context, RunInput, State, read_run_id, read_seed, same_target
+from .parts import Parts, check_request, open_parts
+from .state import Context, RunInput, State, asks_the_same, new_run_id, read_review, read_run_id, read_seed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -75,27 +70,25 @@ class RunOptions(TypedDict, total=False):
     review: bool | None
 
 
-class RunKeywords(RunOptions, total=False):
-    """All keywords of `Loop.run`."""
-
-    seed: int | None
-    run_id: str | None
-    on_event: Callable[[Event], object] | None
-    reviewer: Callable[[dict[str, Any]], Any] | None
-
-
-class ResumeKeywords(TypedDict, total=False):
-    """All keywords of `Loop.resume`."""
-
-    on_event: Callable[[Event], object] | None
-    reviewer: Callable[[dict[str, Any]], Any] | None
-
-
 #: Gets each event of a run as it is committed; may be a coroutine function.
 OnEvent = Callable[[Event], object]
 
 #: Answers a review: a comment, or an object with `prompt`, `comment`, `stop`; may be a coroutine function.
 Reviewer = Callable[[dict[str, Any]], Any]
+
+
+class ResumeKeywords(TypedDict, total=False):
+    """All keywords of `Loop.resume`."""
+
+    on_event: OnEvent | None
+    reviewer: Reviewer | None
+
+
+class RunKeywords(RunOptions, ResumeKeywords, total=False):
+    """All keywords of `Loop.run`."""
+
+    seed: int | None
+    run_id: str | None
 
 
 _OPEN = "this loop is open already: open another, or use this one for many runs at a time"
@@ -129,24 +122,17 @@ def open_loop(
         UserError: An unknown setting or a value out of range.
     """
     objects: dict[str, Any] = {}
-    given: dict[str, Any] = {
-        key: _given(it) if isinstance(it, Mapping | BaseModel) else it for key, it in overrides.items()
-    }
-    if isinstance(generator, str | Path):
-        given = merged(given, {"generator": {"model": str(generator)}})
-    elif isinstance(generator, Mapping | GeneratorSettings):
-        given = merged(given, {"generator": _given(generator)})
-    elif generator is not None:
-        objects["generator"] = generator
-    if isinstance(lvlm, str | Path):
-        given = merged(given, {"lvlm": lvlm_settings(str(lvlm))})
-    elif isinstance(lvlm, Mapping | LVLMSettings):
-        given = merged(given, {"lvlm": _given(lvlm)})
-    elif lvlm is not None:
-        objects["lvlm"] = lvlm
+    given: dict[str, Any] = {key: _given(it) for key, it in overrides.items()}
+    for name, it in (("generator", generator), ("lvlm", lvlm)):
+        if isinstance(it, str | Path):
+            given = merged(given, {name: lvlm_settings(str(it)) if name == "lvlm" else {"model": str(it)}})
+        elif isinstance(it, Mapping | GeneratorSettings | LVLMSettings):
+            given = merged(given, {name: _given(it)})
+        else:
+            objects[name] = it
     if isinstance(reward, str):
         given = merged(given, {"loop": {"reward": reward}})
-    elif reward is not None:
+    else:
         objects["reward"] = reward
     return Loop(load_settings(given, settings), **objects)
 
@@ -170,7 +156,8 @@ class Loop:
         self._parts: Parts | None = None
         self._stack: AsyncExitStack | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
-        self._portal: Any = None
+        self._portal: BlockingPortal | None = None
+        self._closing = ExitStack()
 
     # ---- opening and closing
 
@@ -185,7 +172,7 @@ class Loop:
         # Before any model is loaded.
         await asyncio.to_thread(check_writable, self.settings.home, "home", "set another with EMOLOOP_HOME")
         async with AsyncExitStack() as stack:
-            self._parts = await self._open_parts(stack)
+            self._parts = await open_parts(self.settings, self._given, stack)
             saver = await stack.enter_async_context(open_checkpointer(self.settings))
             self.graph = build_graph(self._parts, saver)
             self._stack = stack.pop_all()
@@ -201,50 +188,15 @@ class Loop:
         """As `async with`, on an event loop in a thread of its own."""
         if self._stack is not None or self._portal is not None:
             raise RuntimeError(_OPEN)
-        opening = start_blocking_portal()
-        self._portal = (opening, opening.__enter__())
-        try:
-            self._portal[1].call(self.__aenter__)
-        except BaseException:
-            opening.__exit__(None, None, None)
-            self._portal = None
-            raise
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal())
+            stack.enter_context(portal.wrap_async_context_manager(self))
+            self._portal, self._closing = portal, stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        opening, portal = self._portal
         self._portal = None
-        try:
-            portal.call(self.__aexit__)
-        finally:
-            opening.__exit__(None, None, None)
-
-    async def _open_parts(self, stack: AsyncExitStack) -> Parts:
-        # All of it in threads: whoever opens a loop inside a server must not stop its event loop.
-        settings = self.settings
-        reward = await asyncio.to_thread(load_reward, self._given["reward"] or settings.loop.reward)
-        generator = await asyncio.to_thread(_load_generator, self._given["generator"], settings)
-        if generator is not self._given["generator"]:
-            stack.push_async_callback(generator.aclose)
-        model: Any = self._given["lvlm"]
-        own = model is None
-        if own:
-            model = await asyncio.to_thread(_load_lvlm, settings)
-            stack.push_async_callback(asyncio.to_thread, model.close)
-        critic, rewriter = await asyncio.to_thread(_agents, model, own, settings)
-        await asyncio.to_thread(rewriter, settings.loop.rewriter)
-        recorder = await asyncio.to_thread(open_recorder, settings)
-        stack.push_async_callback(recorder.aclose)
-        return Parts(
-            generator=generator,
-            critic=critic,
-            rewriter=rewriter,
-            reward=reward,
-            recorder=recorder,
-            settings=settings,
-            patient=own and settings.lvlm.engine != "embedded",
-            objects=tuple(name for name, value in self._given.items() if value is not None),
-        )
+        self._closing.close()
 
     @property
     def parts(self) -> Parts:
@@ -344,17 +296,14 @@ class Loop:
         context = _context(options)
         context.over(self.settings.loop)
         seed = read_seed(seed)
-        asked = wanted.model_dump(mode="json", exclude_none=True)
         name = read_run_id(run_id) if run_id is not None else new_run_id()
         fold = await self.recorder.fold(name)
         if fold.events:
-            started = _started(fold)
-            known = started.target.model_dump(mode="json")
-            if started.prompt != text or not same_target(known, asked) or seed not in (None, started.seed):
+            if not asks_the_same(_started(fold), text, wanted, seed):
                 raise UserError(f"run {name!r} exists and was asked for something else: choose another id")
             events = self.stream_resume(name)
         else:
-            events = self._drive({"prompt": text, "target": asked, "seed": seed}, name, context)
+            events = self._drive(_request(text, wanted, seed), name, context)
         async with aclosing(events):
             async for event in events:
                 yield event
@@ -362,23 +311,20 @@ class Loop:
     async def stream_resume(self, run_id: str, answer: Any = None) -> AsyncGenerator[Event]:
         """As `resume`, yielding all events of the run, those of before first."""
         name = await asyncio.to_thread(self.recorder.store.resolve, run_id)
-        fold = await self.recorder.fold(name)
+        log = await self.recorder.events(name)
+        fold = Fold(name, log)
         if fold.status is RunStatus.COMPLETED:
-            for event in await self.recorder.events(name):
+            for event in log:
                 yield event
             return
-        self._check_same_parts(name, await self.recorder.events(name))
-        snapshot = await self._snapshot(name)
-        begin: Any = None
-        if snapshot is not None and snapshot.interrupts:
+        self.parts.check_same(name, log)
+        if await self.review(name) is not None:
             # A wrong answer must not get into the saved state: every later try would meet it again.
             # LangGraph takes an empty object for no answer.
             begin = _WAIT if answer is None else Command(resume=read_review(answer) or {"comment": ""})
-        elif snapshot is None or not snapshot.next:
-            # No checkpoint, or a run that failed: the log knows the way from the start.
+        else:
             started = _started(fold)
-            asked = started.target.model_dump(mode="json", exclude_none=True)
-            begin = {"prompt": started.prompt, "target": asked, "seed": started.seed}
+            begin = _request(started.prompt, started.target, started.seed)
         async with aclosing(self._drive(begin, name, None)) as events:
             async for event in events:
                 yield event
@@ -386,7 +332,13 @@ class Loop:
     async def review(self, run_id: str) -> dict[str, Any] | None:
         """What a run asks a person: round, prompt, target, tried, best; None where it does not wait for one."""
         snapshot = await self._snapshot(run_id)
-        return snapshot.interrupts[0].value if snapshot is not None and snapshot.interrupts else None
+        if snapshot is None or not snapshot.interrupts:
+            return None
+        question, fold = snapshot.interrupts[0].value, await self.recorder.fold(run_id)
+        # A log restored from an older copy does not hold all that the person was shown, and one that goes on beyond
+        # has the answer. Such a run begins anew, and finds in the log what is done.
+        stands = question.get("events", 0) <= fold.events and question["round"] + 1 not in fold.rewrites
+        return question if stands else None
 
     def run_sync(
         self, prompt: str, target: EmotionTarget | Mapping[str, Any], **options: Unpack[RunKeywords]
@@ -418,9 +370,8 @@ class Loop:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
 
         def follow(events: Sequence[Event]) -> None:
-            for event in events:
-                if event.run_id == run_id:
-                    loop.call_soon_threadsafe(queue.put_nowait, event)
+            if own := [event for event in events if event.run_id == run_id]:
+                loop.call_soon_threadsafe(lambda: [queue.put_nowait(event) for event in own])
 
         async with AsyncExitStack() as stack:
             work: asyncio.Task[Any] | None = None
@@ -431,8 +382,8 @@ class Loop:
                 yield event
             if begin is _WAIT:
                 return
-            # Each step is saved before the next one begins: the default keeps an unbounded backlog.
-            call = self.graph.ainvoke(begin, _config(run_id), context=context, durability="sync")
+            # The log knows each step; the state is saved where the graph stops, so that a review can be answered.
+            call = self.graph.ainvoke(begin, _config(run_id), context=context, durability="exit")
             work = asyncio.create_task(call)
             stack.push_async_callback(_cancelled, work)
             work.add_done_callback(lambda _: queue.put_nowait(None))
@@ -482,32 +433,10 @@ class Loop:
             await self.forget(run_id)
             return None
 
-    def _check_same_parts(self, run_id: str, events: list[Event]) -> None:
-        """Refuse to mix: what was made, read or valued is not comparable with another model's."""
-        parts = self.parts
-        made = (e for e in events if isinstance(e, ImageGenerated))
-        read = (e for e in events if isinstance(e, Critiqued) and isinstance(e.critique, Critique))
-        valued = (e for e in events if isinstance(e, Rewarded) and e.value is not None)
-        keys = ("model", "revision", "adapter", "steps", "guidance", "height", "width")
-        generator = parts.generator.describe()
-        for what, before, now in (
-            ("", made, {key: generator[key] for key in keys if key in generator}),
-            ("critic ", read, {"model": parts.critic.model}),
-            ("reward ", valued, {"name": parts.reward.name, "version": parts.reward.version}),
-        ):
-            first = next(before, None)
-            for key, value in now.items() if first else ():
-                if (then := getattr(first, key)) != value:
-                    raise UserError(
-                        f"run {run_id!r} was made with {what}{key} {then}, this loop has {value}: "
-                        "resume it with the settings that it began with"
-                    )
-
     def _sync(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         future: Future[T]
         if self._portal is not None:
-            portal: BlockingPortal = self._portal[1]
-            future = portal.start_task_soon(call)
+            future = self._portal.start_task_soon(call)
         else:
             _ = self.parts
             assert self._event_loop is not None
@@ -527,6 +456,10 @@ class Loop:
 
 def _config(run_id: str) -> RunnableConfig:
     return {"configurable": {"thread_id": run_id}}
+
+
+def _request(prompt: str, target: EmotionTarget, seed: int | None) -> RunInput:
+    return {"prompt": prompt, "target": target.model_dump(mode="json", exclude_none=True), "seed": seed}
 
 
 def _context(options: Mapping[str, Any]) -> Context:
@@ -551,36 +484,7 @@ async def _cancelled(task: asyncio.Task[Any]) -> None:
         await task
 
 
-def _load_generator(spec: Any, settings: Settings) -> Generator:
-    return load_generator(settings.generator if spec is None else spec, settings.generator)
-
-
-def _load_lvlm(settings: Settings) -> Any:
-    from ..tools.lvlm.load import load_lvlm
-
-    if settings.lvlm.samples > 1 and settings.lvlm.temperature == 0:
-        raise UserError(
-            "setting lvlm.samples above 1 needs lvlm.temperature above 0: equal answers tell nothing"
-        )
-    return load_lvlm(settings.lvlm)
-
-
-def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Callable[[str], Rewriter]]:
-    lvlm = settings.lvlm
-    wanted: dict[str, Any] = {}
-    if own:
-        # A server may serve a model of which nothing is known here.
-        with suppress(UserError):
-            wanted = presets.defaults(lvlm.model, "lvlm")
-    # Our own clients know their time limits; anybody else's model is held to the setting.
-    timeout, name = (None, lvlm.model) if own else (lvlm.timeout, None)
-    # A model in this process fills its next batch while one runs.
-    slots = max(lvlm.concurrency, 2 * getattr(model, "batch_size", 0))
-    asker = Asker(model, slots, timeout, name)
-    critic = Critic(asker, lvlm.critic_prompt or wanted.get("critic_prompt", "critic"), lvlm.samples)
-    prompt = lvlm.rewriter_prompt or wanted.get("rewriter_prompt", "rewriter")
-    return critic, cache(lambda name: load_rewriter(name, asker, prompt))
-
-
-def _given(settings: Mapping[str, Any] | BaseModel) -> dict[str, Any]:
-    return dict(settings) if isinstance(settings, Mapping) else settings.model_dump(exclude_unset=True)
+def _given(setting: Any) -> Any:
+    if isinstance(setting, BaseModel):
+        return setting.model_dump(exclude_unset=True)
+    return dict(setting) if isinstance(setting, Mapping) else setting

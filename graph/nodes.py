@@ -10,18 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from langgraph.runtime import Runtime
 from langgraph.types import interrupt
 
 from ..agents.ask import one_line
-from ..agents.critic import Critic, Reading, valued
+from ..agents.critic import Reading, valued
 from ..agents.generator import paint
-from ..agents.rewriters import Rewriter
 from ..domain import (
     Critique,
     EmotionTarget,
@@ -42,56 +38,23 @@ from ..events import (
     RunFinished,
     RunStarted,
 )
-from ..settings import Settings
-from ..tools.images.base import GenerationError, Generator, ImageRequest, unread_text
-from ..tools.reward import Reward
-from ..tools.urls import public
+from ..tools.images.base import GenerationError, ImageRequest
 from ..traces.fold import Fold, Tried
-from ..traces.recorder import StoreRecorder
 from . import policy
+from .parts import Parts, check_request, prompt_notes
 from .retry import ATTEMPTS, retryable
-from .state import Context, State, candidate_seed, read_prompt, read_run_id, read_seed, same_target
+from .state import (
+    Context,
+    State,
+    asks_the_same,
+    candidate_seed,
+    new_run_id,
+    read_review,
+    read_run_id,
+    read_seed,
+)
 
 logger = logging.getLogger(__name__)
-
-#: Keys of an answer to a review.
-REVIEW_KEYS = {"prompt", "comment", "stop"}
-
-
-@dataclass
-class Parts:
-    """What the nodes work with; shared by all runs of a loop.
-
-    Attributes:
-        generator: Makes the pictures.
-        critic: Reads them.
-        rewriter: Gives the rewriter of a name in settings.
-        reward: Values a reading.
-        recorder: The log.
-        settings: The resolved settings.
-        patient: Whether the chat model retries by itself, so that the graph should not.
-        objects: Which of generator, lvlm and reward were handed over as objects: a log cannot name those.
-    """
-
-    generator: Generator
-    critic: Critic
-    rewriter: Callable[[str], Rewriter]
-    reward: Reward
-    recorder: StoreRecorder
-    settings: Settings
-    patient: bool = False
-    objects: tuple[str, ...] = ()
-
-    def snapshot(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The settings as a run's first event holds them: resolved, without secrets."""
-        dumped = public(self.settings.model_dump(mode="json", exclude={"home", "traces"}))
-        dumped["loop"].update(options)
-        return {**dumped, "objects": list(self.objects)} if self.objects else dumped
-
-
-def new_run_id() -> str:
-    """A fresh run id; ids sort by time."""
-    return f"{datetime.now():%y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 class Nodes:
@@ -105,11 +68,13 @@ class Nodes:
     async def start(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Check the request, name the run and log it; or find the run that it continues."""
         prompt, target = check_request(self.parts, state["prompt"], state["target"])
-        options = (runtime.context or Context()).over(self.parts.settings.loop)
+        # Inside another graph, the context is that graph's own.
+        context: Any = runtime.context
+        options = (context if isinstance(context, Context) else Context()).over(self.parts.settings.loop)
         await asyncio.to_thread(self.parts.rewriter, options["rewriter"])
         seed = read_seed(state.get("seed"))
         asked = target.model_dump(mode="json", exclude_none=True)
-        run_id, started = await self._find(runtime, prompt, asked, seed)
+        run_id, started = await self._find(runtime, prompt, target, seed)
         if started is None:
             started = RunStarted(
                 run_id=run_id,
@@ -144,7 +109,7 @@ class Nodes:
         }
 
     async def _find(
-        self, runtime: Runtime[Context], prompt: str, target: dict[str, Any], seed: int | None
+        self, runtime: Runtime[Context], prompt: str, target: EmotionTarget, seed: int | None
     ) -> tuple[str, RunStarted | None]:
         """The run that the request begins or continues; a thread may hold several, one after the other."""
         execution = runtime.execution_info
@@ -158,12 +123,7 @@ class Nodes:
             started = fold.started
             if started is None:
                 return run_id, None
-            same = (
-                started.prompt == prompt
-                and same_target(started.target.model_dump(mode="json"), target)
-                and seed in (None, started.seed)
-            )
-            if same and fold.status is not RunStatus.COMPLETED:
+            if asks_the_same(started, prompt, target, seed) and fold.status is not RunStatus.COMPLETED:
                 return run_id, started
             count += 1
 
@@ -172,7 +132,7 @@ class Nodes:
     async def generate(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Make the round's pictures that are not there yet."""
         number, prompt, options = state["round"], state["current"], state["options"]
-        fold = await self.parts.recorder.fold(state["run_id"])
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         node, target = _node("generate", fold), read_target(state["target"])
         row = fold.round(number)
         made = {index for index, tried in row.items() if tried.made}
@@ -229,7 +189,7 @@ class Nodes:
                 for index, error in failed.items()
             ),
         )
-        fold = await self.parts.recorder.fold(state["run_id"])
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         return {"warnings": fold.warnings(), "stop_reason": None if made else StopReason.ERROR.value}
 
     # ---- critique
@@ -237,7 +197,7 @@ class Nodes:
     async def critique(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Read the round's pictures, value them, and decide whether to go on."""
         number, options = state["round"], state["options"]
-        fold = await self.parts.recorder.fold(state["run_id"])
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         nodes = _node("critique", fold), _node("reward", fold)
         todo = [
             tried
@@ -250,7 +210,7 @@ class Nodes:
         for error in errors:
             if error is not None:
                 raise error
-        fold = await self.parts.recorder.fold(state["run_id"])
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         stop = policy.decide(
             fold,
             number,
@@ -279,7 +239,12 @@ class Nodes:
         parts, made, critique = self.parts, tried.made, tried.critique
         assert made is not None
         target = read_target(state["target"])
-        place = {"run_id": made.run_id, "round": made.round, "index": made.index, "sha256": made.sha256}
+        place: dict[str, Any] = {
+            "run_id": made.run_id,
+            "round": made.round,
+            "index": made.index,
+            "sha256": made.sha256,
+        }
         read: list[Critiqued] = []
         if not isinstance(critique, Critique):
             try:
@@ -340,9 +305,13 @@ class Nodes:
 
     async def review(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Wait for a person. The answer is a comment, or any of `prompt`, `comment` and `stop`."""
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        if state["round"] + 1 in fold.rewrites:
+            return {}  # answered before the run broke off
         answer = interrupt(
             {
                 "run_id": state["run_id"],
+                "events": fold.events,
                 "round": state["round"],
                 "prompt": state["prompt"],
                 "target": state["target"],
@@ -382,19 +351,19 @@ class Nodes:
         """Write the next round's prompt."""
         # Before anything was painted, the rewrite is for round 0 itself.
         number = state["round"] + 1 if state["rounds"] else 0
-        fold = await self.parts.recorder.fold(state["run_id"])
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         event = fold.rewrites.get(number) or await self._write(state, runtime, number)
-        warnings = (await self.parts.recorder.fold(state["run_id"])).warnings()
+        warnings = (await self.parts.recorder.fold(state["run_id"], fresh=False)).warnings()
         return {"round": number, "current": event.prompt, "comment": "", "warnings": warnings}
 
     async def _write(self, state: State, runtime: Runtime[Context], number: int) -> Rewritten:
         parts, run_id = self.parts, state["run_id"]
-        result = await parts.recorder.result(run_id)
+        fold = await parts.recorder.fold(run_id, fresh=False)
         rewriter = parts.rewriter(state["options"]["rewriter"])
         rewrite = await rewriter.rewrite(
             state["prompt"],
             read_target(state["target"]),
-            result.rounds[:number],
+            fold.rounds(parts.recorder.store.blobs.path)[:number],
             comment=state.get("comment", ""),
             seed=candidate_seed(state["options"]["seed"], number, -1),
         )
@@ -426,7 +395,7 @@ class Nodes:
         stop = StopReason(state["stop_reason"] or StopReason.ERROR)
         failed = stop in (StopReason.NO_CRITIQUE, StopReason.NO_REWARD, StopReason.ERROR)
         status = RunStatus.FAILED if failed else RunStatus.COMPLETED
-        fold = await self.parts.recorder.fold(state["run_id"])
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         best = self._best(fold)
         await self._record(
             runtime,
@@ -473,62 +442,6 @@ class Nodes:
 
 class _Lost(Exception):
     """A logged picture is gone."""
-
-
-def check_request(parts: Parts, prompt: Any, target: Any) -> tuple[str, EmotionTarget]:
-    """Read a request before anything is written for it.
-
-    Raises:
-        UserError: The prompt or target is none; or, in strict mode, a word that the generator does not know.
-    """
-    text, wanted = read_prompt(prompt), read_target(target)
-    if parts.settings.generator.strict and (message := unknown_words(parts.generator, text)):
-        raise UserError(message)
-    return text, wanted
-
-
-def unknown_words(generator: Generator, prompt: str, said: str = "") -> str | None:
-    """One line that names the words which the generator does not know, with the nearest it does; or None.
-
-    Words that `said` names in quotes are left out.
-    """
-    unknown = [u for u in generator.unknown_words(prompt) if repr(u.word) not in said]
-    if not unknown:
-        return None
-    named = "; ".join(
-        f"{u.word!r} (nearest: {', '.join(u.nearest)})" if u.nearest else repr(u.word) for u in unknown
-    )
-    return f"the model does not know {named}"
-
-
-def prompt_notes(generator: Generator, prompt: str, said: list[str]) -> list[str]:
-    """What is to be known of a prompt before it is painted: unknown words, and an end that is not read.
-
-    A rewriter keeps the neutral prompt's words, and once is enough to be told of each: what was said is left out.
-    """
-    unknown = unknown_words(generator, prompt, said="\n".join(said))
-    unread = unread_text(generator, prompt)
-    long = (
-        f"the prompt is too long for the model, which does not read its end: {unread!r}" if unread else None
-    )
-    return [note for note in (unknown, long) if note]
-
-
-def read_review(answer: Any) -> dict[str, Any]:
-    """A person's answer to a review.
-
-    Raises:
-        UserError: It is neither text nor an object with known keys and usable values.
-    """
-    if answer is None:
-        return {}
-    if isinstance(answer, str):
-        return {"comment": answer.strip()}
-    if not isinstance(answer, dict) or not set(answer) <= REVIEW_KEYS:
-        raise UserError(f"a review is a comment, or an object with {', '.join(sorted(REVIEW_KEYS))}")
-    if not isinstance(answer.get("comment") or "", str):
-        raise UserError(f"a review's comment is text, not {answer['comment']!r}")
-    return {**answer, "prompt": read_prompt(answer["prompt"])} if answer.get("prompt") else answer
 
 
 def _node(name: str, fold: Fold) -> str:

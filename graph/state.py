@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 from langgraph.channels import EphemeralValue
 from typing_extensions import TypedDict
 
-from ..domain import UserError
+from ..domain import EmotionTarget, UserError
+from ..events import RunStarted
 
 if TYPE_CHECKING:
     from ..settings import LoopSettings
 
 #: Longest neutral prompt, in characters: twice what the longest text encoder in use (T5, 512 tokens) reads.
 LONGEST_PROMPT = 4000
+
+#: Keys of an answer to a review.
+REVIEW_KEYS = {"prompt", "comment", "stop"}
 
 
 class RunInput(TypedDict):
@@ -149,6 +154,11 @@ def read_seed(seed: Any) -> int | None:
     raise UserError(f"seed {seed!r}: a whole number from 0 to 2^63 - 1 is wanted")
 
 
+def new_run_id() -> str:
+    """A fresh run id; ids sort by time."""
+    return f"{datetime.now():%y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
 def read_run_id(run_id: str) -> str:
     """A run id that is safe as a file name.
 
@@ -171,8 +181,23 @@ def candidate_seed(seed: int, round: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{round}:{index}".encode()).digest()[:4]) >> 1
 
 
-def same_target(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two targets in JSON are the same; None and absent are."""
-    return {k: v for k, v in one.items() if v is not None} == {
-        k: v for k, v in other.items() if v is not None
-    }
+def asks_the_same(started: RunStarted, prompt: str, target: EmotionTarget, seed: int | None) -> bool:
+    """Whether a request is the one that a run began with; a seed that is left out is any."""
+    return started.prompt == prompt and started.target == target and seed in (None, started.seed)
+
+
+def read_review(answer: Any) -> dict[str, Any]:
+    """A person's answer to a review.
+
+    Raises:
+        UserError: It is neither text nor an object with known keys and usable values.
+    """
+    if answer is None:
+        return {}
+    if isinstance(answer, str):
+        return {"comment": answer.strip()}
+    if not isinstance(answer, dict) or not set(answer) <= REVIEW_KEYS:
+        raise UserError(f"a review is a comment, or an object with {', '.join(sorted(REVIEW_KEYS))}")
+    if not isinstance(answer.get("comment") or "", str):
+        raise UserError(f"a review's comment is text, not {answer['comment']!r}")
+    return {**answer, "prompt": read_prompt(answer["prompt"])} if answer.get("prompt") else answer

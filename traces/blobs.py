@@ -13,6 +13,8 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import sync, write_atomic
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -42,16 +44,12 @@ class BlobStore:
         """
         sha256 = hashlib.sha256(data).hexdigest()
         target = self.path(sha256, suffix)
-        self._make(target.parent)
-        try:
-            # The time of the last claim tells `TraceStore.remove` that somebody else still wants this blob.
-            os.utime(target)
-            whole = target.read_bytes() == data
-        except FileNotFoundError:
-            whole = False
-        if not whole:  # absent, or damaged since
-            self._write(target, data)
-        _sync_folder(target.parent)
+        if not target.parent.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            sync(self.folder)
+        # One that is there is written again: it may be damaged, and its time tells `TraceStore.remove` that somebody
+        # wants it still.
+        write_atomic(target, data)
         return sha256
 
     def put_image(self, image: Image) -> str:
@@ -103,31 +101,3 @@ class BlobStore:
                 aside.unlink()
                 removed += 1
         return removed
-
-    def _make(self, folder: Path) -> None:
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            _sync_folder(folder.parent)
-
-    def _write(self, target: Path, data: bytes) -> None:
-        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        try:
-            with open(beside, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, target)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename lasts only when the folder is synced too; Windows cannot open folders and needs none of it.
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

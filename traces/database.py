@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random
 
 from ..domain import Failure, UserError
+from ..files import check_writable
 from ..settings import Settings
 from . import migrate
 from .schema import TABLES_VERSION
@@ -53,7 +53,8 @@ def open_database(settings: Settings, home: Path, *, read_only: bool) -> Engine:
             raise UserError(f"no traces in {home}: choose another home, or make a run first")
     else:
         for folder in {home, Path(str(url.database)).parent} if local else {home}:
-            _check_writable(folder)
+            check_writable(folder, "the log's folder", "EMOLOOP_HOME chooses another home")
+            folder.mkdir(parents=True, exist_ok=True)
     engine = _sqlite(url, read_only) if local else _server(url)
     try:
         _prepare(engine, read_only)
@@ -84,7 +85,7 @@ def lock(connection: Connection, *names: str) -> None:
 
 
 @contextmanager
-def store_errors(engine: Engine) -> Iterator[None]:
+def store_errors(engine: Engine) -> Generator[None]:
     """Turn the driver's failures into a `StoreError` of one line."""
     try:
         yield
@@ -110,17 +111,6 @@ def _url(settings: Settings, home: Path) -> URL:
     return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
 
 
-def _check_writable(folder: Path) -> None:
-    probe = folder / f".probe-{uuid.uuid4().hex}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write to {folder}: {reason} (EMOLOOP_HOME chooses another home)") from error
-
-
 def _server(url: URL) -> Engine:
     try:
         return create_engine(url, pool_pre_ping=True)
@@ -144,7 +134,10 @@ def _sqlite(url: URL, read_only: bool) -> Engine:
             target, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )
         if not read_only:
+            # Rows are small and their indexes scattered, and a commit writes whole pages. A new file heeds it.
+            connection.execute("PRAGMA page_size=1024")
             connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA wal_autocheckpoint=4000")
             connection.execute("PRAGMA synchronous=FULL")
         return connection
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ class Fold:
         self._images = 0
         self._rewarded = 0
         self._made_by: tuple[str, str | None] | None = None
+        # What was made of a round, until its next event.
+        self._warnings: dict[int, list[str]] = {}
+        self._read: dict[int, Round] = {}
         for event in events:
             self.apply(event)
 
@@ -107,6 +111,8 @@ class Fold:
         """Take the run's next event."""
         self.events += 1
         self.updated = event.time
+        self._warnings.pop(event.round, None)
+        self._read.pop(event.round, None)
         match event:
             case RunStarted() if self.started is None:
                 self.started = event
@@ -183,15 +189,14 @@ class Fold:
     @property
     def gain(self) -> float | None:
         """Mean reward of the winning round minus mean reward of round 0; None where either has none."""
-        first = self.mean_reward(0)
-        winning = self.mean_reward(self.best[0]) if self.best else None
+        first, winning = (self.mean_reward(0), self.mean_reward(self.best[0])) if self.best else (None, None)
         return None if first is None or winning is None else winning - first
 
     @property
     def best_gain(self) -> float | None:
         """Best reward minus best reward of round 0; None where round 0 has none."""
-        first = self.rewards(0)
         best = self.tried[self.best].reward if self.best else None
+        first = [] if best is None else self.rewards(0)
         return best - max(first) if first and best is not None else None
 
     def rewards(self, number: int) -> list[float]:
@@ -220,10 +225,12 @@ class Fold:
     def warnings(self) -> list[str]:
         """One line for each thing that went wrong without ending the run, in the order of rounds."""
         lines = list(self.started.warnings) if self.started else []
-        for number in sorted({*self._rounds, *self.rewrites}):
-            if rewrite := self.rewrites.get(number):
-                lines += [f"round {number}: {warning}" for warning in rewrite.warnings]
-            lines += [f"round {number}: {line}" for line in self.problems(number)]
+        for number in self.numbers:
+            if number not in self._warnings:
+                rewrite = self.rewrites.get(number)
+                found = [*(rewrite.warnings if rewrite else ()), *self.problems(number)]
+                self._warnings[number] = [f"round {number}: {line}" for line in found]
+            lines += self._warnings[number]
         return list(dict.fromkeys(lines))
 
     def problems(self, number: int) -> list[str]:
@@ -232,7 +239,7 @@ class Fold:
         made = [tried for tried in row if tried.made]
         failed = [tried.failed.reason for tried in row if tried.failed and not tried.made]
         lacking = [tried for tried in made if tried.reward is None and tried.missing]
-        lines = []
+        lines: list[str] = []
         if failed:
             what = (
                 f"{len(failed)} of {len(row)} images could not be made" if made else "no image could be made"
@@ -271,6 +278,28 @@ class Fold:
             reward=tried.reward,
         )
 
+    @property
+    def numbers(self) -> list[int]:
+        """The first round, and all others of which anything is known."""
+        return sorted({0, *self._rounds, *self.rewrites})
+
+    def rounds(self, path: Callable[[str], Path] | None = None) -> list[Round]:
+        """The rounds for somebody who only looks at them: what did not change is not made anew."""
+        for number in self.numbers:
+            if number not in self._read:
+                self._read[number] = self._round(number, path)
+        return [self._read[number] for number in self.numbers]
+
+    def _round(self, number: int, path: Callable[[str], Path] | None) -> Round:
+        rewrite = self.rewrites.get(number)
+        found = (self.candidate((number, index), path) for index in sorted(self.round(number)))
+        return Round(
+            prompt=self.prompt(number),
+            changes=rewrite.changes if rewrite else "",
+            why=rewrite.why if rewrite else "",
+            candidates=[candidate for candidate in found if candidate],
+        )
+
     def result(self, path: Callable[[str], Path] | None = None, home: Path | None = None) -> RunResult:
         """The run as the loop returns it; one that goes on, or broke off, is `running` without a stop reason.
 
@@ -283,22 +312,15 @@ class Fold:
         """
         if self.started is None:
             raise ValueError(f"the log of run {self.run_id!r} has no beginning")
-        painted = (key[0] for key, tried in self.tried.items() if tried.made)
-        rounds = {n: Round(prompt=self.prompt(n)) for n in sorted({0, *self.rewrites, *painted})}
-        for number, rewrite in self.rewrites.items():
-            rounds[number] = Round(prompt=rewrite.prompt, changes=rewrite.changes, why=rewrite.why)
-        best = None
-        for key in sorted(self.tried):
-            if candidate := self.candidate(key, path):
-                rounds[key[0]].candidates.append(candidate)
-                best = candidate if key == self.best else best
+        rounds = {number: self._round(number, path) for number in self.numbers}
+        candidates = rounds[self.best[0]].candidates if self.best else []
         return RunResult(
             run_id=self.run_id,
             status=self.status,
             stop_reason=self.finished.stop_reason if self.finished else None,
             prompt=self.started.prompt,
             target=self.started.target,
-            best=best,
+            best=next((it for it in candidates if (it.round, it.index) == self.best), None),
             rounds=list(rounds.values()),
             gain=self.gain,
             best_gain=self.best_gain,
@@ -323,7 +345,7 @@ class Fold:
             "started": started.time,
             "updated": self.updated,
             "finished": self.finished.time if self.finished else None,
-            "prompt": _text(started.prompt),
+            "prompt": started.prompt,
             "prompt_hash": hash_prompt(started.prompt),
             "seed": started.seed,
             "valence": started.target.valence,
@@ -340,7 +362,7 @@ class Fold:
             "best_round": self.best[0] if self.best else None,
             "best_index": self.best[1] if self.best else None,
             "best_sha256": best.made.sha256 if best and best.made else None,
-            "best_prompt": _text(best.made.prompt) if best and best.made else None,
+            "best_prompt": best.made.prompt if best and best.made else None,
             "best_reward": best.reward if best else None,
             "gain": self.gain,
             "best_gain": self.best_gain,
@@ -356,10 +378,10 @@ class Fold:
             "run_id": self.run_id,
             "round": key[0],
             "index": key[1],
-            "prompt": _text(source.prompt) if source else None,
+            "prompt": source.prompt if source else None,
             "prompt_hash": hash_prompt(source.prompt) if source else None,
             "seed": source.seed if source else None,
-            **{name: _text(getattr(made, name)) if made else None for name in _RECIPE},
+            **({name: getattr(made, name) for name in _RECIPE} if made else dict.fromkeys(_RECIPE)),
             "valence": read.valence if read else None,
             "arousal": read.arousal if read else None,
             "category": read.category if read else None,
@@ -368,7 +390,7 @@ class Fold:
             "reward": tried.reward,
             "reward_name": rewarded.name if rewarded else None,
             "reward_version": rewarded.version if rewarded else None,
-            "missing": _text(tried.missing),
+            "missing": tried.missing,
         }
 
 
@@ -421,14 +443,10 @@ def result_json(result: RunResult) -> dict[str, Any]:
     return document
 
 
+@lru_cache(4096)
 def hash_prompt(prompt: str) -> str:
     """SHA-256 of a prompt, in hexadecimal: what groups candidates of one prompt in SQL."""
     return hashlib.sha256(prompt.encode()).hexdigest()
-
-
-def _text(value: Any) -> Any:
-    # PostgreSQL refuses NUL in text; the event's JSON body keeps it.
-    return value.replace("\0", "�") if isinstance(value, str) else value
 
 
 def _most_common(reasons: list[str]) -> str:

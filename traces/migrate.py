@@ -14,7 +14,7 @@ from sqlalchemy import Connection, MetaData, Table, insert, inspect, select, tex
 from ..domain import UserError
 from ..events import EVENT, SCHEMA_VERSION, Event
 from .fold import Fold
-from .schema import TABLES_VERSION, candidates, events, meta, metadata, runs
+from .schema import TABLES_VERSION, Upsert, candidates, events, meta, metadata, runs
 
 
 def version(connection: Connection) -> int | None:
@@ -57,14 +57,14 @@ def rebuild(connection: Connection) -> None:
     """Make the derived tables again from the events."""
     for table in (candidates, runs):
         connection.execute(table.delete())
+    upsert_runs, upsert_candidates = (Upsert(connection.dialect, table) for table in (runs, candidates))
     run_ids = connection.scalars(select(events.c.run_id).distinct().order_by(events.c.run_id)).all()
     for run_id in run_ids:
         query = select(events.c.body).where(events.c.run_id == run_id).order_by(events.c.seq)
         whole = Fold(run_id, (EVENT.validate_json(body) for body in connection.scalars(query)))
         if row := whole.run_row():
-            connection.execute(insert(runs).values(row))
-        if whole.tried:
-            connection.execute(insert(candidates), [whole.candidate_row(key) for key in whole.tried])
+            upsert_runs(connection, [row])
+        upsert_candidates(connection, map(whole.candidate_row, whole.tried))
 
 
 def _from_0(connection: Connection) -> None:
@@ -73,7 +73,7 @@ def _from_0(connection: Connection) -> None:
     query = select(old.c.run_id, old.c.seq, old.c.body).order_by(old.c.run_id, old.c.seq)
     seen: set[tuple[str, int, str, int]] = set()
     for run_id, seq, body in connection.execute(query).all():
-        raw = body if isinstance(body, dict) else json.loads(body)
+        raw = json.loads(body) if isinstance(body, str) else body
         event = EVENT.validate_python({**raw, "run_id": run_id, "seq": seq, "schema_version": SCHEMA_VERSION})
         if event.key not in seen:
             seen.add(event.key)

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Events in one transaction.
-_LARGEST = 512
+#: Events in one transaction, and seconds that it waits for as many callers as shared the last ones: what a batch of
+#: pictures or answers brings comes within a moment, and a sync costs more than that moment.
+_LARGEST, _GATHER = 512, 0.002
 
 #: Seconds that a claim on a run lasts without renewal, and between renewals.
 _LEASE, _RENEW = 60.0, 20.0
@@ -69,10 +70,11 @@ class StoreRecorder:
         if spans is not None:
             store.subscribers.append(spans)
         self._queue: deque[_Waiting] = deque()
-        self._guard = threading.Lock()
+        self._guard = threading.Condition()
         self._writing = False
+        self._shared = deque([1], maxlen=4)  # how many callers shared each of the last commits
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="emoloop-log")
-        self._workers = ThreadPoolExecutor(4, thread_name_prefix="emoloop-blobs")
+        self._workers = ThreadPoolExecutor(8, thread_name_prefix="emoloop-blobs")
 
     # ---- events
 
@@ -91,11 +93,15 @@ class StoreRecorder:
         with self._guard:
             self._queue.append(waiting)
             start, self._writing = not self._writing, True
+            if len(self._queue) >= max(self._shared):
+                self._guard.notify()
         if start:
             self._writer.submit(self._write)
         return await waiting.future
 
     def _write(self) -> None:
+        with self._guard:
+            self._guard.wait_for(lambda: len(self._queue) >= max(self._shared), _GATHER)
         while group := self._next_group():
             outcomes = self._commit(group)
             for loop in {waiting.loop for waiting in group}:
@@ -111,6 +117,8 @@ class StoreRecorder:
                 group.append(self._queue.popleft())
                 size += len(group[-1].events)
             self._writing = bool(group)
+            if group:
+                self._shared.append(len(group))
         return group
 
     def _commit(self, group: list[_Waiting]) -> list[list[Event] | BaseException]:
@@ -123,7 +131,7 @@ class StoreRecorder:
             return [outcome for waiting in group for outcome in self._commit([waiting])]
 
     @contextmanager
-    def subscribed(self, subscriber: Subscriber) -> Iterator[None]:
+    def subscribed(self, subscriber: Subscriber) -> Generator[None]:
         """Have a function called, in the writer's thread, with the events of each commit from now on."""
         self.store.subscribers.append(subscriber)
         try:
@@ -135,17 +143,18 @@ class StoreRecorder:
         """The run's events in order of `seq`."""
         return await self._in(self._workers, self.store.events, run_id)
 
-    async def fold(self, run_id: str) -> Fold:
-        """The run's state as the log has it now."""
-        return await self._in(self._workers, self.store.fold, run_id)
+    async def fold(self, run_id: str, *, fresh: bool = True) -> Fold:
+        """The run's state as the log has it now; what others wrote meanwhile is seen only by a fresh look."""
+        held = None if fresh else self.store.held(run_id)
+        return held or await self._in(self._workers, self.store.fold, run_id)
 
     async def result(self, run_id: str) -> RunResult:
         """The run as the loop returns it."""
-        whole = await self.fold(run_id)
+        whole = await self.fold(run_id, fresh=False)
         return whole.result(self.store.blobs.path, self.store.home)
 
     @asynccontextmanager
-    async def claimed(self, run_id: str) -> AsyncIterator[None]:
+    async def claimed(self, run_id: str) -> AsyncGenerator[None]:
         """Hold a run while it is worked on, so that nobody else works on it at the same time.
 
         Raises:

@@ -7,11 +7,14 @@ them again. Event bodies are JSON text: the log has to give back exactly what it
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
     Column,
+    Connection,
     DateTime,
     Dialect,
     Float,
@@ -24,6 +27,8 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
 )
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.types import TypeEngine
 
 #: Version of the tables (events carry their own, `events.SCHEMA_VERSION`).
 TABLES_VERSION = 2
@@ -37,7 +42,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """Any aware datetime to UTC."""
-        return None if value is None else value.astimezone(UTC)
+        return value if value is None or value.tzinfo is UTC else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """What the database holds, with its zone."""
@@ -164,3 +169,44 @@ candidates = Table(
     Index("candidates_latents", "latents"),
     Index("candidates_prompt_hash", "prompt_hash"),
 )
+
+
+class Upsert:
+    """Rows that are inserted, or written over those of their primary key.
+
+    The statement is compiled once and handed to the driver as text: to have SQLAlchemy build and bind it anew costs
+    several times what the database does.
+
+    Args:
+        dialect: Of the database.
+        table: One of ours; the cursor of an event is the database's to give, so nothing is written over there.
+    """
+
+    def __init__(self, dialect: Dialect, table: Table) -> None:
+        names = [column.name for column in table.columns if column.name != "cursor"]
+        statement = (postgresql if dialect.name == "postgresql" else sqlite).insert(table).inline()
+        keys = [column.name for column in table.primary_key]
+        if set(keys) <= set(names):
+            values = {name: statement.excluded[name] for name in names if name not in keys}
+            statement = statement.on_conflict_do_update(index_elements=keys, set_=values)
+        compiled = statement.compile(dialect=dialect, column_keys=names)
+        self._sql, self._positional = str(compiled), compiled.positiontup is not None
+        self._names = compiled.positiontup or names
+        self._columns = [(name, _bound(table.columns[name].type, dialect)) for name in self._names]
+
+    def __call__(self, connection: Connection, rows: Iterable[dict[str, Any]]) -> None:
+        """Write rows; none at all is nothing to do."""
+        given: list[Any] = []
+        for row in rows:
+            bound = [row[name] if bind is None else bind(row[name]) for name, bind in self._columns]
+            given.append(tuple(bound) if self._positional else dict(zip(self._names, bound, strict=True)))
+        if given:
+            connection.exec_driver_sql(self._sql, given)
+
+
+def _bound(kind: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
+    """What makes a value of a column one for the driver."""
+    if dialect.name == "postgresql" and isinstance(kind, String):
+        # PostgreSQL refuses NUL in text; the event's JSON body has it escaped.
+        return lambda value: value.replace("\0", "\ufffd") if isinstance(value, str) else value
+    return kind.dialect_impl(dialect).bind_processor(dialect)

@@ -246,10 +246,8 @@ def flatten(attributes: Mapping[str, Any], capture_content: bool) -> dict[str, A
     for key, value in attributes.items():
         if value is None or (key in CONTENT and not capture_content):
             continue
-        plain = isinstance(value, str | bool | int | float)
-        if isinstance(value, list | tuple):
-            plain = all(isinstance(item, str) for item in value)
-        value = value if plain else json.dumps(value, ensure_ascii=False, default=str)
+        if not isinstance(value, str | bool | int | float):
+            value = json.dumps(value, ensure_ascii=False, default=str)
         flat[key] = value[:_LONGEST] if isinstance(value, str) else value
     return flat
 
@@ -371,6 +369,8 @@ def _evaluations(event: Event) -> Iterator[dict[str, Any]]:
                 "gen_ai.evaluation.score.value": event.value,
                 "error.type": "missing_reward" if event.value is None else None,
             }
+        case _:
+            pass
 
 
 def _resource() -> Resource:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Engine, Table, and_, delete, func, insert, or_, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, Engine, and_, bindparam, delete, or_, select
+from sqlalchemy.exc import IntegrityError
 
 from ..domain import RunResult, UserError
 from ..events import EVENT, Event
@@ -28,7 +27,7 @@ from .blobs import BlobStore
 from .database import WRITES, StoreError, lock, open_database, store_errors
 from .fold import Fold
 from .rows import CandidateRow, RunFilter, RunRow
-from .schema import candidates, events, leases, runs
+from .schema import Upsert, candidates, events, leases, runs
 
 __all__ = ["CandidateRow", "RunFilter", "RunRow", "StoreError", "TraceStore", "open_store"]
 
@@ -36,6 +35,12 @@ logger = logging.getLogger(__name__)
 
 #: Is called, in the thread that wrote, with the events that a commit added.
 Subscriber = Callable[[Sequence[Event]], object]
+
+_LOG = (
+    select(events.c.seq, events.c.cursor, events.c.body)
+    .where(events.c.run_id == bindparam("run_id"))
+    .order_by(events.c.seq)
+)
 
 #: Runs whose state is kept in memory while they are written.
 _FOLDS = 256
@@ -62,7 +67,10 @@ class TraceStore:
         self.subscribers: list[Subscriber] = []
         self._lock = threading.Lock()
         self._folds: dict[str, _Held] = {}
-        self._upserts: dict[str, Any] = {}
+        self._insert, *upserts = (
+            Upsert(engine.dialect, table) for table in (events, candidates, runs, leases)
+        )
+        self._upsert_candidates, self._upsert_runs, self._upsert_leases = upserts
         self._writer = engine.execution_options(**{WRITES: True})
 
     def append(self, *batch: Event) -> list[Event]:
@@ -78,28 +86,32 @@ class TraceStore:
         """`append` for several callers in one transaction (a group commit)."""
         batch = [event for group in batches for event in group]
         with self._lock:
-            try:
-                with self._write() as connection:
-                    stand, fresh = self._append(connection, batch)
-            except BaseException:
-                # What was folded may not be in the log.
-                self._folds.clear()
-                raise
+            stand, fresh = self._commit(batch)
             for subscriber in tuple(self.subscribers) if fresh else ():
                 subscriber(fresh)
         found = iter(stand)
         return [[next(found) for _ in group] for group in batches]
 
+    def _commit(self, batch: Sequence[Event], again: bool = True) -> tuple[list[Event], list[Event]]:
+        try:
+            with self._write() as connection:
+                return self._append(connection, batch)
+        except BaseException as error:
+            # What was folded may not be in the log.
+            self._folds.clear()
+            if not again or not isinstance(error.__cause__, IntegrityError):
+                raise
+        # Another process wrote to one of the runs as well: its events are read first.
+        return self._commit(batch, again=False)
+
     def _append(self, connection: Connection, batch: Sequence[Event]) -> tuple[list[Event], list[Event]]:
-        run_ids = sorted({event.run_id for event in batch})
         # Cursors have to be given in the order of commits, so writers of other processes wait here.
         lock(connection, "emoloop append")
-        self._load(connection, run_ids)
         stand: list[Event] = []
         fresh: list[Event] = []
         touched: dict[tuple[str, int, int], None] = {}
         for event in batch:
-            held = self._folds[event.run_id]
+            held = self._hold(connection, event.run_id)
             known = held.known.get(event.key)
             if known is None:
                 event = event.model_copy(update={"seq": held.next})
@@ -111,64 +123,47 @@ class TraceStore:
                     touched[event.run_id, event.round, event.index] = None
             stand.append(known)
         if fresh:
-            before = connection.scalar(select(func.max(events.c.cursor))) or 0
-            connection.execute(insert(events), [migrate.row_of(event) for event in fresh])
-            self._number(connection, before, fresh)
-            rows = [self._folds[run_id].fold.candidate_row((n, index)) for run_id, n, index in touched]
-            self._upsert(connection, candidates, rows)
+            self._insert(connection, map(migrate.row_of, fresh))
+            # Nobody else writes meanwhile, so that the numbers are consecutive.
+            last = connection.exec_driver_sql("SELECT max(cursor) FROM events").scalar_one()
+            first = last - len(fresh) + 1
+            for cursor, event in enumerate(fresh, first):
+                _set_cursor(event, cursor)
+            rows = (self._folds[run_id].fold.candidate_row((n, index)) for run_id, n, index in touched)
+            self._upsert_candidates(connection, rows)
             changed = dict.fromkeys(event.run_id for event in fresh)
             summaries = (self._folds[run_id].fold.run_row() for run_id in changed)
-            self._upsert(connection, runs, [row for row in summaries if row is not None])
+            self._upsert_runs(connection, filter(None, summaries))
         while len(self._folds) > _FOLDS:
             del self._folds[next(iter(self._folds))]
         return stand, fresh
 
     def fold(self, run_id: str) -> Fold:
-        """The state of a run as the log has it now; it grows with the run's events."""
+        """The state of a run as the log has it now; it grows with the events that this store appends."""
         with self._lock, self.read() as connection:
-            self._load(connection, [run_id])
-            return self._folds[run_id].fold
+            self._folds.pop(run_id, None)  # another process may have written as well
+            return self._hold(connection, run_id).fold
 
-    def _load(self, connection: Connection, run_ids: Sequence[str]) -> None:
-        """Have the runs' folds at hand, as the log has them now: another process may have written as well."""
-        last = select(events.c.run_id, func.max(events.c.seq)).where(events.c.run_id.in_(run_ids))
-        ends = {run_id: seq for run_id, seq in connection.execute(last.group_by(events.c.run_id))}
-        for run_id in run_ids:
-            held = self._folds.pop(run_id, None)
-            following = ends.get(run_id, -1) + 1
-            if held is None or held.next != following:
-                log = _read(connection, run_id) if following else []
-                held = _Held(Fold(run_id, log), {event.key: event for event in log}, following)
-            self._folds[run_id] = held  # the most recently used last
+    def held(self, run_id: str) -> Fold | None:
+        """As `fold`, without a look at the log: what this store knows of a run that it writes."""
+        held = self._folds.get(run_id)
+        return held.fold if held else None
 
-    def _number(self, connection: Connection, before: int, fresh: Sequence[Event]) -> None:
-        """Tell the events their cursors."""
-        query = select(events.c.run_id, events.c.seq, events.c.cursor).where(events.c.cursor > before)
-        found = {(run_id, seq): cursor for run_id, seq, cursor in connection.execute(query)}
-        for event in fresh:
-            _set_cursor(event, found[event.run_id, event.seq])
-
-    def _upsert(self, connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
-        if not rows:
-            return
-        statement = self._upserts.get(table.name)
-        if statement is None:
-            given = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
-            keys = [column.name for column in table.primary_key]
-            values = {
-                column.name: given.excluded[column.name]
-                for column in table.columns
-                if column.name not in keys
-            }
-            statement = self._upserts[table.name] = given.on_conflict_do_update(
-                index_elements=keys, set_=values
-            )
-        connection.execute(statement, rows)
+    def _hold(self, connection: Connection, run_id: str) -> _Held:
+        held = self._folds.pop(run_id, None)
+        if held is None:
+            rows = connection.execute(_LOG, {"run_id": run_id}).all()
+            log = [event for _, cursor, body in rows if (event := _parse(cursor, body)) is not None]
+            following = rows[-1].seq + 1 if rows else 0
+            held = _Held(Fold(run_id, log), {event.key: event for event in log}, following)
+        self._folds[run_id] = held  # the most recently used last
+        return held
 
     def events(self, run_id: str) -> list[Event]:
         """The run's events in order of `seq`; empty for an unknown run."""
         with self.read() as connection:
-            return _read(connection, run_id)
+            rows = connection.execute(_LOG, {"run_id": run_id})
+            return [event for _, cursor, body in rows if (event := _parse(cursor, body)) is not None]
 
     def tail(self, cursor: int = 0, limit: int = 1000) -> list[Event]:
         """Events of all runs in the order of their commits.
@@ -296,7 +291,7 @@ class TraceStore:
             other = connection.scalar(held)
             if other is not None and other != owner:
                 return other
-            self._upsert(connection, leases, [{"run_id": run_id, "owner": owner, "expires": now + seconds}])
+            self._upsert_leases(connection, [{"run_id": run_id, "owner": owner, "expires": now + seconds}])
         return None
 
     def release(self, run_id: str, owner: str) -> None:
@@ -329,13 +324,13 @@ class TraceStore:
         return named
 
     @contextmanager
-    def read(self) -> Iterator[Connection]:
+    def read(self) -> Generator[Connection]:
         """A connection for queries over the tables of `schema`, for readers with questions of their own."""
         with store_errors(self._engine), self._engine.connect() as connection:
             yield connection
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
+    def _write(self) -> Generator[Connection]:
         with store_errors(self._engine), self._writer.begin() as connection:
             yield connection
 
@@ -353,12 +348,6 @@ class _Held:
     fold: Fold
     known: dict[tuple[str, int, str, int], Event]
     next: int
-
-
-def _read(connection: Connection, run_id: str) -> list[Event]:
-    query = select(events.c.cursor, events.c.body).where(events.c.run_id == run_id).order_by(events.c.seq)
-    rows = connection.execute(query)
-    return [event for cursor, body in rows if (event := _parse(cursor, body)) is not None]
 
 
 def _parse(cursor: int, body: str) -> Event | None:

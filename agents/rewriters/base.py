@@ -39,7 +39,7 @@ class Rewrite:
     changes: str = ""
     why: str = ""
     refused: str | None = None
-    usage: dict[str, int] = field(default_factory=dict)
+    usage: dict[str, int] = field(default_factory=dict[str, int])
     seconds: float = 0.0
     error: Exception | None = None
 

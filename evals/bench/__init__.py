@@ -17,10 +17,13 @@ from typing import Any
 #: Name → dotted path of the function.
 BENCHES: dict[str, str] = {
     "cheat": ".evals.studies.cheat:main",
+    "concurrency": ".evals.bench.concurrency:main",
     "dataset": ".evals.bench.dataset:main",
     "distill-study": ".evals.studies.distill_study:main",
     "dpo-step": ".evals.bench.dpo_step:main",
     "lvlm": ".evals.bench.lvlm:main",
+    "log": ".evals.bench.log:main",
+    "overhead": ".evals.bench.overhead:main",
 }
 
 #: Former benchmarks → the script in a clone of the repository that does the same.

@@ -18,7 +18,9 @@ from emoloop.events import (
 )
 from emoloop.graph import build, retry
 from emoloop.graph.loop import Loop, open_loop
+from emoloop.graph.state import State
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from langgraph.graph import START, StateGraph
 from langgraph.types import Command
 from painter import Painter
 from scripted import Scripted, critic_answer
@@ -491,6 +493,54 @@ async def test_to_say_nothing_is_to_go_on(tmp_path, nothing):
     assert (result.status, len(asked)) == (RunStatus.COMPLETED, 1)
 
 
+async def test_an_answered_review_is_not_asked_again_after_a_kill(tmp_path):
+    home = tmp_path / "home"
+    async with make(tmp_path, rounds=3, review=True) as loop:
+        run_id = (await loop.run("a dog", TARGET, seed=7)).run_id
+    kept = {file: file.read_bytes() for file in home.glob("checkpoints.db*")}
+    async with make(tmp_path, rounds=3, review=True) as loop:
+        messages = loop.stream_resume(run_id, {"prompt": "a dog on a beach"})
+        async for message in messages:
+            if isinstance(message, ImageGenerated) and message.round == 1:
+                break
+        await messages.aclose()
+    for file, data in kept.items():  # a killed process saves no state
+        file.write_bytes(data)
+    async with make(tmp_path, rounds=3, review=True) as loop:
+        assert await loop.review(run_id) is None
+        result = await loop.resume(run_id)
+        question = await loop.review(run_id)
+        assert result.status is RunStatus.INTERRUPTED and question is not None and question["round"] == 1
+        assert [r.prompt for r in result.rounds] == ["a dog", "a dog on a beach"]
+
+
+async def test_a_log_older_than_the_saved_state_is_gone_on_from(tmp_path):
+    home = tmp_path / "home"
+    async with make(tmp_path, rounds=3, review=True) as loop:
+        run_id = (await loop.run("a dog", TARGET, seed=7)).run_id
+    kept = {file: file.read_bytes() for file in home.glob("events.db*")}
+    async with make(tmp_path, rounds=3, review=True) as loop:
+        assert (await loop.resume(run_id, "warmer")).status is RunStatus.INTERRUPTED
+    for file, data in kept.items():
+        file.write_bytes(data)
+    async with make(tmp_path, rounds=3, review=True) as loop:
+        assert await loop.review(run_id) is None
+        result = await loop.resume(run_id, reviewer=lambda question: None)
+        calm = await loop.run("a dog", TARGET, seed=7, reviewer=lambda question: None)
+    assert essence(result) == essence(calm)
+
+
+async def test_states_are_read_by_plain_and_by_async_code(tmp_path):
+    where = {"configurable": {"thread_id": "a"}}
+    async with make(tmp_path, rounds=1, images=1) as loop:
+        await loop.graph.ainvoke({"prompt": "a dog", "target": {"valence": 1.0}}, where)  # pyright: ignore
+        state = loop.graph.get_state(where)  # pyright: ignore
+        assert state.values["status"] == "completed"
+        assert state == await loop.graph.aget_state(where)  # pyright: ignore
+        before = [it.config async for it in loop.graph.aget_state_history(where)]  # pyright: ignore
+        assert before and before == [it.config for it in loop.graph.get_state_history(where)]  # pyright: ignore
+
+
 @pytest.mark.parametrize("wrong", [{"promt": "x"}, {"prompt": "x" * 9000, "comment": "sun"}, 7])
 async def test_a_wrong_answer_leaves_the_review_open(tmp_path, wrong):
     async with make(tmp_path, rounds=2, review=True) as loop:
@@ -523,6 +573,16 @@ async def test_the_graph_works_as_langgraph_users_know_it(tmp_path):
         assert state.values["options"]["seed"] != out["options"]["seed"]
 
 
+async def test_a_parent_graph_may_have_a_context_of_its_own(tmp_path):
+    async with make(tmp_path, rounds=1, images=1) as loop:
+        parent = StateGraph(State, context_schema=dict)  # pyright: ignore[reportArgumentType]
+        parent.add_node("loop", loop.graph)
+        parent.add_edge(START, "loop")
+        begin = {"prompt": "a dog", "target": {"valence": 1.0}}
+        out = await parent.compile().ainvoke(begin, context={"user": "ann"})  # pyright: ignore
+        assert out["status"] == "completed"
+
+
 async def test_the_graph_reviews_by_interrupt(tmp_path):
     async with make(tmp_path, rounds=2) as loop:
         config = {"configurable": {"thread_id": "t"}}
@@ -553,7 +613,7 @@ async def test_a_long_run_keeps_its_state_small(tmp_path):
     with sqlite3.connect(tmp_path / "home" / "checkpoints.db") as db:
         [size] = db.execute(
             "select (select sum(length(checkpoint) + length(metadata)) from checkpoints where thread_id = 'long')"
-            " + (select sum(length(value)) from writes where thread_id = 'long')"
+            " + (select coalesce(sum(length(value)), 0) from writes where thread_id = 'long')"
         ).fetchone()
     assert size < 1_000_000
     print(f"state of 10 rounds of 8 images: {size / 1000:.0f} kB")

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from emoloop.domain import Critique, EmotionTarget, RunStatus, StopReason, UserError
@@ -19,6 +20,8 @@ from emoloop.events import Critiqued, HumanFeedback, ImageGenerated, Rewarded, R
 from emoloop.settings import Settings
 from emoloop.traces.store import RunFilter, StoreError, open_store
 from PIL import Image
+
+DATA = Path(__file__).parents[1] / "data"
 
 WRITER = """
 import sys
@@ -143,6 +146,32 @@ def test_an_old_log_is_brought_up_to_date(version_0):
         assert store.append(HumanFeedback(run_id="old"))[0].seq == 6
     with open_store(settings) as store:
         assert len(store.events("old")) == 6
+
+
+def test_a_log_of_version_1_gives_the_same_results(tmp_path):
+    """The log and the document were written by version 1: a run that is complete, lacks readings, failed, waits."""
+    shutil.copy(DATA / "log-version-1.db", tmp_path / "events.db")
+    expected = json.loads((DATA / "log-version-1.json").read_text())
+    settings = Settings(home=tmp_path)
+    with pytest.raises(UserError, match="older version 1"):
+        open_store(settings, read_only=True)
+    with open_store(settings) as store:
+        found = {
+            row.run_id: {
+                "row": row.model_dump(mode="json"),
+                "candidates": [it.model_dump(mode="json") for it in store.candidates(row.run_id)],
+                "result": store.run(row.run_id).model_dump(mode="json", exclude={"home"}),
+                "events": len(store.events(row.run_id)),
+            }
+            for row in store.runs()
+        }
+        assert json.loads(json.dumps(found).replace(str(tmp_path), "HOME")) == expected
+        told = store.tail(0, 1000)
+        assert [event.cursor for event in told] == list(range(1, len(told) + 1))
+        assert [event.time for event in told] == sorted(event.time for event in told)
+        assert store.append(HumanFeedback(run_id="waiting"))[0].cursor == len(told) + 1
+    with open_store(settings, read_only=True) as store:
+        assert len(store.events("waiting")) == expected["waiting"]["events"] + 1
 
 
 def test_a_broken_old_log_stays_as_it_was(version_0):

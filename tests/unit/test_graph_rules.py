@@ -18,10 +18,9 @@ from emoloop.domain import (
 )
 from emoloop.events import Critiqued, Rewarded
 from emoloop.graph.collect import read_line
-from emoloop.graph.nodes import read_review
 from emoloop.graph.policy import decide, reached
 from emoloop.graph.retry import retryable
-from emoloop.graph.state import Context, candidate_seed, read_prompt, read_run_id
+from emoloop.graph.state import Context, candidate_seed, read_prompt, read_review, read_run_id
 from emoloop.settings import LoopSettings, lvlm_settings, merged, pruned
 from emoloop.tools.reward import EmotionReward, emotion_error, load_reward
 from emoloop.traces.fold import Fold

@@ -32,7 +32,7 @@ UPWARD = {
 
 MAX_LINES = 500
 #: Files that are still longer. None may be added.
-LONGER = {"evals/judges.py", "graph/loop.py", "graph/nodes.py"}
+LONGER = {"evals/judges.py"}
 
 #: Libraries that take long to load: an import inside a function may keep one away from who does not need it.
 HEAVY = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 from emoloop.domain import Critique, EmotionTarget, Missing, RunStatus, StopReason, UserError
@@ -21,10 +22,11 @@ from emoloop.events import (
 )
 from emoloop.settings import Settings
 from emoloop.traces.fold import Fold, fold, result_json
-from emoloop.traces.schema import candidates, events, runs
+from emoloop.traces.schema import Upsert, candidates, events, leases, runs
 from emoloop.traces.store import RunFilter, TraceStore, open_store
 from PIL import Image
 from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import psycopg
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -484,13 +486,25 @@ def test_a_group_of_callers_shares_one_commit_and_subscribers_hear_of_it_once(st
     assert heard == [*first, *second]
 
 
+def test_rows_reach_postgresql_by_name_and_without_nul():
+    written = []
+    connection = SimpleNamespace(exec_driver_sql=lambda sql, rows: written.append((sql, rows)))
+    upsert = Upsert(psycopg.dialect(), leases)
+    upsert(connection, [{"run_id": "a\0b", "owner": "me", "expires": 1.5}])  # pyright: ignore[reportArgumentType]
+    [(sql, rows)] = written
+    assert "ON CONFLICT (run_id) DO UPDATE SET owner = excluded.owner" in sql
+    assert rows == [{"run_id": "a\ufffdb", "owner": "me", "expires": 1.5}]
+
+
 def test_a_fold_may_be_followed_event_by_event(store):
     batch = store.append(*a_run(store, "one", [[0.1, None], [0.5, 0.3]]))
     following = Fold("one")
     for number, event in enumerate(batch, start=1):
         following.apply(event)
+        assert following.warnings() == Fold("one", batch[:number]).warnings()
         if number > 1:
             assert following.result() == fold(batch[:number])
+            assert following.rounds() == following.result().rounds
     assert following.result(store.blobs.path, store.home) == store.run("one")
     with pytest.raises(ValueError, match="no beginning"):
         fold(batch[1:])

@@ -1,0 +1,111 @@
+"""Durable events a second: many writers on one log, beside the same rows and commits by hand-written SQL."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ...domain import EmotionTarget
+from ...events import Event, ImageGenerated, RunStarted
+from ...settings import load_settings
+from ...traces.recorder import open_recorder
+from ...traces.store import open_store
+
+
+def main(writers: int = 16, events: int = 500, repeats: int = 3) -> dict[str, Any]:
+    """Durable events a second, lost and doubled ones, against hand-written SQL.
+
+    Args:
+        writers: Runs that are written at the same time, one event at a time.
+        events: Events of each.
+        repeats: How often both are measured in turn; medians count.
+    """
+    total, found = writers * events, Counter[str]()
+    ours: list[float] = []
+    by_hand: list[float] = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory(prefix="emoloop-log-") as folder:
+            commits: list[list[Event]] = []
+            ours.append(total / asyncio.run(_write(Path(folder), writers, events, commits)))
+            with open_store(load_settings({"home": folder}), read_only=True) as store:
+                kept = Counter(event.key for event in store.tail(0, 2 * total))
+            found["lost"] += total - len(kept)
+            found["doubled"] += kept.total() - len(kept)
+            by_hand.append(total / _write_by_hand(Path(folder, "events.db"), commits))
+    figures = {
+        "events_per_second": median(ours),
+        "events_per_second_hand_written": median(by_hand),
+        "ratio_hand_written": median(mine / theirs for mine, theirs in zip(ours, by_hand, strict=True)),
+        "lost": found["lost"],
+        "doubled": found["doubled"],
+    }
+    return {"figures": figures, "n": repeats}
+
+
+async def _write(home: Path, writers: int, count: int, commits: list[list[Event]]) -> float:
+    async with open_recorder(load_settings({"home": str(home)})) as recorder:
+        recorder.store.subscribers.append(lambda events: commits.append(list(events)))
+
+        async def write(run_id: str) -> None:
+            target = EmotionTarget(valence=2.0, arousal=-1.0)
+            await recorder.record(RunStarted(run_id=run_id, prompt="a dog", target=target, seed=1))
+            for n in range(count - 1):
+                place: Any = {"run_id": run_id, "round": n // 8, "index": n % 8, "sha256": f"{n:064x}"}
+                await recorder.record(
+                    ImageGenerated(**place, prompt="a dog", seed=n, model="fake", height=96, width=96)
+                )
+
+        began = time.perf_counter()
+        await asyncio.gather(*(write(f"run-{number}") for number in range(writers)))
+        return time.perf_counter() - began
+
+
+def _write_by_hand(log: Path, commits: Sequence[Sequence[Event]]) -> float:
+    """The same rows into the same tables of another file, in transactions of the same events.
+
+    The rows are at hand; what a program has to do for each event beside SQL is to make its JSON.
+    """
+    with (
+        closing(sqlite3.connect(log)) as source,
+        closing(sqlite3.connect(log.with_name("by-hand.db"), isolation_level=None)) as target,
+    ):
+        for pragma in ("page_size=1024", "journal_mode=WAL", "wal_autocheckpoint=4000", "synchronous=FULL"):
+            target.execute(f"PRAGMA {pragma}")
+        for [sql] in source.execute(
+            "SELECT sql FROM sqlite_master WHERE sql > '' AND name NOT LIKE 'sqlite_%'"
+        ):
+            target.execute(sql)
+        rows: dict[str, dict[Any, tuple[Any, ...]]] = {}
+        statements: dict[str, str] = {}
+        for table, key in (("events", slice(1, 3)), ("candidates", slice(0, 3)), ("runs", slice(0, 1))):
+            cursor = source.execute(f"SELECT * FROM {table}")
+            names = [f'"{column[0]}"' for column in cursor.description]
+            keys = "cursor" if table == "events" else ", ".join(names[key])
+            changes = ", ".join(f"{name} = excluded.{name}" for name in names)
+            statements[table] = (
+                f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) "
+                f"ON CONFLICT ({keys}) DO UPDATE SET {changes}"
+            )
+            rows[table] = {row[key]: row for row in cursor}
+        bodies = {id(event): event.model_dump(mode="json") for commit in commits for event in commit}
+        began = time.perf_counter()
+        for commit in commits:
+            told = [(*rows["events"][e.run_id, e.seq][:-1], json.dumps(bodies[id(e)])) for e in commit]
+            made = [rows["candidates"][e.run_id, e.round, e.index] for e in commit if e.type != "run_started"]
+            target.execute("BEGIN IMMEDIATE")
+            target.executemany(statements["events"], told)
+            target.executemany(statements["candidates"], made)
+            target.executemany(
+                statements["runs"], [rows["runs"][run_id,] for run_id in {e.run_id for e in commit}]
+            )
+            target.execute("COMMIT")
+        return time.perf_counter() - began
