@@ -14,7 +14,8 @@ from .domain import UserError
 from .settings import GeneratorSettings, LVLMSettings, Settings, load_settings, lvlm_settings
 
 if TYPE_CHECKING:
-    from .evals.runner import Progress
+    from rich.progress import Progress
+
     from .rl.distill import Distilled
     from .rl.trainer import Watcher
     from .traces.rows import RunFilter
@@ -71,7 +72,7 @@ def distill(
 
     Raises:
         UserError: Wrong input, before anything is trained.
-        DistillError: Training broke off; the last good checkpoint is intact.
+        Failure: Training broke off; the last good checkpoint is intact.
     """
     from .rl.config import load_config
     from .rl.distill import distill as run
@@ -108,7 +109,7 @@ def evaluate(
     Args:
         suite: Name of a shipped suite, or a YAML file.
         out: Folder for the report; by default `eval-SUITE`.
-        arms: Names, `NAME=pkg.mod:function` or `NAME=ADAPTER-FOLDER`; by default the suite's.
+        arms: Names, `NAME=KEY=VALUE,…`, `NAME=ADAPTER-FOLDER` or `NAME=pkg.mod:function`; by default the suite's.
         judge: `law`, `lvlm[:MODEL]`, `clip:ENCODER,HEAD`, `human:FILE.csv` or a dotted path.
         guard: A second reader; the same words.
         adapter: Artifact behind the arms `adapter` and `loop_on_adapter`.
@@ -118,14 +119,14 @@ def evaluate(
         generator: A preset, folder or hub id, or settings.
         lvlm: A preset, folder, hub id, URL or engine, or settings.
         processes: How many processes share the work.
-        progress: Is told how far it is.
+        progress: Shows how far it is.
 
     Returns:
         The report as a document, with `figures`, a flat map from name to number.
 
     Raises:
         UserError: An unknown suite, arm or judge, or a judge that also gave the reward.
-        EvaluationFailed: An arm answered nothing at all; what is made is kept.
+        Failure: An arm answered nothing at all; what is made is kept.
     """
     from .evals.document import Options
     from .evals.evaluate import evaluate as run

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from .domain import UserError
 from .settings import SECRETS, Settings, load_settings
 from .tools import presets
-from .tools.urls import redact
+from .tools.urls import base_urls, is_local, redact
 
 State = Literal["ok", "missing", "optional"]
 
@@ -196,8 +196,11 @@ def _generator(settings: Settings) -> Iterator[Check]:
 def _lvlm(settings: Settings) -> Iterator[Check]:
     lvlm = settings.lvlm
     if lvlm.engine == "vllm":
-        for url in (part.strip() for part in lvlm.base_url.split(",")):
-            yield _server("vLLM server", url, "emoloop lvlm serve", lvlm.model)
+        try:
+            for url in base_urls(lvlm.base_url, "lvlm.base_url"):
+                yield _server("vLLM server", url, "emoloop lvlm serve", lvlm.model)
+        except UserError as error:
+            yield Check("vLLM server", "missing", str(error), "set lvlm.base_url")
     else:
         yield _model(lvlm.model, "lvlm")
     yield _vllm(lvlm.vllm_python, needed=lvlm.engine == "vllm-offline")
@@ -225,10 +228,10 @@ def _server(name: str, url: str, remedy: str, model: str | None = None) -> Check
     import httpx
 
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/models", timeout=PATIENCE)
+        answer = httpx.get(f"{url.rstrip('/')}/models", timeout=PATIENCE, trust_env=not is_local(url))
         answer.raise_for_status()
         served = [entry["id"] for entry in answer.json()["data"]]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+    except (httpx.HTTPError, OSError, ValueError, KeyError, TypeError) as error:
         return Check(
             name, "missing", f"{url}: {type(error).__name__}: {str(error) or 'no answer'}"[:200], remedy
         )

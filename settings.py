@@ -76,11 +76,11 @@ class GeneratorSettings(_Section):
 class LVLMSettings(_Section):
     """What reads images and rewrites prompts."""
 
-    #: "embedded" runs in this process, "vllm" talks to a server, "vllm-offline" runs vLLM as a child.
+    #: "embedded" runs in this process, "vllm" talks to a server, "vllm-offline" to one of its own.
     engine: Literal["embedded", "vllm", "vllm-offline"] = "embedded"
     #: A preset ("miniature"), a folder or a hub id; for a server, its served model name.
     model: str = "miniature"
-    #: One URL, or several separated by commas (a run stays with one while it lives).
+    #: One URL, or several separated by commas (the least busy one is asked).
     base_url: str = "http://127.0.0.1:8000/v1"
     api_key: str = "none"
     #: Seconds for one request.

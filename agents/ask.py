@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -29,10 +30,6 @@ _READ_LIMIT, _RAW_LIMIT = 65_536, 2000
 
 #: Braces that begin no object before the search ends: it must not become quadratic.
 _FALSE_STARTS = 200
-
-#: Chat model classes that take OpenAI's `response_format`, with all that derive from them; by name, because
-#: importing them to ask would load what the user may not have.
-_TAKE_SCHEMA = {"BaseChatOpenAI", "EmbeddedLVLM", "VLLMChat", "VLLMOffline"}
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,12 @@ def model_id(model: Any) -> str:
 
 
 def takes_schema(model: Any) -> bool:
-    """Whether `.bind(response_format=…)` means something to the model."""
-    inner = type(getattr(model, "bound", model))
-    return any(cls.__name__ in _TAKE_SCHEMA for cls in inner.__mro__)
+    """Whether `.bind(response_format=…)` means something to the model: ours say so, OpenAI's clients all do."""
+    inner = getattr(model, "bound", model)
+    # Never imported for the question: a model of a library that is not loaded cannot be here.
+    library = sys.modules.get("langchain_openai.chat_models.base")
+    openai = library is not None and isinstance(inner, library.BaseChatOpenAI)
+    return openai or getattr(inner, "takes_response_format", False)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -24,7 +24,7 @@ class Scorer:
     """Scores pictures with a chat model that reports log-probabilities.
 
     Args:
-        model: `EmbeddedLVLM`, `VLLMChat`, `VLLMOffline`, or another that takes a JSON schema and `logprobs`.
+        model: `EmbeddedLVLM`, `VLLMChat`, or another that takes a JSON schema and `logprobs`.
         prompt: Name or path of the prompt file.
     """
 

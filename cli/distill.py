@@ -42,27 +42,21 @@ def distill(
 ) -> None:
     """Train the diffusion weights on logged runs, so that one pass gives what the loop gave."""
     from ..rl.config import commented, load_config
-    from ..rl.trainer import DistillError
     from ..settings import load_settings
-    from ..traces.store import StoreError
 
     settings = load_settings({"home": home})
     wanted = opt.read_where(where)
     if out is None and not dry_run and not print_config:
         raise UserError("distill needs --out DIR (or --dry-run)")
-    try:
-        if preset is None:
-            preset = _preset(settings, wanted, config, print_config)
-        resolved = load_config(objective, preset, config, sets or [])
-        if print_config:
-            typer.echo(commented(resolved), nl=False)
-        elif dry_run or out is None:
-            _preview(settings, resolved, wanted, as_json)
-        else:
-            _train(settings, resolved, out, wanted, resume, as_json)
-    except (DistillError, StoreError, OSError) as error:
-        typer.echo(f"emoloop: {error}", err=True)
-        raise typer.Exit(1) from error
+    if preset is None:
+        preset = _preset(settings, wanted, config, print_config)
+    resolved = load_config(objective, preset, config, sets or [])
+    if print_config:
+        typer.echo(commented(resolved), nl=False)
+    elif dry_run or out is None:
+        _preview(settings, resolved, wanted, as_json)
+    else:
+        _train(settings, resolved, out, wanted, resume, as_json)
 
 
 def _preset(settings: Settings, where: RunFilter, config: Path | None, may_lack: bool) -> str | None:
@@ -138,18 +132,15 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
     from rich.console import Console
 
     from ..rl.data.dataset import Dataset
-    from ..rl.data.examples import source_for
     from ..rl.distill import objective_of
     from ..rl.rollouts import LogRollouts
     from ..traces.store import open_store
 
-    objective = objective_of(config)
-    source = source_for(objective.required_keys, config.data)
+    _, source = objective_of(config)
     with open_store(settings, read_only=True) as store:
         dataset = Dataset(LogRollouts(store, where), config.data)
         statistics = dataset.statistics
         examples = dataset.examples(source)
-        some = examples.fetch(range(min(5, len(examples))))
         if as_json:
             document = {
                 "source": source,
@@ -179,7 +170,7 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
                                  ("valence", statistics.valence), ("arousal", statistics.arousal)):  # fmt: skip
             _bars(console, title, histogram.edges, histogram.counts)
         console.print("examples:")
-        for it in some:
+        for it in examples.fetch(range(min(5, len(examples)))):
             numbers = [
                 f"{axis} {value:+.1f}"
                 for axis, value in zip("VA", it.target.point, strict=True)

@@ -12,7 +12,7 @@ from ..domain import UserError
 from . import options as opt
 
 if TYPE_CHECKING:
-    from ..evals.runner import Progress
+    from rich.progress import Progress
 
 Words = Annotated[
     list[str] | None,
@@ -29,6 +29,12 @@ def eval_(
     arms: Annotated[
         str | None,
         typer.Option(help="Arms, separated by commas: names, NAME=pkg.mod:function, NAME=ADAPTER-FOLDER."),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=KEY=VALUE,…", help="One more arm: the loop with these settings; repeatable."
+        ),
     ] = None,
     judge: Annotated[
         str | None,
@@ -68,11 +74,11 @@ def eval_(
         raise UserError(f"one suite at a time: {words[1]!r} is too much")
     from ..evals.document import Options
     from ..evals.evaluate import evaluate
-    from ..evals.runner import EvaluationFailed
 
     options = Options(
         suite=words[0],
         arms=[arm.strip() for arm in arms.split(",") if arm.strip()] if arms else None,
+        more_arms=arm or [],
         judge=judge,
         guard=guard,
         adapter=adapter,
@@ -83,11 +89,8 @@ def eval_(
     )
     folder = out or Path(f"eval-{Path(words[0]).stem}")
     try:
-        with _progress() as progress:
+        with _bars() as progress:
             document, _ = evaluate(options, folder, progress, _processes(processes))
-    except EvaluationFailed as error:
-        print(f"emoloop: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         print("emoloop: interrupted; what is made is kept, the same call goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -120,45 +123,20 @@ def _compare(first: str, second: str, as_json: bool) -> None:
         show_comparison(document)
 
 
-class _progress:
-    """A bar on stderr with rate and time left, as a `Progress`."""
+def _bars() -> Progress:
+    """Bars on stderr with rate and time left."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    def __enter__(self) -> Progress:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as Bars
-
-        from ..evals.runner import Progress
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        bars = Bars(*columns, console=Console(file=sys.stderr))
-
-        class Shown(Progress):
-            def begin(self, what: str, total: int) -> None:
-                self.task = bars.add_task(what, total=total)
-
-            def step(self, n: int = 1) -> None:
-                bars.advance(self.task, n)
-
-        self.bars = bars
-        bars.start()
-        return Shown()
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True))
 
 
 def doctor(

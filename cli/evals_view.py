@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..evals.wording import LABELS, interval, number
+from ..evals.wording import METRICS, interval, number, shown
 
 #: Columns of the terminal's table; the report has all.
 _SHOWN = ("error", "error_reduction", "amortisation", "subject_accuracy", "alignment", "images", "lvlm_calls")
@@ -26,16 +26,10 @@ def show(document: dict[str, Any], folder: Path) -> None:
     table.add_column("arm")
     metrics = [key for key in _SHOWN if any(key in arm["metrics"] for arm in document["arms"].values())]
     for key in metrics:
-        table.add_column(LABELS[key][0], justify="right")
+        table.add_column(METRICS[key].label, justify="right")
     table.add_column("n", justify="right")
     for name, arm in document["arms"].items():
-        cells = []
-        for key in metrics:
-            found = arm["metrics"].get(key)
-            digits = LABELS[key][1]
-            cells.append(
-                "–" if found is None else f"{number(found['value'], digits)}\n({interval(found, digits)})"
-            )
+        cells = (shown(arm["metrics"].get(key), METRICS[key].digits, "\n") for key in metrics)
         table.add_row(escape(name), *cells, str(arm["delivered"]))
     console.print(table)
     if document["reward_judge"]:
@@ -62,11 +56,11 @@ def show_comparison(document: dict[str, Any]) -> None:
     for column in ("arm", "metric", "A", "B", "B − A (95 %)", "p", "n"):
         table.add_column(column, justify="left" if column in ("arm", "metric") else "right")
     for row in document["changes"]:
-        digits = LABELS[row["metric"]][1]
+        digits = METRICS[row["metric"]].digits
         p = "–" if row["p"] is None else f"{row['p']:.3f}"
         change = f"{number(row['value'], digits, sign=True)} ({interval(row, digits, sign=True)})"
         sides = (number(row["a"], digits), number(row["b"], digits))
-        table.add_row(escape(row["arm"]), LABELS[row["metric"]][0], *sides, change, p, str(row["n"]))
+        table.add_row(escape(row["arm"]), METRICS[row["metric"]].label, *sides, change, p, str(row["n"]))
     console.print(table)
 
 

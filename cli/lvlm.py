@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -19,6 +23,13 @@ app = typer.Typer(help="The local vLLM server behind critic and rewriter.", no_a
 
 #: Seconds between two looks at the cache's hit rate, which is shown when it has changed.
 _EVERY = 30.0
+
+#: How often in a row a server is started again, after how many seconds for the first time (twice as many each time, up
+#: to a minute), and seconds after which a server has run well.
+_RESTARTS, _FIRST, _WELL = 6, 1.0, 300.0
+
+#: Which lines of the log are shown.
+_TELLING = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b").search
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -38,7 +49,10 @@ def serve(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait until it is ready.")] = 900.0,
     log: Annotated[Path | None, typer.Option(help="What vLLM prints.  [default: vllm.log in home]")] = None,
 ) -> None:
-    """Start vLLM with the flags that suit emoloop, until Ctrl-C. Flags that are not listed go to vLLM."""
+    """Run vLLM with the flags that suit emoloop until Ctrl-C, and start it again when it ends by itself.
+
+    Flags that are not listed go to vLLM. Its warnings and errors are shown, all that it prints is in its log.
+    """
     from ..settings import load_settings
     from ..tools.vllm.server import VLLMServer, find_python
 
@@ -64,14 +78,12 @@ def serve(
         with _Line() as line:
             server.start(timeout, line)
         print(server.url, flush=True)
-        print(f"serving {server.names[0]}; log: {server.log}", file=sys.stderr)
-        print(f"use it:  EMOLOOP_LVLM__BASE_URL={server.url} emoloop run … --lvlm vllm", file=sys.stderr)
-        print("stop it with Ctrl-C", file=sys.stderr, flush=True)
-        code = _watch(server)
-        print(f"emoloop: vLLM ended by itself with exit code {code}; see {server.log}", file=sys.stderr)
-        raise typer.Exit(1)
+        _say(f"serving {server.names[0]}; log: {server.log}")
+        _say(f"use it:  EMOLOOP_LVLM__BASE_URL={server.url} emoloop run … --lvlm vllm")
+        _say("stop it with Ctrl-C")
+        _supervise(server, timeout)
     except KeyboardInterrupt:
-        print("stopping vLLM", file=sys.stderr, flush=True)
+        _say("stopping vLLM")
     finally:
         server.stop()
 
@@ -84,11 +96,7 @@ def install(context: typer.Context) -> None:
     """
     from ..tools.vllm import install as vllm_install
 
-    try:
-        print(vllm_install.install(pip_options=context.args))
-    except RuntimeError as error:
-        print(f"emoloop: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    vllm_install.main(context.args)
 
 
 def _interrupt(*_: object) -> None:
@@ -98,30 +106,69 @@ def _interrupt(*_: object) -> None:
 def _port(base_url: str) -> int:
     from urllib.parse import urlsplit
 
-    try:
-        return urlsplit(base_url.split(",")[0]).port or 8000
-    except ValueError:
-        raise UserError(f"lvlm.base_url: no port in {base_url!r}") from None
+    from ..tools.urls import base_urls
+
+    return urlsplit(base_urls(base_url, "lvlm.base_url")[0]).port or 8000
 
 
-def _watch(server: VLLMServer) -> int:
-    """Wait for the server's end; now and then say how much of the prompts came out of the prefix cache."""
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _supervise(server: VLLMServer, timeout: float) -> NoReturn:
+    """Watch a server that runs, and start it again when it has ended."""
+    ended, up = 0, True
+    with server.log.open(encoding="utf-8", errors="replace") as log:
+        log.seek(0, os.SEEK_END)
+        while True:
+            if up:
+                began = time.monotonic()
+                code = _watch(server, log)
+                ended = 0 if time.monotonic() - began > _WELL else ended
+                _say(
+                    f"emoloop: vLLM ended by itself with exit code {code}: {server.reason()} (see {server.log})"
+                )
+            if ended >= _RESTARTS:
+                _say(f"emoloop: vLLM ended {ended + 1} times in a row")
+                raise typer.Exit(1)
+            pause = min(_FIRST * 2**ended, 60.0)
+            ended += 1
+            _say(f"starting it again in {pause:g} s")
+            time.sleep(pause)
+            try:
+                with _Line() as line:
+                    server.start(timeout, line)
+                _say(f"serving {server.names[0]} again at {server.url}")
+                up = True
+            except UserError as error:
+                _say(f"emoloop: {error}")
+                up = False
+
+
+def _watch(server: VLLMServer, log: TextIO) -> int:
+    """Wait for the server's end; pass its warnings and errors on, and how much came out of the prefix cache."""
     import httpx
 
     from ..tools.vllm.server import metrics, prefix_hits
 
     before: dict[str, float] = {}
+    looked = time.monotonic()
     while True:
         try:
-            return server.wait(_EVERY)
+            return server.wait(1.0)
         except subprocess.TimeoutExpired:
-            try:
-                now = metrics(server.url)
-            except httpx.HTTPError:
-                continue
+            pass
+        finally:
+            for line in filter(_TELLING, log):
+                _say(line.rstrip())
+        if time.monotonic() - looked < _EVERY:
+            continue
+        looked = time.monotonic()
+        with suppress(httpx.HTTPError):
+            now = metrics(server.url)
             hits, asked = prefix_hits(now, before)
             if asked:
-                print(f"prefix cache: {hits / asked:.0%} of {asked:.0f} prompt tokens", file=sys.stderr)
+                _say(f"prefix cache: {hits / asked:.0%} of {asked:.0f} prompt tokens")
             before = now
 
 

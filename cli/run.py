@@ -233,6 +233,7 @@ def settings_of(run: str, overrides: Mapping[str, Any]) -> tuple[Settings, str]:
     """
     from ..events import RunStarted
     from ..settings import Settings, load_settings, merged
+    from ..tools.urls import redact
     from ..traces.store import open_store
 
     settings = load_settings(overrides)
@@ -253,6 +254,15 @@ def settings_of(run: str, overrides: Mapping[str, Any]) -> tuple[Settings, str]:
         # Defaults stay defaults: a model's own settings hold only where nobody has set anything.
         usual = getattr(plain, section).model_dump(mode="json")
         known[section] = {key: value for key, value in values.items() if usual.get(key, ...) != value}
+        for key, value in list(known[section].items()):
+            # A password is not logged: an address that held one comes from the settings of now.
+            if "://***@" in str(value):
+                if redact(str(getattr(getattr(settings, section), key, ""))) != value:
+                    raise UserError(
+                        f"the run went by {section}.{key} {value}, whose password is not logged: give it again with "
+                        f"--set {section}.{key}=URL"
+                    )
+                del known[section][key]
     return load_settings(merged(known, overrides)), name
 
 

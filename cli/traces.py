@@ -68,7 +68,9 @@ def export(
         str,
         typer.Argument(
             metavar="FORMAT",
-            help="jsonl (events), pickapic (preference pairs) or reflection (verl-omni's trajectories).",
+            help="jsonl (events); pickapic, pickapic-all (preference pairs: one of a run, or all); reflection "
+            "(verl-omni's trajectories); critic- or rewriter- with messages, completion or preference (chats for "
+            "TRL); or a dotted path.",
         ),
     ],
     runs: Runs = None,
@@ -78,13 +80,11 @@ def export(
     as_json: opt.AsJson = False,
 ) -> None:
     """Export runs for other tools."""
-    from ..traces.exchange.export import FORMATS, export_jsonl
+    from ..traces.exchange.export import export_jsonl, load_format
 
-    if format not in FORMATS:
-        raise UserError(f"unknown export format {format!r}; known: {', '.join(FORMATS)}")
+    write, noun = load_format(format)
     if out is None and (format != "jsonl" or as_json):
         raise UserError(f"exporting {format} {'with --json ' if as_json else ''}needs --out")
-    write, noun = FORMATS[format]
     with _store(home) as store:
         wanted = opt.chosen(store, runs, opt.read_where(where))
         if out is None:
@@ -155,22 +155,35 @@ def replay(
 @app.command("import")
 def import_(
     path: Annotated[
-        Path, typer.Argument(help="Parquet in the pick-a-pic schema, or the folder of an export.")
+        Path,
+        typer.Argument(
+            help="Preferences: parquet in the pick-a-pic schema, the folder of an export, or HPD's JSON. "
+            "People's ratings: CSV with sha256, valence, arousal, rating."
+        ),
     ],
     valence: Annotated[float | None, typer.Option(help="Wanted valence of rows that name no target.")] = None,
     arousal: Annotated[float | None, typer.Option(help="Wanted arousal of rows that name no target.")] = None,
     emotion: Annotated[str | None, typer.Option(help="Wanted category of such rows.")] = None,
     model: Annotated[str | None, typer.Option(help="What made the images: the model to train.")] = None,
+    scale: Annotated[
+        str, typer.Option(metavar="LOW..HIGH", help="Scale of valence and arousal in ratings.")
+    ] = "-3..3",
     home: opt.Home = None,
 ) -> None:
-    """Add preference pairs from elsewhere to the log."""
-    from ..traces.exchange.intake import import_pickapic
+    """Add preferences from elsewhere, or people's ratings of logged pictures, to the log."""
+    from ..traces.exchange.intake import import_file
     from ..traces.store import open_store
 
     given = {"valence": valence, "arousal": arousal, "category": emotion}
     target = read_target(given) if any(value is not None for value in given.values()) else None
+    try:
+        low, high = map(float, scale.split(".."))
+    except ValueError:
+        low = high = 0.0
+    if not low < high:
+        raise UserError(f"--scale {scale}: want LOW..HIGH, such as 1..9")
     with open_store(_settings(home)) as store:
-        _say(f"took {_many(import_pickapic(store, path, target=target, model=model), 'pair')}")
+        _say(f"took {_many(*import_file(store, path, target=target, model=model, scale=(low, high)))}")
 
 
 @app.command()

@@ -31,6 +31,9 @@ def show_runs(console: Console, rows: Sequence[RunRow]) -> None:
         "best": [_number(row.best_reward) for row in rows],
         "gain": [_number(row.gain) for row in rows],
     }
+    if any(row.adapter for row in rows):
+        # As `--where adapter=` and `distill --from adapter=` take it.
+        columns["adapter"] = [(row.adapter or "none")[:12] for row in rows]
     widths = {name: max(map(len, (name, *cells))) for name, cells in columns.items()}
     for name in _DISPENSABLE:
         if console.width - sum(widths.values()) - 2 * len(widths) < _PROMPT_ROOM:

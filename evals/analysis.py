@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -14,9 +15,20 @@ from . import metrics
 from .metrics import mean
 from .records import Row
 from .stats import Estimate, difference, estimate, sign_test
+from .wording import METRICS
 
 #: How far a guard may fall before it counts: 3 points of alignment or subject accuracy, a fifth of diversity.
 ALIGNMENT_SLACK, DIVERSITY_SLACK = 0.03, 0.8
+
+#: Parts of the loop's gain: name, what it says, from which arm to which.
+_PARTS = (
+    ("selection", "picking the best of as many images", "base", "best_of_n"),
+    ("words", "knowing the words: one rewrite, no feedback", "base", "rewrite"),
+    ("both", "one rewrite and picking the best", "base", "rewrite_best_of_n"),
+    ("feedback", "what the loop adds to both", "rewrite_best_of_n", "loop"),
+    ("total", "the loop", "base", "loop"),
+    ("teachable", "the loop's prompt without its selection", "base", "teacher"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,10 +63,8 @@ def of_request(row: Row, pace: Mapping[str, float] | None = None) -> dict[str, f
 
     def looks(name: str) -> float | None:
         """From the guard where it says such a thing, else from the judge."""
-        values = [getattr(reading, name) for reading in guards]
-        return mean(
-            values if any(value is not None for value in values) else [getattr(r, name) for r in readings]
-        )
+        seen = mean(getattr(reading, name) for reading in guards)
+        return mean(getattr(reading, name) for reading in readings) if seen is None else seen
 
     features = [reading.features for reading in row.guard if reading and reading.features]
     errors = [metrics.axis_errors(reading, target) for reading in readings]
@@ -63,21 +73,19 @@ def of_request(row: Row, pace: Mapping[str, float] | None = None) -> dict[str, f
         "valence_error": mean(valence for valence, _ in errors),
         "arousal_error": mean(arousal for _, arousal in errors),
         "emotion_accuracy": mean(metrics.emotion_right(reading, target) for reading in readings),
-        "subject_accuracy": mean(
-            None if reading.subject_right is None else float(reading.subject_right) for reading in readings
-        ),
+        "subject_accuracy": mean(reading.subject_right for reading in readings),
         "alignment": looks("alignment"),
         "quality": looks("quality"),
         "aesthetic": looks("aesthetic"),
         "diversity": float(diversity(np.array(features))) if len(features) > 1 else None,
-        "reward": mean(shot.reward for shot in row.delivery.handed_over),
+        "reward": mean(one.reward for one in row.handed_over),
         **_cost(row, pace or {}),
     }
 
 
 def _cost(row: Row, pace: Mapping[str, float]) -> dict[str, float | None]:
-    cost = row.delivery.cost
-    if row.delivery.failure:
+    cost = row.cost
+    if row.failure:
         return dict.fromkeys(("images", "lvlm_calls", "tokens", "seconds"))
     spent = {"image": cost.images, "critique": cost.critiques, "rewrite": cost.rewrites}
     known = all(key in pace for key, count in spent.items() if count)
@@ -95,29 +103,20 @@ def of_sweeps(rows: Sequence[Row]) -> dict[str, Column]:
     An arm that hands over several images has as many sweeps of the same noise; their mean is the sweep's
     value.
     """
-    found: dict[str, list[tuple[float | None, str, str]]] = {
-        key: [] for key in ("valence_tau", "arousal_tau")
-    }
-    smooth: list[tuple[float | None, str, str]] = []
+    found: defaultdict[str, list[tuple[float | None, str, str]]] = defaultdict(list)
     for axis, places in metrics.sweeps([row.request for row in rows]):
         chosen = [rows[place] for place in places]
-        prompt = chosen[0].request.prompt
-        unit = f"{axis}: {' '.join(row.request.id for row in chosen)}"
         wanted = [getattr(row.request.target, axis) for row in chosen]
-        lanes = min(len(row.delivery.delivered) for row in chosen)
-        taus, distances = [], []
-        for lane in range(lanes):
+        taus, steps = [], []
+        for lane in range(min(len(row.handed_over) for row in chosen)):
             read = [row.readings[lane] for row in chosen]
-            taus.append(metrics.rank_tau(wanted, [r and getattr(r, axis) for r in read]))
-            looks = [row.guard_of_delivered[lane] for row in chosen]
-            distances.append(metrics.smoothness([look and look.features for look in looks]))
-        found[f"{axis}_tau"].append((mean(taus), unit, prompt))
-        smooth.append((mean(distances), unit, prompt))
-    return {
-        key: Column(*(list(part) for part in zip(*units, strict=True)))
-        for key, units in {**found, "smoothness": smooth}.items()
-        if any(value is not None for value, _, _ in units)
-    }
+            taus.append(metrics.rank_tau(wanted, [one and getattr(one, axis) for one in read]))
+            seen = [row.guard_of_delivered[lane] for row in chosen]
+            steps.append(metrics.smoothness([one and one.features for one in seen]))
+        unit = f"{axis}: {' '.join(row.request.id for row in chosen)}"
+        for key, values in ((f"{axis}_tau", taus), ("smoothness", steps)):
+            found[key].append((mean(values), unit, chosen[0].request.prompt))
+    return {key: Column(*map(list, zip(*units, strict=True))) for key, units in found.items()}
 
 
 class Table:
@@ -139,20 +138,19 @@ class Table:
             columns = {key: Column([v[key] for v in values], units, clusters) for key in values[0]}
             self.columns[arm] = {
                 key: column
-                for key, column in {**columns, **of_sweeps(mine)}.items()
+                for key, column in (columns | of_sweeps(mine)).items()
                 if any(value is not None for value in column.values)
             }
 
     def sweeps(self, arm: str) -> dict[str, list[dict[str, Any]]]:
         """The values behind τ and smoothness of an arm, one for each sweep."""
-        columns = {key: self.columns[arm].get(key) for key in ("valence_tau", "arousal_tau", "smoothness")}
         return {
             key: [
                 {"sweep": unit, "prompt": prompt, "value": value}
                 for value, unit, prompt in zip(column.values, column.units, column.clusters, strict=True)
             ]
-            for key, column in columns.items()
-            if column
+            for key, column in self.columns[arm].items()
+            if key in ("valence_tau", "arousal_tau", "smoothness")
         }
 
     def has(self, *arms: str, metric: str = "error") -> bool:
@@ -193,7 +191,7 @@ class Table:
     def estimates(self) -> dict[str, dict[str, Estimate]]:
         """arm → metric → estimate, with the derived ones where their arms are there."""
         found = {
-            arm: {key: columns[key].estimate() for key in metrics.METRICS if key in columns}
+            arm: {key: columns[key].estimate() for key in METRICS if key in columns}
             for arm, columns in self.columns.items()
         }
         for arm in self.arms:
@@ -203,39 +201,23 @@ class Table:
                 found[arm]["amortisation"] = self.amortisation(arm)
         return found
 
+    def change(self, before: str, after: str) -> dict[str, Any]:
+        """The fall of the error from one arm to another: the paired estimate and the sign test's p."""
+        found, p = self.difference("error", before, after)
+        return {**asdict(found), "p": p}
+
     def gains(self) -> list[dict[str, Any]]:
         """Where the loop's gain comes from, as falls of the error with paired intervals."""
-        parts = (
-            ("selection", "picking the best of as many images", "base", "best_of_n"),
-            ("words", "knowing the words: one rewrite, no feedback", "base", "rewrite"),
-            ("both", "one rewrite and picking the best", "base", "rewrite_best_of_n"),
-            ("feedback", "what the loop adds to both", "rewrite_best_of_n", "loop"),
-            ("total", "the loop", "base", "loop"),
-            ("teachable", "the loop's prompt without its selection", "base", "teacher"),
-        )
         return [
-            {
-                "part": part,
-                "about": about,
-                "from": before,
-                "to": after,
-                **asdict((found := self.difference("error", before, after))[0]),
-                "p": found[1],
-            }
-            for part, about, before, after in parts
+            {"part": part, "about": about, "from": before, "to": after, **self.change(before, after)}
+            for part, about, before, after in _PARTS
             if self.has(before, after)
         ]
 
     def comparisons(self) -> list[dict[str, Any]]:
         """All pairs of arms: difference of the error (negative: the first is nearer), interval, sign test."""
         return [
-            {
-                "a": a,
-                "b": b,
-                "metric": "error",
-                **asdict((found := self.difference("error", a, b))[0]),
-                "p": found[1],
-            }
+            {"a": a, "b": b, "metric": "error", **self.change(a, b)}
             for a, b in combinations(self.arms, 2)
             if self.has(a, b)
         ]
@@ -278,32 +260,28 @@ def flags(table: Table, trained: Sequence[str]) -> list[dict[str, Any]]:
         reward, _ = table.difference("reward", arm, "base")
         if reward.low is None or reward.low <= 0:
             continue
-
-        def flag(what: str, sentence: str, arm: str = arm, reward: Estimate = reward) -> None:
-            words = f"{arm}: the reward rose by {reward.value:.2f} over base, but {sentence}"
-            found.append({"arm": arm, "what": what, "sentence": words})
-
+        marks: list[tuple[str, str]] = []
         if table.has(arm, "base"):
             error, _ = table.difference("error", arm, "base")
             if error.high is not None and error.high >= 0:
-                flag("judge", f"the judge's error did not fall ({error.value:+.2f}, {_span(error)}).")
+                marks.append(
+                    ("judge", f"the judge's error did not fall ({error.value:+.2f}, {_span(error)}).")
+                )
         for metric in ("alignment", "subject_accuracy"):
             if table.has(arm, "base", metric=metric):
                 change, _ = table.difference(metric, arm, "base")
                 if change.high is not None and change.high < -ALIGNMENT_SLACK:
-                    flag(
-                        metric,
-                        f"{metric.replace('_', ' ')} changed by {change.value:+.2f} ({_span(change)}).",
-                    )
-        against = next(
-            (a for a in ("teacher", "rewrite", "base") if table.has(arm, a, metric="diversity")), None
-        )
-        if against:
-            ratio = table.ratio("diversity", arm, against)
-            if ratio.high is not None and ratio.high < DIVERSITY_SLACK:
-                flag(
-                    "diversity", f"diversity over seeds is {ratio.value:.0%} of {against}'s ({_span(ratio)})."
-                )
+                    what = f"{metric.replace('_', ' ')} changed by {change.value:+.2f} ({_span(change)})."
+                    marks.append((metric, what))
+        for against in ("teacher", "rewrite", "base"):
+            if table.has(arm, against, metric="diversity"):
+                ratio = table.ratio("diversity", arm, against)
+                if ratio.high is not None and ratio.high < DIVERSITY_SLACK:
+                    what = f"diversity over seeds is {ratio.value:.0%} of {against}'s ({_span(ratio)})."
+                    marks.append(("diversity", what))
+                break
+        rose = f"{arm}: the reward rose by {reward.value:.2f} over base, but "
+        found += [{"arm": arm, "what": what, "sentence": rose + sentence} for what, sentence in marks]
     return found
 
 

@@ -1,9 +1,9 @@
 """Arms: the ways to answer a request that a suite compares.
 
-An arm is an async function `(kit, request, seed, name) -> Delivery`. All arms of a suite get the same seed
-for a request, and take their noise from the loop's own seeds, so that the loop's round 0 is the base arm's
-images and best-of-N begins with them. Arms that do not select hand over all their images (the figure is the
-mean, what one image is expected to be); arms that select hand over one, picked by the critic's reward.
+An arm is a named set of loop settings, and its answer is a run of the loop in the evaluation's log. All arms of a
+suite get the same seed for a request, so that the loop's round 0 is the base arm's images and best-of-N begins with
+them. An arm with one round of its own has nothing to choose from and hands over all its images (the figure is the
+mean, what one image is expected to be); any other hands over one, picked by the critic's reward.
 
 The controls are what makes a gain mean something: best-of-N at the loop's image budget (is it selection?),
 one rewrite without feedback (is it knowing the words?), both together (does feedback add anything?), and
@@ -14,149 +14,169 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from ..agents.rewriters import KEPT
 from ..domain import RunResult, RunStatus, UserError
-from ..events import Critiqued, Rewritten
+from ..events import Critiqued, Event, Rewritten, RunStarted
+from ..graph.loop import Loop
+from ..graph.state import Context, candidate_seed
+from ..settings import read_set
 from ..tools.registry import resolve
-from .cache import digest
-from .kit import Kit, Take
-from .records import Cost, Delivery, Revision, Shot
-from .suites import Request
+from .records import Cost, Row
+from .reuse import Reuse, digest
+from .suites import Request, Suite
 
-Answer = Callable[[Kit, Request, int, str], Awaitable[Delivery]]
-
-
-async def base(kit: Kit, request: Request, seed: int, name: str = "base") -> Delivery:
-    """The neutral prompt as it is (with an adapter in the kit: one pass that knows the target)."""
-    take = Take(kit, name, request, seed)
-    await take.round(request.prompt)
-    return await take.all()
-
-
-async def rewrite(kit: Kit, request: Request, seed: int, name: str = "rewrite") -> Delivery:
-    """One rewrite without feedback."""
-    take = Take(kit, name, request, seed)
-    await take.round(await take.rewrite())
-    return await take.all()
-
-
-async def best_of_n(kit: Kit, request: Request, seed: int, name: str = "best_of_n") -> Delivery:
-    """The critic's favourite among as many images of the neutral prompt as the loop may make."""
-    take = Take(kit, name, request, seed)
-    for number in range(kit.rounds):
-        await take.round(request.prompt, number)
-    return await take.best()
-
-
-async def rewrite_best_of_n(
-    kit: Kit, request: Request, seed: int, name: str = "rewrite_best_of_n"
-) -> Delivery:
-    """One rewrite without feedback, then the favourite among the loop's budget of images."""
-    take = Take(kit, name, request, seed)
-    prompt = await take.rewrite()
-    for number in range(kit.rounds):
-        await take.round(prompt, number)
-    return await take.best()
-
-
-async def loop(kit: Kit, request: Request, seed: int, name: str = "loop") -> Delivery:
-    """The whole loop; its pick over all rounds."""
-    run_id = Take(kit, name, request, seed).run_id
-    result = await kit.loop.run(request.prompt, request.target, seed=seed, run_id=run_id)
-    usages = [
-        (event.usage, isinstance(event, Critiqued))
-        for event in await kit.recorder.events(run_id)
-        if isinstance(event, Critiqued | Rewritten)
-    ]
-    read = sum(critic for _, critic in usages)
-    cost = Cost(
-        critiques=read,
-        rewrites=len(usages) - read,
-        samples=kit.critic.samples,
-        tokens=sum(usage.get("total_tokens", 0) for usage, _ in usages),
-    )
-    return _picked(name, request, result, cost, kit.images)
-
-
-def _picked(name: str, request: Request, result: RunResult, cost: Cost, images: int) -> Delivery:
-    shots: list[Shot] = []
-    delivered: list[int] = []
-    revisions: list[Revision] = []
-    kept = set(Shot.model_fields)
-    for number, round in enumerate(result.rounds):
-        if number:
-            revisions.append(
-                Revision(round=number, prompt=round.prompt, changes=round.changes, why=round.why)
-            )
-        for candidate in round.candidates:
-            if result.best and (candidate.round, candidate.index) == (result.best.round, result.best.index):
-                delivered.append(len(shots))
-            shots.append(Shot.model_validate(candidate.model_dump(include=kept)))
-    failure = None
-    if result.status is not RunStatus.COMPLETED or not delivered:
-        # A run that broke off may have a best candidate, out of less than the other arms chose from.
-        failure = result.warnings[-1] if result.warnings else f"{result.status}: {result.stop_reason}"
-    return Delivery(
-        arm=name,
-        request=request.id,
-        prompt=result.best.prompt if result.best and not failure else request.prompt,
-        shots=shots,
-        delivered=[] if failure else delivered,
-        revisions=revisions,
-        run_id=result.run_id,
-        cost=cost.model_copy(update={"images": len(shots)}),
-        failure=failure,
-        complete=all(len(round.candidates) == images for round in result.rounds),
-    )
-
-
-async def teacher(kit: Kit, request: Request, seed: int, name: str = "teacher") -> Delivery:
-    """Fresh images of the prompt that the loop found: its gain without its selection.
-
-    Their noise is none that the loop has seen, because the prompt was chosen by what it did with that.
-    """
-    found = await deliver(ARMS["loop"], "loop", kit, request, seed)
-    if found.failure:
-        return found.model_copy(update={"arm": name})
-    take = Take(kit, name, request, seed)
-    take.revisions = [revision for revision in found.revisions if revision.prompt == found.prompt]
-    await take.round(found.prompt, seeds=kit.seeds(seed, kit.rounds + 1000))
-    made = await take.all()
-    # To have the prompt one has to run the loop; the image comes on top.
-    cost = found.cost.model_copy(update={"images": found.cost.images + 1})
-    return made.model_copy(update={"cost": cost, "complete": made.complete and found.whole})
-
-
-#: Arms by name.
-ARMS: dict[str, Answer] = {
-    "base": base,
-    "rewrite": rewrite,
-    "best_of_n": best_of_n,
-    "rewrite_best_of_n": rewrite_best_of_n,
-    "teacher": teacher,
-    "loop": loop,
-}
+#: What a run may have of its own; any other setting needs models of its own.
+OPTIONS = {option.name for option in fields(Context)}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm with its name and the weights it runs on.
+    """A named set of settings.
 
     Attributes:
         name: In figures and tables.
-        answer: The function.
-        adapter: Distilled artifact that the generator carries; None is the base model.
-        version: Tells versions of a user's arm apart, for the cache.
+        options: Loop settings of each run, over the suite's.
+        models: Settings that decide the models, nested by section: arms that share them share a loop.
+        answer: Code instead of one run.
     """
 
     name: str
-    answer: Answer
-    adapter: Path | None = None
-    version: str = "1"
+    options: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, Any] = field(default_factory=dict)
+    answer: Callable[[Harness, Request, int, str], Awaitable[Row]] | None = None
+
+    @property
+    def adapter(self) -> Path | None:
+        """The distilled artifact that the generator carries; None is the base model."""
+        folder = self.models.get("generator", {}).get("adapter")
+        return Path(folder) if folder else None
+
+
+class Harness:
+    """An open loop whose arms answer requests: each answer is a run in its log.
+
+    Args:
+        loop: Over the models of the arms.
+        suite: Rounds and images.
+        reuse: Wrapped around the loop's parts.
+    """
+
+    def __init__(self, loop: Loop, suite: Suite, reuse: Reuse) -> None:
+        self.loop, self.suite, self.reuse = loop, suite, reuse
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides an answer besides arm, request and seed."""
+        reward, loop = self.loop.parts.reward, self.loop.settings.loop
+        return {
+            "generator": self.reuse.weights,
+            "lvlm": self.reuse.reader,
+            "reward": [reward.name, reward.version],
+            "loop": loop.model_dump(include={"tolerance", "patience"}),
+        }
+
+    async def run(self, arm: Arm, request: Request, seed: int, start: str | None = None) -> Row:
+        """One run with the arm's settings; one that is in the log is taken from there, or gone on with.
+
+        Args:
+            arm: The arm.
+            request: The request.
+            seed: The run's seed.
+            start: Prompt of round 0, for an arm with `rewrite_first`: it goes into the log as the first rewrite.
+        """
+        options = {"rounds": self.suite.rounds, "images": self.suite.images, **arm.options}
+        options = Context(**options).over(self.loop.settings.loop)
+        reward = self.loop.parts.reward
+        key = digest(reward.name, reward.version, options, request.id, seed, start)[:12]
+        return await self.reuse.once(
+            ("run", arm.name, key), lambda: None, lambda: self._run(arm, options, request, seed, start, key)
+        )
+
+    async def _run(
+        self, arm: Arm, options: dict[str, Any], request: Request, seed: int, start: str | None, key: str
+    ) -> Row:
+        parts = self.loop.parts
+        for attempt in count(1):
+            run_id = f"{self.reuse.prefix}-{arm.name}-{key}" + (f".{attempt}" if attempt > 1 else "")
+            fold = await parts.recorder.fold(run_id)
+            # Another run tries again for what a complete one lacks; what it had is found in the log.
+            if fold.status is not RunStatus.COMPLETED or not _lacks(fold.result(), options["images"]):
+                break
+        if start is not None and fold.started is None:
+            begin = {"run_id": run_id, "prompt": request.prompt, "target": request.target, "seed": seed}
+            await parts.recorder.record(
+                RunStarted(**begin, settings=parts.snapshot(options)),
+                Rewritten(run_id=run_id, prompt=start, model="evaluation", prompt_version="evaluation"),
+            )
+        result = await self.loop.run(request.prompt, request.target, seed=seed, run_id=run_id, **options)
+        events = await parts.recorder.events(run_id)
+        return _row(arm, request, result, events, parts.critic.samples)
+
+
+def _lacks(result: RunResult, images: int) -> bool:
+    """Whether a run had less than its budget allows: an image unmade or unvalued, or no first rewrite."""
+    rounds = result.rounds
+    return rounds[0].why.startswith(KEPT) or any(
+        len(round.candidates) < images or any(one.reward is None for one in round.candidates)
+        for round in rounds
+    )
+
+
+def _row(arm: Arm, request: Request, result: RunResult, events: Sequence[Event], samples: int) -> Row:
+    selects = arm.options.get("rounds") != 1
+    made = [candidate for round in result.rounds for candidate in round.candidates]
+    # A prompt that was kept without asking a model says nothing.
+    written = [e for e in events if isinstance(e, Rewritten) and (e.usage or e.changes or e.why)]
+    read = [e for e in events if isinstance(e, Critiqued)] if selects else []
+    cost = Cost(
+        images=len(made) if selects else 1,
+        critiques=len(read),
+        rewrites=len(written),
+        samples=samples,
+        tokens=sum(event.usage.get("total_tokens", 0) for event in [*read, *written]),
+    )
+    handed_over = made if not selects else [result.best] if result.best else []
+    failure = None
+    if result.rounds[0].why.startswith(KEPT):
+        failure = f"no rewrite: {result.rounds[0].why}"
+    elif not handed_over or (selects and result.status is not RunStatus.COMPLETED):
+        # A run that broke off may have a best candidate, out of less than the other arms chose from.
+        failure = result.warnings[-1] if result.warnings else f"{result.status}: {result.stop_reason}"
+    return Row(arm.name, request, result, [] if failure else handed_over, cost, failure)
+
+
+async def teacher(harness: Harness, request: Request, seed: int, name: str) -> Row:
+    """Fresh images of the prompt that the loop found: its gain without its selection.
+
+    Their noise is none that the loop has seen, because the prompt was chosen by what it did with that.
+    """
+    found = await harness.run(ARMS["loop"], request, seed)
+    if found.failure:
+        return replace(found, arm=name)
+    fresh = candidate_seed(seed, harness.suite.rounds + 1000, 0)
+    arm = Arm(name, {"rewriter": "keep", "rewrite_first": True, "rounds": 1})
+    made = await harness.run(arm, request, fresh, start=found.prompt)
+    # To have the prompt one has to run the loop; the image comes on top.
+    return replace(made, cost=replace(found.cost, images=found.cost.images + 1))
+
+
+#: Arms by name.
+ARMS = {
+    name: Arm(name, options)
+    for name, options in {
+        "base": {"rewriter": "keep", "rounds": 1},
+        "rewrite": {"rewriter": "one_shot", "rewrite_first": True, "rounds": 1},
+        "best_of_n": {"rewriter": "keep", "exhaust": True},
+        "rewrite_best_of_n": {"rewriter": "one_shot", "rewrite_first": True, "exhaust": True},
+        "loop": {},
+    }.items()
+} | {"teacher": Arm("teacher", answer=teacher)}
 
 
 def load_arm(spec: str, adapters: dict[str, Path]) -> Arm:
@@ -164,8 +184,10 @@ def load_arm(spec: str, adapters: dict[str, Path]) -> Arm:
 
     Args:
         spec: A name in `ARMS`; a name in `adapters` (one pass of the neutral prompt on those weights);
-            `loop_on_NAME` (the loop on them); a dotted path to a function like those here; any of these may
-            be given a name of its own, `mine=pkg.mod:arm`, and `mine=FOLDER` is an adapter.
+            `loop_on_NAME` (the loop on them); a dotted path to a function like `teacher`; any of these may
+            be given a name of its own, `mine=pkg.mod:arm`. `mine=FOLDER` is an adapter, and
+            `mine=KEY=VALUE,…` the loop with these settings: those of a run by their names, any other as
+            `section.key`, and `adapter=FOLDER`.
         adapters: Name → artifact folder.
 
     Raises:
@@ -177,54 +199,42 @@ def load_arm(spec: str, adapters: dict[str, Path]) -> Arm:
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"arm name {name!r}: letters, digits and . + - _ are allowed")
     on_adapter = what.removeprefix("loop_on_")
+    if "=" in what:
+        return _of_settings(name, what.split(","))
     if what in ARMS:
-        return Arm(name, ARMS[what])
+        return replace(ARMS[what], name=name)
     if on_adapter in adapters:
-        return Arm(name, base if on_adapter == what else loop, _there(adapters[on_adapter]))
+        return Arm(name, ARMS["base" if on_adapter == what else "loop"].options, _on(adapters[on_adapter]))
     if on_adapter == "adapter":
         raise UserError(f"arm {what!r} needs an adapter: --adapter DIR")
     if given and ":" not in what:
-        return Arm(name, base, _there(Path(what)))
-    known = {**ARMS, **dict.fromkeys(adapters, base)}
-    found: Any = resolve(what, known, "arm")
+        return Arm(name, ARMS["base"].options, _on(Path(what)))
+    found: Any = resolve(what, {**ARMS, **adapters}, "arm")
     if not inspect.iscoroutinefunction(found) and not inspect.iscoroutinefunction(type(found).__call__):
-        raise UserError(f"arm {what!r} is not an async function (kit, request, seed, name) -> Delivery")
-    return Arm(name, found, version=f"{what}@{getattr(found, 'version', 1)}")
+        raise UserError(f"arm {what!r} is not an async function (harness, request, seed, name) -> Row")
+    return Arm(name, answer=found)
 
 
-def _there(folder: Path) -> Path:
+def _of_settings(name: str, words: Sequence[str]) -> Arm:
+    short = {"adapter": "generator.adapter"}
+    named = ((word, word.partition("=")[0]) for word in words)
+    models = read_set(
+        word if "." in key else f"{short.get(key, f'loop.{key}')}={word.partition('=')[2]}"
+        for word, key in named
+    )
+    loop = models.pop("loop", {})
+    options = {key: loop.pop(key) for key in OPTIONS & loop.keys()}
+    if folder := models.get("generator", {}).get("adapter"):
+        _on(Path(folder))
+    return Arm(name, options, models | ({"loop": loop} if loop else {}))
+
+
+def _on(folder: Path) -> dict[str, Any]:
+    """Settings of a generator that carries an adapter.
+
+    Raises:
+        UserError: It is not there.
+    """
     if not folder.exists():
         raise UserError(f"no adapter at {folder}")
-    return folder
-
-
-async def deliver(
-    answer: Answer, name: str, kit: Kit, request: Request, seed: int, version: str = "1"
-) -> Delivery:
-    """What the arm hands over for the request, from the cache where it is known.
-
-    Only what is whole is kept: a failure, or a delivery with an image unmade or unread, is tried again next
-    time.
-    """
-    budget = [kit.images, kit.rounds]
-    key = digest("delivery", name, version, request.model_dump(mode="json"), seed, budget, kit.identity)
-
-    async def make() -> dict[str, Any]:
-        made = await answer(replace(kit, version=version), request, seed, name)
-        if not made.whole:
-            raise _NotKept(made)
-        return made.model_dump(mode="json")
-
-    def images_are_there(document: Any) -> bool:
-        return all(kit.generator.blobs.path(shot["sha256"]).exists() for shot in document["shots"])
-
-    try:
-        return Delivery.model_validate(await kit.cache.once(key, make, images_are_there))
-    except _NotKept as error:
-        return error.delivery
-
-
-class _NotKept(Exception):
-    def __init__(self, delivery: Delivery) -> None:
-        super().__init__(delivery.failure)
-        self.delivery = delivery
+    return {"generator": {"adapter": str(folder)}}

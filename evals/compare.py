@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..domain import UserError
-from .metrics import METRICS
+from .metrics import mean
 from .stats import difference, sign_test
+from .wording import METRICS
 
 
 def load_report(path: Path) -> dict[str, Any]:
@@ -52,9 +53,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     changes = []
     for arm in [arm for arm in a["arms"] if arm in b["arms"]]:
         before, after = _columns(a, arm), _columns(b, arm)
-        for metric, less in METRICS.items():
-            if metric not in before or metric not in after:
-                continue
+        for metric in [metric for metric in METRICS if metric in before and metric in after]:
             one, other = before[metric], after[metric]
             shared = [unit for unit in one if unit in other]
             left, right = [one[unit][0] for unit in shared], [other[unit][0] for unit in shared]
@@ -62,17 +61,16 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
             found = difference(right, left, clusters)
             if found.value is None:
                 continue
-            pairs = [(x, y) for x, y in zip(left, right, strict=True) if x is not None and y is not None]
-            certain = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
+            certain = found.low is not None and found.high is not None and found.low * found.high > 0
             changes.append(
                 {
                     "arm": arm,
                     "metric": metric,
-                    "a": sum(x for x, _ in pairs) / len(pairs),
-                    "b": sum(y for _, y in pairs) / len(pairs),
+                    "a": mean(left),
+                    "b": mean(right),
                     **asdict(found),
                     "p": sign_test(right, left, clusters),
-                    "better": ((found.value < 0) == less) if certain else None,
+                    "better": (found.value < 0) == METRICS[metric].less_is_better if certain else None,
                 }
             )
     if not changes:
@@ -80,14 +78,13 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     return {"a": a["path"], "b": b["path"], "warnings": warnings, "changes": changes}
 
 
-def _columns(document: dict[str, Any], arm: str) -> dict[str, dict[str, tuple[float | None, str]]]:
+def _columns(document: dict[str, Any], arm: str) -> dict[str, dict[str, tuple[float, str]]]:
     """metric → unit → (value, prompt)."""
-    found: dict[str, dict[str, tuple[float | None, str]]] = {}
-    for row in document["rows"]:
-        if row["arm"] == arm:
-            for metric in METRICS:
-                if row.get(metric) is not None:
-                    found.setdefault(metric, {})[row["request"]] = (row[metric], row["prompt"])
+    rows = [row for row in document["rows"] if row["arm"] == arm]
+    found = {
+        metric: {row["request"]: (row[metric], row["prompt"]) for row in rows if row.get(metric) is not None}
+        for metric in METRICS
+    }
     for metric, sweeps in document["arms"][arm].get("sweeps", {}).items():
-        found[metric] = {sweep["sweep"]: (sweep["value"], sweep["prompt"]) for sweep in sweeps}
+        found[metric] = {it["sweep"]: (it["value"], it["prompt"]) for it in sweeps if it["value"] is not None}
     return found

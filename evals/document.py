@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections import Counter
@@ -12,9 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..settings import Settings
+from ..settings import Settings, merged
 from ..tools.fingerprint import versions
+from ..tools.urls import public
 from . import analysis
+from .judges import training
 from .records import Outcome, Row
 from .suites import Suite
 
@@ -32,6 +33,7 @@ class Options:
     Attributes:
         suite: Name or path.
         arms: Instead of the suite's.
+        more_arms: Beside those.
         judge: Headline judge instead of the suite's.
         guard: Guard instead of the suite's.
         adapter: Folder behind the arms `adapter` and `loop_on_adapter`.
@@ -48,6 +50,7 @@ class Options:
     allow_reward_judge: bool = False
     limit: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    more_arms: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -92,6 +95,7 @@ def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
         "arms": {
             arm.name: {
                 "adapter": arm.adapter and str(arm.adapter),
+                "settings": merged(arm.models, {"loop": arm.options}) if arm.options else arm.models,
                 "metrics": {key: asdict(value) for key, value in estimates[arm.name].items()},
                 "sweeps": table.sweeps(arm.name),
                 **_losses([row for row in outcome.rows if row.arm == arm.name]),
@@ -103,9 +107,7 @@ def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
         "verdict": analysis.verdict(gains),
         "comparisons": table.comparisons(),
         "flags": analysis.flags(table, trained),
-        "settings": ready.settings.model_dump(
-            mode="json", exclude={"lvlm": {"api_key"}, "generator": {"api_key"}}
-        ),
+        "settings": public(ready.settings.model_dump(mode="json")),
         "versions": {**versions(*_LIBRARIES), "python": platform.python_version()},
         "generators": outcome.generators,
         "identity": outcome.identity,
@@ -120,34 +122,31 @@ def _training(arms: Sequence[Arm]) -> dict[str, float]:
     """`<arm>_train_minutes` of the adapters that say, and `train_minutes` of the first."""
     found: dict[str, float] = {}
     for arm in arms:
-        file = arm.adapter / "training.json" if arm.adapter else None
-        if file and file.is_file():
-            minutes = json.loads(file.read_text(encoding="utf-8")).get("figures", {}).get("train_minutes")
-            if minutes is not None:
-                found.setdefault("train_minutes", minutes)
-                found[f"{arm.name}_train_minutes"] = minutes
+        if (
+            arm.adapter
+            and (minutes := training(arm.adapter).get("figures", {}).get("train_minutes")) is not None
+        ):
+            found.setdefault("train_minutes", minutes)
+            found[f"{arm.name}_train_minutes"] = minutes
     return found
 
 
 def _losses(rows: Sequence[Row]) -> dict[str, Any]:
-    reasons = Counter(row.delivery.failure for row in rows if row.delivery.failure)
+    reasons = Counter(row.failure for row in rows if row.failure)
     unread = sum(reading is None for row in rows for reading in row.readings)
     return {
         "requests": len(rows),
-        "delivered": sum(not row.delivery.failure for row in rows),
+        "delivered": sum(not row.failure for row in rows),
         "failures": dict(reasons),
         "unread": unread,
-        "runs": [row.delivery.run_id for row in rows if row.delivery.run_id],
+        "runs": [row.run_id for row in rows if row.run_id],
     }
 
 
 def _command(options: Options) -> str:
-    words = ["emoloop", "eval", options.suite]
-    for flag in ("judge", "guard", "adapter", "limit"):
-        if getattr(options, flag) is not None:
-            words += [f"--{flag}", str(getattr(options, flag))]
-    if options.arms:
-        words += ["--arms", ",".join(options.arms)]
-    if options.allow_reward_judge:
-        words.append("--allow-reward-judge")
-    return " ".join(words)
+    given = {flag: getattr(options, flag) for flag in ("judge", "guard", "adapter", "limit")}
+    given["arms"] = ",".join(options.arms or ()) or None
+    words = [f"--{flag} {value}" for flag, value in given.items() if value is not None]
+    words += [f"--arm {arm}" for arm in options.more_arms]
+    words += ["--allow-reward-judge"] if options.allow_reward_judge else []
+    return " ".join(["emoloop", "eval", options.suite, *words])

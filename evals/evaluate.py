@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..domain import UserError
+from rich.progress import Progress
+
+from ..agents.rewriters import REWRITERS
+from ..domain import Failure, UserError
+from ..graph.state import Context
 from ..settings import load_settings, merged, pruned
+from ..tools.children import GuardedProcess
+from ..tools.registry import resolve
 from .arms import load_arm
-from .children import children
 from .document import Options, Plan, describe
 from .judges import conflict, load_judge, reward_sources
 from .records import Outcome
-from .runner import EvaluationFailed, Progress, run
-from .suites import Suite, load_suite
+from .runner import run, settings_of
+from .suites import load_suite
 
 
 def plan(options: Options) -> Plan:
@@ -31,20 +36,17 @@ def plan(options: Options) -> Plan:
     """
     suite = load_suite(options.suite)
     if options.limit:
-        kept = set(list(dict.fromkeys(r.prompt for r in suite.requests))[: options.limit])
-        blocks = [
-            block.model_copy(update={"prompts": [p for p in block.prompts if p in kept]})
-            for block in suite.blocks
-        ]
-        suite = suite.model_copy(update={"blocks": [block for block in blocks if block.prompts]})
-        suite = Suite.model_validate(suite.model_dump())
+        suite = suite.limited(options.limit)
     budget = {"loop": {"rounds": suite.rounds, "images": suite.images}}
     settings = load_settings(merged(merged(suite.settings, pruned(options.settings)), budget))
     adapters = dict(suite.adapters)
     if options.adapter or settings.generator.adapter:
         adapters["adapter"] = Path(options.adapter or settings.generator.adapter or "")
     wanted = options.arms or [*suite.arms, *(arm for arm in suite.adapters if arm not in suite.arms)]
-    arms = [load_arm(spec, adapters) for spec in wanted]
+    arms = [load_arm(spec, adapters) for spec in [*wanted, *options.more_arms]]
+    ours = [settings_of(settings, arm.models) for arm in arms]
+    for arm, its in zip(arms, ours, strict=True):
+        resolve(Context(**arm.options).over(its.loop)["rewriter"], REWRITERS, "rewriter")
     twice = [name for name, count in Counter(arm.name for arm in arms).items() if count > 1]
     if twice:
         raise UserError(f"two arms are called {twice[0]!r}: name one of them, NAME={twice[0]}")
@@ -56,7 +58,7 @@ def plan(options: Options) -> Plan:
     judge = load_judge(spec, settings)
     guard_spec = options.guard or suite.guard
     guard = load_judge(guard_spec, settings) if guard_spec else None
-    clash = conflict(judge, reward_sources(settings, [arm.adapter for arm in arms if arm.adapter]))
+    clash = conflict(judge, set().union(*map(reward_sources, ours)))
     if clash and not options.allow_reward_judge:
         raise UserError(
             f"judge {judge.name!r} also gave the reward ({clash}), so its word proves nothing here: "
@@ -73,7 +75,7 @@ def evaluate(
     Args:
         options: What to evaluate.
         out: Folder for the report; made.
-        progress: Is told how far it is.
+        progress: Shows how far it is.
         processes: Above 1, so many share the making, each with a GPU of its own where there are any.
         lvlm: A chat model instead of the settings' one; for a single process.
 
@@ -82,7 +84,7 @@ def evaluate(
 
     Raises:
         UserError: As `plan`; or `out` cannot be written.
-        EvaluationFailed: An arm answered nothing at all; what is made is kept.
+        Failure: An arm answered nothing at all; what is made is kept.
     """
     from .report import write_report
 
@@ -101,17 +103,12 @@ def evaluate(
     return document, outcome
 
 
-def fill(options: Options, shard: tuple[int, int]) -> None:
-    """One process's share: makes and reads, writes no report."""
-    ready = plan(options)
-    asyncio.run(run(ready.suite, ready.settings, ready.arms, ready.judge, ready.guard, shard=shard))
-
-
 def _make_in_processes(options: Options, processes: int) -> None:
     import torch
 
     devices = torch.cuda.device_count()
-    with children() as started:
+    with ExitStack() as started:
+        waiting = []
         for which in range(processes):
             environment = dict(os.environ)
             if devices:
@@ -120,10 +117,26 @@ def _make_in_processes(options: Options, processes: int) -> None:
                 # Processes that each take all cores hinder one another.
                 environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
             arguments = json.dumps(asdict(options) | {"shard": [which, processes]}, default=str)
-            command = [sys.executable, "-m", f"{__package__}.shard", arguments]
-            started.append(subprocess.Popen(command, env=environment, stdout=sys.stderr))
-        codes = [child.wait() for child in started]
+            command = [sys.executable, "-m", __name__, arguments]
+            child = GuardedProcess(command, env=environment, stdout=sys.stderr)
+            waiting.append(started.enter_context(child).process)
+        codes = [process.wait() for process in waiting]
     if any(codes):
-        raise EvaluationFailed(
+        raise Failure(
             f"{sum(map(bool, codes))} of {processes} processes failed; what is made is kept, run again"
         )
+
+
+def main() -> None:
+    """A child's share of `--processes`: makes and reads what its options, JSON on the command line, say."""
+    given = json.loads(sys.argv[1])
+    shard = tuple(given.pop("shard"))
+    try:
+        ready = plan(Options(**given))
+        asyncio.run(run(ready.suite, ready.settings, ready.arms, ready.judge, ready.guard, shard=shard))
+    except (UserError, Failure) as error:
+        raise SystemExit(f"emoloop: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

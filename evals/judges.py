@@ -17,9 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from ..domain import HIGH, LOW, PROTOTYPES, Critique, Emotion, EmotionTarget, UserError
+import torch
+from pydantic import Field, ValidationError
+from safetensors.torch import load_file
+
+from ..domain import PROTOTYPES, Critique, Emotion, EmotionTarget, Score, UserError
 from ..settings import Settings
 from ..tools.registry import resolve
 from ..tools.threads import apart
@@ -27,8 +31,9 @@ from .metrics import mean
 from .records import Reading
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
+
+    from ..traces.blobs import BlobStore
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,19 @@ class Item:
 
     Attributes:
         sha256: Its address.
-        path: Its PNG.
+        blobs: Where it lies.
         prompt: The neutral prompt.
         target: What was wanted; a judge that wants to be fair does not look at it.
     """
 
     sha256: str
-    path: Path
+    blobs: BlobStore
     prompt: str
     target: EmotionTarget
 
     def open(self) -> Image:
         """The picture, RGB."""
-        from PIL import Image
-
-        with Image.open(self.path) as image:
-            return image.convert("RGB")
+        return self.blobs.get_image(self.sha256)
 
 
 class Judge(Protocol):
@@ -117,20 +119,16 @@ class PixelJudge:
 
     def _read(self, items: Sequence[Item]) -> list[Reading | None]:
         images = [item.open() for item in items]
-        subject_of = getattr(self.reader, "subject_of", None)
+        subject_of = getattr(self.reader, "subject_of", lambda _: None)
         aligned = self._aligned(items, images)
         readings: list[Reading | None] = []
         for item, seen, alignment in zip(items, self.reader.read(images), aligned, strict=True):
-            subject = getattr(seen, "subject", None)
-            asked = subject_of(item.prompt) if subject_of else None
-            features = getattr(seen, "features", None)
+            said = {name: getattr(seen, name, None) for name in ("valence", "arousal", "category", "subject")}
+            asked, features = subject_of(item.prompt), getattr(seen, "features", None)
             readings.append(
                 Reading(
-                    valence=_number(getattr(seen, "valence", None)),
-                    arousal=_number(getattr(seen, "arousal", None)),
-                    category=Emotion(seen.category) if getattr(seen, "category", None) else None,
-                    subject=subject,
-                    subject_right=None if asked is None or subject is None else subject == asked,
+                    **said,
+                    subject_right=None if None in (asked, said["subject"]) else said["subject"] == asked,
                     alignment=alignment,
                     features=None if features is None else [round(float(value), 5) for value in features],
                 )
@@ -139,19 +137,13 @@ class PixelJudge:
 
     def _aligned(self, items: Sequence[Item], images: Sequence[Image]) -> list[float | None]:
         """Alignment with each item's prompt, those of one prompt together where the reader can do that."""
-        several, single = (getattr(self.reader, name, None) for name in ("alignments", "alignment"))
+        several: Any = getattr(self.reader, "alignments", None)
+        single: Any = getattr(self.reader, "alignment", None)
         found: list[float | None] = [None] * len(items)
-        by_prompt: dict[str, list[int]] = {}
-        for place, item in enumerate(items):
-            by_prompt.setdefault(item.prompt, []).append(place)
-        for prompt, places in by_prompt.items():
+        for prompt in dict.fromkeys(item.prompt for item in items) if several or single else ():
+            places = [place for place, item in enumerate(items) if item.prompt == prompt]
             these = [images[place] for place in places]
-            if several:
-                values = several(these, prompt)
-            elif single:
-                values = [single(image, prompt) for image in these]
-            else:
-                continue
+            values = several(these, prompt) if several else [single(image, prompt) for image in these]
             for place, value in zip(places, values, strict=True):
                 found[place] = float(value)
         return found
@@ -166,10 +158,6 @@ def _weights(reader: Any) -> str | None:
     for name, tensor in sorted(state().items()):
         total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()[:12]
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 class LVLMJudge:
@@ -215,17 +203,20 @@ class LVLMJudge:
         )
 
 
-#: Columns of ratings that are read, with the ends of their scale.
-_RATED: dict[str, tuple[float, float] | None] = {
-    "valence": (LOW, HIGH),
-    "arousal": (LOW, HIGH),
-    "alignment": (0.0, 1.0),
-    "category": None,
-}
+class _Rating(Reading):
+    """One line of ratings; an empty cell is no rating."""
+
+    valence: Score | None = None
+    arousal: Score | None = None
+    alignment: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+#: Columns of ratings that are read.
+_RATED = ("valence", "arousal", "category", "alignment")
 
 
 def _rating(row: dict[str, Any]) -> Reading:
-    """One line of ratings; an empty cell is no rating.
+    """Read a line.
 
     Raises:
         ValueError: A value that is none, in words.
@@ -234,22 +225,14 @@ def _rating(row: dict[str, Any]) -> Reading:
         raise ValueError("no sha256")
     if "" in row:
         raise ValueError("more values than columns")
-    found: dict[str, Any] = {}
-    for name, scale in _RATED.items():
-        text = (row.get(name) or "").strip()
-        if not text:
-            continue
-        if scale is None:
-            found[name] = Emotion(text.lower())
-            continue
-        try:
-            value = float(text)
-        except ValueError:
-            raise ValueError(f"{name} {text!r} is no number") from None
-        if not scale[0] <= value <= scale[1]:
-            raise ValueError(f"{name} {text} lies outside [{scale[0]:g}, {scale[1]:g}]")
-        found[name] = value
-    return Reading(**found)
+    try:
+        said = {key: (row.get(key) or "").strip().lower() or None for key in _RATED}
+        return _Rating.model_validate(said)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"{first['loc'][0]} {first['input']} lies outside its scale: {first['msg']}"
+        ) from error
 
 
 class HumanJudge:
@@ -282,9 +265,8 @@ class HumanJudge:
             if "sha256" not in columns:
                 raise UserError(f"{path}: no column sha256 (found: {', '.join(columns)})")
             if unknown := [name for name in columns if name not in ("sha256", *_RATED)]:
-                raise UserError(
-                    f"{path}, line 1: unknown column {unknown[0]!r}: known are sha256, {', '.join(_RATED)}"
-                )
+                known = ", ".join(_RATED)
+                raise UserError(f"{path}, line 1: unknown column {unknown[0]!r}: known are sha256, {known}")
             for row in rows:
                 try:
                     rating = _rating(row)
@@ -345,33 +327,13 @@ class ClipHeadJudge:
             self.processor = AutoProcessor.from_pretrained(encoder)
         except (OSError, ValueError) as error:
             raise UserError(f"CLIP encoder {encoder!r}: {str(error).splitlines()[0]}") from error
-        self.layers = self._head(head, (2, 8), device)
-        self.aesthetic = self._head(aesthetic, (1,), device) if aesthetic else None
+        takes: Any = self.model.config.projection_dim
+        self.head = _load_head(head, takes, (2, 8)).to(device)
+        self.aesthetic = _load_head(aesthetic, takes, (1,)).to(device) if aesthetic else None
         self.device, self.batch = device, batch
         self.name = f"CLIP head {head.name} on {Path(encoder).name}"
         self.version = hash_of(head.read_bytes() + (aesthetic.read_bytes() if aesthetic else b""))
         self.models = frozenset({encoder, str(head)})
-
-    def _head(self, path: Path, outputs: tuple[int, ...], device: str) -> list[torch.nn.Linear]:
-        import torch
-
-        if not path.is_file():
-            raise UserError(f"no head at {path}: --judge clip:ENCODER,HEAD[,AESTHETIC] wants its state dict")
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        layers = _linear_stack(state, path)
-        takes, gives = layers[0].in_features, layers[-1].out_features
-        if takes != self.model.config.projection_dim or gives not in outputs:
-            wanted = " or ".join(map(str, outputs))
-            raise UserError(
-                f"{path}: takes {takes} features and gives {gives} numbers; wanted are "
-                f"{self.model.config.projection_dim} and {wanted}"
-            )
-        return [layer.to(device).eval() for layer in layers]
 
     async def read(self, items: Sequence[Item]) -> list[Reading | None]:
         """See `Judge`.
@@ -382,7 +344,6 @@ class ClipHeadJudge:
         return await _in_batches(self._read, items, self.batch)
 
     def _read(self, items: Sequence[Item]) -> list[Reading | None]:
-        import torch
 
         with torch.inference_mode():
             inputs = self.processor(
@@ -396,8 +357,8 @@ class ClipHeadJudge:
             image, text = out.image_embeds, out.text_embeds
             aligned = torch.cosine_similarity(image, text[:-2]).clamp(min=0)
             quality = (100 * image @ text[-2:].T).softmax(-1)[:, 0]
-            points, names = _affect(_through(self.layers, image))
-            beauty = _through(self.aesthetic, image)[:, 0].tolist() if self.aesthetic else [None] * len(items)
+            points, names = _affect(self.head(image))
+            beauty = self.aesthetic(image)[:, 0].tolist() if self.aesthetic else [None] * len(items)
         return [
             Reading(
                 valence=float(points[place, 0]),
@@ -412,29 +373,33 @@ class ClipHeadJudge:
         ]
 
 
-def _through(layers: Sequence[torch.nn.Linear], hidden: torch.Tensor) -> torch.Tensor:
-    for place, layer in enumerate(layers):
-        hidden = layer(hidden.relu() if place else hidden)
-    return hidden
-
-
-def _linear_stack(state: dict[str, torch.Tensor], path: Path) -> list[torch.nn.Linear]:
-    import torch
-
-    layers = []
-    for key in (key for key in state if key.endswith("weight") and state[key].ndim == 2):
-        weight, bias = state[key].float(), state.get(key.removesuffix("weight") + "bias")
-        layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
-        layer.weight.data = weight
-        layer.bias.data = torch.zeros(weight.shape[0]) if bias is None else bias.float()
-        layers.append(layer)
-    if not layers or any(a.out_features != b.in_features for a, b in pairwise(layers)):
+def _load_head(path: Path, takes: int, outputs: tuple[int, ...]) -> torch.nn.Sequential:
+    """The linear layers of a state dict, with ReLU between them."""
+    if not path.is_file():
+        raise UserError(f"no head at {path}: --judge clip:ENCODER,HEAD[,AESTHETIC] wants its state dict")
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    linear: list[torch.nn.Linear] = []
+    for key, weight in state.items():
+        if key.endswith("weight") and weight.ndim == 2:
+            bias = state.get(key.removesuffix("weight") + "bias")
+            layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
+            layer.weight.data = weight.float()
+            layer.bias.data = torch.zeros(weight.shape[0]) if bias is None else bias.float()
+            linear.append(layer)
+    if not linear or any(a.out_features != b.in_features for a, b in pairwise(linear)):
         raise UserError(f"{path}: not a stack of linear layers")
-    return layers
+    if linear[0].in_features != takes or linear[-1].out_features not in outputs:
+        raise UserError(
+            f"{path}: takes {linear[0].in_features} features and gives {linear[-1].out_features} numbers; "
+            f"wanted are {takes} and {' or '.join(map(str, outputs))}"
+        )
+    return torch.nn.Sequential(*[part for layer in linear for part in (torch.nn.ReLU(), layer)][1:]).eval()
 
 
 def _affect(hidden: torch.Tensor) -> tuple[torch.Tensor, list[Emotion | None]]:
-    import torch
 
     if hidden.shape[-1] == 2:
         return hidden.clamp(-3, 3), [None] * len(hidden)
@@ -475,16 +440,12 @@ def _clip(argument: str, settings: Settings) -> Judge:
     return ClipHeadJudge(encoder, *map(Path, heads), device="cpu" if device == "auto" else device)
 
 
-def _human(argument: str, settings: Settings) -> Judge:
-    return HumanJudge(Path(argument))
-
-
 #: Judges by name. A value is a reader's dotted path, or takes what follows the colon and the settings.
 JUDGES: dict[str, str | Callable[[str, Settings], Judge]] = {
     "law": ".miniature.judge:LawJudge",
     "guard": ".miniature.judge:Guard",
     "lvlm": _lvlm,
-    "human": _human,
+    "human": lambda argument, _: HumanJudge(Path(argument)),
     "clip": _clip,
 }
 
@@ -506,15 +467,17 @@ def load_judge(spec: str, settings: Settings) -> Judge:
     return made if hasattr(made, "sees_target") else PixelJudge(made, spec)
 
 
-def reward_sources(settings: Settings, adapters: Sequence[Path]) -> set[str]:
-    """What gave the reward: this evaluation's critic and reward, and those in the adapters' training.json."""
-    sources = {settings.lvlm.model, settings.loop.reward}
-    for adapter in adapters:
-        file = adapter / "training.json"
-        if file.is_file():
-            trained = json.loads(file.read_text(encoding="utf-8"))
-            sources |= {trained.get("reward", {}).get("name"), *trained.get("critics", [])} - {None}
-    return sources
+def reward_sources(settings: Settings) -> set[str]:
+    """What gave the reward: the settings' critic and reward, and those in their adapter's training.json."""
+    trained = training(Path(settings.generator.adapter)) if settings.generator.adapter else {}
+    given = {trained.get("reward", {}).get("name"), *trained.get("critics", [])} - {None}
+    return {settings.lvlm.model, settings.loop.reward} | given
+
+
+def training(adapter: Path) -> dict[str, Any]:
+    """An artifact's `training.json`; empty for a LoRA that has none."""
+    file = adapter / "training.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def conflict(judge: Judge, sources: set[str]) -> str | None:

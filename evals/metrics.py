@@ -18,27 +18,6 @@ from ..domain import EmotionTarget
 from .records import Reading
 from .suites import Request
 
-#: Whether less is better, by metric; the order is that of the report.
-METRICS: dict[str, bool] = {
-    "error": True,
-    "valence_error": True,
-    "arousal_error": True,
-    "emotion_accuracy": False,
-    "subject_accuracy": False,
-    "alignment": False,
-    "quality": False,
-    "aesthetic": False,
-    "diversity": False,
-    "reward": False,
-    "valence_tau": False,
-    "arousal_tau": False,
-    "smoothness": True,
-    "images": True,
-    "lvlm_calls": True,
-    "tokens": True,
-    "seconds": True,
-}
-
 
 def mean(values: Iterable[float | None]) -> float | None:
     """Mean of those that are there; None where none is."""

@@ -8,25 +8,26 @@ from fixed seeds, so every number can be made again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import product, repeat
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from scipy.stats import spearmanr
 
+from ..agents.critic import Critic
+from ..agents.rewriters import Rewriter
 from ..domain import Critique, EmotionTarget
+from ..graph.nodes import Parts
 from ..miniature import law, world
 from ..miniature.judge import LawJudge
-from ..miniature.judge import Reading as Seen
 from ..miniature.world import Named, Parsed, Scene
-from ..tools.images.base import ImageRequest
-from .kit import Kit, Made
+from ..tools.images.base import GeneratedImage, GenerationError, ImageRequest
 from .metrics import rank_tau
 from .records import Row
 from .stats import Estimate, estimate
-from .suites import Request
 
 #: How many of each; about four minutes of models on two cores.
 CAPTIONS, BASES, VARIANTS, RENDERS, SWEEPS, REWRITES = 160, 6, 32, 200, 8, 150
@@ -34,14 +35,19 @@ CAPTIONS, BASES, VARIANTS, RENDERS, SWEEPS, REWRITES = 160, 6, 32, 200, 8, 150
 #: Completions over which a caption's own error is averaged.
 COMPLETIONS = 16
 
+#: Told to the critic where nothing is aimed at.
+NEUTRAL = EmotionTarget(valence=0.0, arousal=0.0)
+
+AXES = ("valence", "arousal")
+
 _ALL = Named(place=True, weather=True, brightness=True, saturation=True, tint=True, nothing_else=True)
 
 
-async def measure(kit: Kit, rows: Sequence[Row], pace: dict[str, float]) -> dict[str, Estimate]:
+async def measure(parts: Parts, rows: Sequence[Row], pace: dict[str, float]) -> dict[str, Estimate]:
     """Every health figure of the miniature by name.
 
     Args:
-        kit: The base models.
+        parts: Of a loop over the base models.
         rows: The suite's rows, with readings: the arms `base` and `loop` are looked at.
         pace: Seconds for one image and critique in full batches.
     """
@@ -51,12 +57,12 @@ async def measure(kit: Kit, rows: Sequence[Row], pace: dict[str, float]) -> dict
         for what, key in (("generator", "image"), ("critic", "critique"))
         if key in pace
     }
-    found |= await _generator(kit, judge)
-    found |= await _steering(kit, judge)
+    found |= await _generator(parts, judge)
+    found |= await _steering(parts, judge)
     found |= _neutral([row for row in rows if row.arm == "base"])
-    found |= await _critic(kit, judge)
-    found |= await _critic_sweeps(kit)
-    found |= await _rewriter(kit)
+    found |= await _critic(parts.critic, judge)
+    found |= await _critic_sweeps(parts.critic)
+    found |= await _rewriter(parts.rewriter(parts.settings.loop.rewriter))
     found |= _feedback([row for row in rows if row.arm == "loop"])
     return found
 
@@ -85,16 +91,25 @@ def caption_error(text: str, target: EmotionTarget, seed: int = 0) -> float:
     return float(np.mean([sum(abs(value[place] - aim) for place, aim in wanted) for value in values]))
 
 
-async def _drawn(kit: Kit, captions: Sequence[str], seed: int) -> list[tuple[int, str, Image.Image]]:
-    """(place of the caption, address, picture) of what could be made."""
+async def _drawn(parts: Parts, captions: Sequence[str], seed: int) -> dict[int, Image.Image]:
+    """The pictures that could be made, by the place of their captions."""
     requests = [ImageRequest(caption, seed + place) for place, caption in enumerate(captions)]
-    made = await kit.generator.made(requests)
-    images = [(place, one.sha256) for place, one in enumerate(made) if isinstance(one, Made)]
-    pictures = await asyncio.gather(*(kit.recorder.get_image(sha256) for _, sha256 in images))
-    return [(place, sha256, picture) for (place, sha256), picture in zip(images, pictures, strict=True)]
+    try:
+        made: Sequence[Any] = await parts.generator.generate(requests)
+    except GenerationError as error:
+        made = error.results
+    return {place: one.image for place, one in enumerate(made) if isinstance(one, GeneratedImage)}
 
 
-async def _generator(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
+async def _looked(
+    critic: Critic, pictures: Iterable[Image.Image], prompts: Iterable[str], targets: Iterable[EmotionTarget]
+) -> list[Critique | None]:
+    """The critic's readings; None where it gave none."""
+    looks = await asyncio.gather(*map(critic.critique, pictures, prompts, targets))
+    return [look if isinstance(look, Critique) else None for look in looks]
+
+
+async def _generator(parts: Parts, judge: LawJudge) -> dict[str, Estimate]:
     rng = np.random.default_rng(101)
     captions = []
     for number in range(CAPTIONS):
@@ -103,46 +118,31 @@ async def _generator(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
         captions.append(
             world.caption(rng, scene, everything if number % 2 else world.sample_named(rng, scene))
         )
-    drawn = await _drawn(kit, captions, 10_000)
-    readings = judge.read([picture for _, _, picture in drawn])
+    drawn = await _drawn(parts, captions, 10_000)
+    readings = judge.read(list(drawn.values()))
     subject: list[float | None] = []
     recall: list[float | None] = []
     precision: list[float | None] = []
-    for (place, _, _), seen in zip(drawn, readings, strict=True):
+    for place, seen in zip(drawn, readings, strict=True):
         named = world.parse(captions[place])
         things, shown = {thing.name for thing in named.companions}, set(seen.companions)
         subject.append(float(seen.subject == named.subject))
         recall.append(len(things & shown) / len(things) if things else None)
         precision.append(len(things & shown) / len(shown) if named.nothing_else and shown else None)
-    units = list(range(len(drawn)))
-    critic = await _critic_on(kit, [(sha256, captions[place]) for place, sha256, _ in drawn], readings)
-    return {
-        "generator_subject_accuracy": estimate([subject], units),
-        "generator_companion_accuracy": estimate([recall], units),
-        "generator_companion_precision": estimate([precision], units),
-        **critic,
+    # The critic on generated pictures, against the judge.
+    looks = await _looked(parts.critic, drawn.values(), (captions[place] for place in drawn), repeat(NEUTRAL))
+    valence, arousal = abs(_points(looks) - _points(readings)).T.tolist()
+    columns = {
+        "generator_subject_accuracy": subject,
+        "generator_companion_accuracy": recall,
+        "generator_companion_precision": precision,
+        "critic_generated_valence_mae": valence,
+        "critic_generated_arousal_mae": arousal,
     }
+    return {name: estimate([column], range(len(drawn))) for name, column in columns.items()}
 
 
-async def _critic_on(
-    kit: Kit, images: Sequence[tuple[str, str]], readings: Sequence[Seen]
-) -> dict[str, Estimate]:
-    """The critic on generated pictures, against the judge."""
-    target = EmotionTarget(valence=0.0, arousal=0.0)
-    looks = await asyncio.gather(
-        *(kit.look(sha256, Request(prompt=prompt, target=target), 0) for sha256, prompt in images)
-    )
-    found = {}
-    for axis in ("valence", "arousal"):
-        off = [
-            abs(getattr(critique, axis) - getattr(seen, axis)) if isinstance(critique, Critique) else None
-            for (critique, _), seen in zip(looks, readings, strict=True)
-        ]
-        found[f"critic_generated_{axis}_mae"] = estimate([off], range(len(off)))
-    return found
-
-
-async def _steering(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
+async def _steering(parts: Parts, judge: LawJudge) -> dict[str, Estimate]:
     """Prompts of one subject and place that differ only in light, colour, weather and companions."""
     rng = np.random.default_rng(102)
     captions: list[str] = []
@@ -155,67 +155,58 @@ async def _steering(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
                 world.caption(rng, scene, replace(_ALL, companions=(True,) * len(scene.companions)))
             )
             truths.append(law_of(scene))
-    drawn = await _drawn(kit, captions, 20_000)
-    readings = judge.read([picture for _, _, picture in drawn])
-    values: dict[str, list[float | None]] = {}
-    for base in range(BASES):
-        here = [
-            (truths[place], (seen.valence, seen.arousal))
-            for (place, _, _), seen in zip(drawn, readings, strict=True)
-            if place // VARIANTS == base
-        ]
-        for column, axis in enumerate(("valence", "arousal")):
-            wanted, read = [truth[column] for truth, _ in here], [seen[column] for _, seen in here]
-            low, high = np.percentile(read, [2, 98])
-            values.setdefault(f"steering_{axis}_span", []).append(float(high - low))
-            values.setdefault(f"steering_{axis}_spearman", []).append(
-                float(np.asarray(spearmanr(wanted, read))[0])
-            )
-    return {name: estimate([column], range(BASES)) for name, column in values.items()}
+    drawn = await _drawn(parts, captions, 20_000)
+    wanted, read = np.array(truths)[list(drawn)], _points(judge.read(list(drawn.values())))
+    bases = np.array(list(drawn)) // VARIANTS
+    found = {}
+    for column, axis in enumerate(AXES):
+        spans: list[float | None] = []
+        ranks: list[float | None] = []
+        for base in range(BASES):
+            here = read[bases == base, column]
+            low, high = np.percentile(here, [2, 98])
+            spans.append(float(high - low))
+            ranks.append(float(np.asarray(spearmanr(wanted[bases == base, column], here))[0]))
+        found[f"steering_{axis}_span"] = estimate([spans], range(BASES))
+        found[f"steering_{axis}_spearman"] = estimate([ranks], range(BASES))
+    return found
 
 
 def _neutral(rows: Sequence[Row]) -> dict[str, Estimate]:
     """How much judged feeling varies over seeds of one neutral prompt; its targets share their images."""
-    by_prompt = {row.request.prompt: row for row in rows}
+    by_prompt = {row.request.prompt: _points(filter(None, row.readings)) for row in rows}
     found = {}
-    for axis in ("valence", "arousal"):
-        spread: list[float | None] = []
-        for row in by_prompt.values():
-            read = [getattr(reading, axis) for reading in row.readings if reading]
-            spread.append(float(np.std(read, ddof=1)) if len(read) > 1 else None)
+    for column, axis in enumerate(AXES):
+        points = by_prompt.values()
+        spread = [float(np.std(it[:, column], ddof=1)) if len(it) > 1 else None for it in points]
         found[f"neutral_{axis}_std"] = estimate([spread], list(by_prompt))
     return found
 
 
-async def _critic(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
+async def _critic(critic: Critic, judge: LawJudge) -> dict[str, Estimate]:
     """Critic and judge on held-out renders, where the law's truth is known."""
     rng = np.random.default_rng(103)
     scenes = [world.sample_scene(rng, world.FOLDS["test"]) for _ in range(RENDERS)]
     pictures = [Image.fromarray(world.render(scene)) for scene in scenes]
-    truths = [law_of(scene) for scene in scenes]
+    truths = np.array([law_of(scene) for scene in scenes])
     targets = [
         EmotionTarget(valence=round(float(v), 1), arousal=round(float(a), 1))
         for v, a in rng.uniform(-2.5, 2.5, (RENDERS, 2))
     ]
-    looks = await _looked(kit, scenes, pictures, targets)
-    seen = judge.read(pictures)
-    units = list(range(RENDERS))
+    looks = await _looked(critic, pictures, map(_subject, scenes), targets)
+    units = range(RENDERS)
     found = {"critic_valid_json": estimate([[float(look is not None) for look in looks]], units)}
-    correlations = []
-    for column, axis in enumerate(("valence", "arousal")):
-        judged = [getattr(one, axis) - truth[column] for one, truth in zip(seen, truths, strict=True)]
-        read = [
-            look and getattr(look, axis) - truth[column] for look, truth in zip(looks, truths, strict=True)
-        ]
-        found[f"judge_{axis}_mae"] = estimate([[abs(off) for off in judged]], units)
-        found[f"critic_{axis}_mae"] = estimate([[None if off is None else abs(off) for off in read]], units)
-        correlations.append(_correlation(judged, read))
+    judged, read = (_points(judge.read(pictures)) - truths).T, (_points(looks) - truths).T
+    for axis, its, critics in zip(AXES, judged, read, strict=True):
+        found[f"judge_{axis}_mae"] = estimate([abs(its).tolist()], units)
+        found[f"critic_{axis}_mae"] = estimate([abs(critics).tolist()], units)
+    correlations = map(_correlation, judged, read)
     found["judge_critic_error_correlation"] = max(correlations, key=lambda one: one.value or 0.0)
     right: list[float | None] = []
     clusters: list[int] = []
-    for place, (column, axis) in product(units, enumerate(("valence", "arousal"))):
+    for place, (column, axis) in product(units, enumerate(AXES)):
         look, wanted = looks[place], targets[place].point[column]
-        if look is None or wanted is None or abs(gap := wanted - truths[place][column]) <= 0.5:
+        if look is None or wanted is None or abs(gap := wanted - truths[place, column]) <= 0.5:
             continue
         right.append(float(f"{'raise' if gap > 0 else 'lower'} {axis}" in look.suggestion))
         clusters.append(place)
@@ -223,35 +214,30 @@ async def _critic(kit: Kit, judge: LawJudge) -> dict[str, Estimate]:
     return found
 
 
-async def _looked(
-    kit: Kit, scenes: Sequence[Scene], pictures: Sequence[Image.Image], targets: Sequence[EmotionTarget]
-) -> list[Critique | None]:
-    async def one(scene: Scene, picture: Image.Image, target: EmotionTarget) -> Critique | None:
-        prompt = f"a {world.SUBJECTS[scene.subject].words[0]}"
-        sha256 = await kit.recorder.put_image(picture)
-        critique, _ = await kit.look(sha256, Request(prompt=prompt, target=target), 0)
-        return critique if isinstance(critique, Critique) else None
-
-    return list(await asyncio.gather(*map(one, scenes, pictures, targets)))
+def _subject(scene: Scene) -> str:
+    return f"a {world.SUBJECTS[scene.subject].words[0]}"
 
 
-def _correlation(a: Sequence[float], b: Sequence[float | None]) -> Estimate:
+def _points(seen: Iterable[Any]) -> np.ndarray:
+    """(n, 2): valence and arousal of readings; NaN where there is none, which an estimate leaves out."""
+    return np.array([[getattr(one, axis, np.nan) for axis in AXES] for one in seen])
+
+
+def _correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> Estimate:
     """Pearson's r as a function of five means, so that the bootstrap serves it like any other figure."""
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if y is not None]
-    columns = [[x, y, x * x, y * y, x * y] for x, y in pairs]
+    x, y = np.asarray(a), np.asarray(b)
 
     def r(x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> np.ndarray:
         return (xy - x * y) / np.sqrt((xx - x * x) * (yy - y * y))
 
-    return estimate([list(column) for column in zip(*columns, strict=True)], range(len(pairs)), r)
+    return estimate([column.tolist() for column in (x, y, x * x, y * y, x * y)], range(len(x)), r)
 
 
-async def _critic_sweeps(kit: Kit) -> dict[str, Estimate]:
+async def _critic_sweeps(critic: Critic) -> dict[str, Estimate]:
     """τ between law and critic along nine renders of one subject and place in rising order."""
     rng = np.random.default_rng(104)
     found = {}
-    target = EmotionTarget(valence=0.0, arousal=0.0)
-    for column, axis in enumerate(("valence", "arousal")):
+    for column, axis in enumerate(AXES):
         taus: list[float | None] = []
         for _ in range(SWEEPS):
             base = world.sample_scene(rng)
@@ -259,47 +245,43 @@ async def _critic_sweeps(kit: Kit) -> dict[str, Estimate]:
                 replace(world.sample_scene(rng), subject=base.subject, place=base.place) for _ in range(60)
             ]
             scenes = [scene for scene in drawn if scene.fold in world.FOLDS["test"]] + drawn
-            values = [law_of(scene)[column] for scene in scenes]
-            chosen = sorted(
-                {int(np.argmin(np.abs(np.array(values) - aim))) for aim in np.linspace(-2.4, 2.4, 9)},
-                key=lambda place: values[place],
+            values = np.array([law_of(scene)[column] for scene in scenes])
+            chosen = {int(np.argmin(np.abs(values - aim))) for aim in np.linspace(-2.4, 2.4, 9)}
+            steps = sorted(chosen, key=lambda place: values[place])
+            pictures = [Image.fromarray(world.render(scenes[place])) for place in steps]
+            looks = await _looked(
+                critic, pictures, (_subject(scenes[place]) for place in steps), repeat(NEUTRAL)
             )
-            steps = [scenes[place] for place in chosen]
-            pictures = [Image.fromarray(world.render(scene)) for scene in steps]
-            looks = await _looked(kit, steps, pictures, [target] * len(steps))
             read = [look and getattr(look, axis) for look in looks]
-            taus.append(rank_tau([values[place] for place in chosen], read))
+            taus.append(rank_tau([values[place] for place in steps], read))
         found[f"critic_{axis}_tau"] = estimate([taus], range(SWEEPS))
     return found
 
 
-async def _rewriter(kit: Kit) -> dict[str, Estimate]:
+async def _rewriter(rewriter: Rewriter) -> dict[str, Estimate]:
     """One rewrite without feedback, by the law on captions, no picture in between."""
     rng = np.random.default_rng(105)
-    requests = []
+    requests: list[tuple[str, EmotionTarget]] = []
     for _ in range(REWRITES):
         scene = world.sample_scene(rng, world.FOLDS["test"])
         named = Named(place=bool(rng.random() < 0.6), companions=(False,) * len(scene.companions))
         valence, arousal = rng.choice([-1.8, -1.5, -1.0, 1.0, 1.5, 1.8], 2)
         target = EmotionTarget(valence=float(valence), arousal=float(arousal))
-        requests.append(Request(prompt=world.caption(rng, scene, named), target=target))
+        requests.append((world.caption(rng, scene, named), target))
     rewrites = await asyncio.gather(
-        *(kit.rewrite(request, 0) for request in requests), return_exceptions=True
+        *(rewriter.rewrite(prompt, target) for prompt, target in requests), return_exceptions=True
     )
     kept: list[float | None] = []
     toward: list[float | None] = []
     cuts: list[float] = []
-    for request, result in zip(requests, rewrites, strict=True):
-        if isinstance(result, BaseException):
-            kept.append(0.0)
-            toward.append(0.0)
-            continue
-        revision, _ = result
-        before, after = (caption_error(text, request.target) for text in (request.prompt, revision.prompt))
-        kept.append(float(world.parse(revision.prompt).subject == world.parse(request.prompt).subject))
-        toward.append(float(after < before))
-        cuts.append(1 - after / before)
-    units = [request.prompt for request in requests]
+    for (prompt, target), made in zip(requests, rewrites, strict=True):
+        text = prompt if isinstance(made, BaseException) else made.prompt
+        good = not isinstance(made, BaseException) and made.refused is None
+        before, after = caption_error(prompt, target), caption_error(text, target)
+        kept.append(float(good and world.parse(text).subject == world.parse(prompt).subject))
+        toward.append(float(good and after < before))
+        cuts += [1 - after / before] if good else []
+    units = [prompt for prompt, _ in requests]
     return {
         "rewriter_subject_kept": estimate([kept], units),
         "rewriter_toward_target": estimate([toward], units),
@@ -313,20 +295,13 @@ def _feedback(rows: Sequence[Row]) -> dict[str, Estimate]:
     Where a lucky picture of round 0 won, the winning round has no rewritten caption, so that such a run says nothing of
     the rewriter; `rewriter_feedback_gain_all` counts it, with the error of its neutral prompt.
     """
-    first: list[float | None] = []
-    rewritten: list[float | None] = []
-    every: list[float | None] = []
-    clusters: list[str] = []
-    for row in rows:
-        made = row.delivery
-        revisions = {revision.round: revision.prompt for revision in made.revisions}
-        if 1 in revisions and made.delivered:
-            error = caption_error(made.prompt, row.request.target)
-            first.append(caption_error(revisions[1], row.request.target))
-            rewritten.append(error if made.shots[made.delivered[0]].round else None)
-            every.append(error)
-            clusters.append(row.request.prompt)
+    rows = [row for row in rows if row.run and len(row.run.rounds) > 1 and row.handed_over]
+    first: list[float | None] = [
+        caption_error(row.run.rounds[1].prompt, row.request.target) for row in rows if row.run
+    ]
+    every: list[float | None] = [caption_error(row.prompt, row.request.target) for row in rows]
+    won = [error if row.handed_over[0].round else None for error, row in zip(every, rows, strict=True)]
     return {
-        name: estimate([first, last], clusters, lambda one, win: 1 - win / one)
-        for name, last in (("rewriter_feedback_gain", rewritten), ("rewriter_feedback_gain_all", every))
+        name: estimate([first, last], [row.request.prompt for row in rows], lambda one, win: 1 - win / one)
+        for name, last in (("rewriter_feedback_gain", won), ("rewriter_feedback_gain_all", every))
     }

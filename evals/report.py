@@ -11,16 +11,17 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+from ..traces.blobs import BlobStore
 from . import metrics
 from .analysis import of_request
 from .records import Outcome, Row
-from .wording import COSTS, LABELS, interval, number, target_words
+from .wording import COSTS, METRICS, interval, number, target_words
 
 #: Sweeps shown for each axis, and cases at each end.
 STRIPS, CASES = 3, 3
@@ -57,11 +58,11 @@ def flat_row(row: Row, pace: dict[str, float]) -> dict[str, Any]:
         "valence": target.valence,
         "arousal": target.arousal,
         "category": target.category and target.category.value,
-        "run_id": row.delivery.run_id,
-        "failure": row.delivery.failure,
-        "delivered_prompt": row.delivery.prompt,
+        "run_id": row.run_id,
+        "failure": row.failure,
+        "delivered_prompt": row.prompt,
         **of_request(row, pace),
-        "shots": [shot.sha256 for shot in row.delivery.handed_over],
+        "shots": [one.sha256 for one in row.handed_over],
         "readings": [
             reading and reading.model_dump(mode="json", exclude={"features"}, exclude_none=True)
             for reading in row.readings
@@ -69,62 +70,37 @@ def flat_row(row: Row, pace: dict[str, float]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Picture:
-    """An inlined picture."""
-
-    uri: str
-    alt: str
-
-
-class Pictures:
-    """Turns addresses into data URIs, each once."""
-
-    def __init__(self, path: Any, side: int = 192) -> None:
-        self._path, self._side = path, side
-        self._known: dict[str, str] = {}
-
-    def uri(self, sha256: str) -> str:
-        """The picture as a data URI: as it is where it is small, else a thumbnail."""
-        if sha256 not in self._known:
-            path = self._path(sha256)
-            data, kind = path.read_bytes(), "png"
-            if len(data) > 24_000:
-                from PIL import Image
-
-                with Image.open(path) as image:
-                    small = image.convert("RGB")
-                small.thumbnail((self._side, self._side))
-                buffer = io.BytesIO()
-                small.save(buffer, "JPEG", quality=85)
-                data, kind = buffer.getvalue(), "jpeg"
-            self._known[sha256] = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        return self._known[sha256]
+def data_uri(blobs: BlobStore, sha256: str, side: int = 192) -> str:
+    """A picture as a data URI: as it is where it is small, else a thumbnail."""
+    data, kind = blobs.get_bytes(sha256), "png"
+    if len(data) > 24_000:
+        small = blobs.get_image(sha256)
+        small.thumbnail((side, side))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=85)
+        data, kind = buffer.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def render(document: dict[str, Any], outcome: Outcome) -> str:
     """The page."""
-    from ..traces.blobs import BlobStore
-
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=select_autoescape(["html", "jinja"], default=True),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"number": number, "interval": interval, "labels": LABELS, "costs": COSTS}
+    environment.globals |= {"number": number, "interval": interval, "about": METRICS, "getattr": getattr}
     environment.filters["target"] = target_words
-    pictures = Pictures(BlobStore(outcome.home / "blobs").path)
-    shown = [key for key in LABELS if any(key in arm["metrics"] for arm in document["arms"].values())]
+    environment.filters["uri"] = cache(partial(data_uri, BlobStore(outcome.home / "blobs")))
+    shown = [key for key in METRICS if any(key in arm["metrics"] for arm in document["arms"].values())]
     return environment.get_template("report.html.jinja").render(
         doc=document,
         metrics=[key for key in shown if key not in COSTS],
         cost_metrics=[key for key in shown if key in COSTS],
-        less_is_better={**metrics.METRICS, "error_reduction": False, "amortisation": False},
         planes=planes(outcome.rows),
-        strips=strips(outcome.rows, pictures),
-        cases=cases(outcome.rows, pictures),
-        runs={arm: found["runs"] for arm, found in document["arms"].items()},
+        strips=strips(outcome.rows),
+        cases=cases(outcome.rows),
     )
 
 
@@ -134,124 +110,52 @@ def planes(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         plane = found.setdefault(row.arm, {"arm": row.arm, "targets": set(), "points": []})
         wanted = row.request.target.point
-        if None in wanted:
-            continue
-        plane["targets"].add(wanted)
-        read = [r for r in row.readings if r and r.valence is not None and r.arousal is not None]
-        if read:
-            valence, arousal = (
-                metrics.mean(getattr(r, axis) for r in read) for axis in ("valence", "arousal")
-            )
-            plane["points"].append({"valence": valence, "arousal": arousal, "wanted": wanted})
-    for plane in found.values():
-        plane["targets"] = sorted(plane["targets"])
-    return [plane for plane in found.values() if plane["points"]]
+        if None not in wanted:
+            plane["targets"].add(wanted)
+            read = [r for r in row.readings if r and None not in (r.valence, r.arousal)]
+            point = {axis: metrics.mean(getattr(r, axis) for r in read) for axis in ("valence", "arousal")}
+            plane["points"] += [{**point, "wanted": wanted}] if read else []
+    return [{**plane, "targets": sorted(plane["targets"])} for plane in found.values() if plane["points"]]
 
 
-def strips(rows: Sequence[Row], pictures: Pictures) -> list[dict[str, Any]]:
-    """Sweeps as picture strips: for each of a few, one line of pictures an arm, first image of each."""
-    by_arm: dict[str, list[Row]] = {}
-    for row in rows:
-        by_arm.setdefault(row.arm, []).append(row)
-    first = next(iter(by_arm.values()), [])
-    found, count = [], {"valence": 0, "arousal": 0}
-    for axis, places in metrics.sweeps([row.request for row in first]):
-        if count[axis] == STRIPS:
-            continue
-        count[axis] += 1
-        lines = []
-        for arm, mine in by_arm.items():
-            cells = [_cell(mine[place], pictures) for place in places]
-            if any(cells):
-                lines.append({"arm": arm, "cells": cells})
-        requests = [first[place].request for place in places]
-        other = "arousal" if axis == "valence" else "valence"
-        found.append(
-            {
-                "axis": axis,
-                "prompt": requests[0].prompt,
-                "other": other,
-                "other_value": getattr(requests[0].target, other),
-                "values": [getattr(request.target, axis) for request in requests],
-                "lines": lines,
-            }
-        )
+def strips(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Sweeps as picture strips: for each of a few, one line of rows an arm, whose first images are shown."""
+    by_arm = {arm: [row for row in rows if row.arm == arm] for arm in dict.fromkeys(row.arm for row in rows)}
+    sweeps = metrics.sweeps([row.request for row in next(iter(by_arm.values()), [])])
+    found = []
+    for axis, other in (("valence", "arousal"), ("arousal", "valence")):
+        for places in [places for swept, places in sweeps if swept == axis][:STRIPS]:
+            lines = {arm: [mine[place] for place in places] for arm, mine in by_arm.items()}
+            kept = {arm: line for arm, line in lines.items() if any(row.handed_over for row in line)}
+            requests = [row.request for row in next(iter(lines.values()))]
+            found.append({"axis": axis, "other": other, "requests": requests, "lines": kept})
     return found
 
 
-def _cell(row: Row, pictures: Pictures) -> dict[str, Any] | None:
-    if not row.delivery.delivered:
-        return None
-    reading = row.readings[0]
-    return {
-        "uri": pictures.uri(row.delivery.handed_over[0].sha256),
-        "alt": f"{row.arm}: {row.request.prompt}, {target_words(row.request.target)}",
-        "valence": reading and reading.valence,
-        "arousal": reading and reading.arousal,
-    }
-
-
-def cases(rows: Sequence[Row], pictures: Pictures) -> list[dict[str, Any]]:
-    """The requests that the most elaborate arm answered best and worst, with every round of it."""
+def cases(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The requests that the most elaborate arm answered best and worst, beside all arms' answers."""
     arms = list(dict.fromkeys(row.arm for row in rows))
     shown = "loop" if "loop" in arms else arms[-1]
-    by_request = {(row.arm, row.request.id): row for row in rows}
-    scored = []
-    for row in rows:
-        error = of_request(row)["error"] if row.arm == shown else None
-        if error is not None:
-            scored.append((error, row))
+    errors = {(row.arm, row.request.id): of_request(row)["error"] for row in rows}
+    scored = [
+        (error, row)
+        for row in rows
+        if row.arm == shown and (error := errors[shown, row.request.id]) is not None
+    ]
     scored.sort(key=lambda pair: (pair[0], pair[1].request.id))
-    best = scored[:CASES]
-    worst = [pair for pair in reversed(scored) if pair not in best][:CASES]
+    worst = scored[CASES:][: -CASES - 1 : -1]
     return [
         {
             "kind": kind,
-            "arm": shown,
             "error": error,
-            "prompt": row.request.prompt,
-            "target": row.request.target,
-            "run_id": row.delivery.run_id,
-            "final": row.delivery.prompt,
+            "row": row,
             "others": [
-                {**cell, "arm": arm, "error": of_request(other)["error"]}
-                for arm in arms
-                if (other := by_request.get((arm, row.request.id))) and (cell := _cell(other, pictures))
+                (other, errors[other.arm, other.request.id])
+                for other in rows
+                if other.request.id == row.request.id and other.handed_over
             ],
-            "rounds": _rounds(row, pictures),
+            "picked": {(one.round, one.index) for one in row.handed_over},
         }
-        for kind, chosen in (("best", best), ("worst", worst))
+        for kind, chosen in (("best", scored[:CASES]), ("worst", worst))
         for error, row in chosen
     ]
-
-
-def _rounds(row: Row, pictures: Pictures) -> list[dict[str, Any]]:
-    revisions = {revision.round: revision for revision in row.delivery.revisions}
-    delivered = {(shot.round, shot.index) for shot in row.delivery.handed_over}
-    found: dict[int, dict[str, Any]] = {}
-    for shot in row.delivery.shots:
-        revision = revisions.get(shot.round)
-        entry = found.setdefault(
-            shot.round,
-            {
-                "number": shot.round,
-                "prompt": shot.prompt,
-                "changes": revision.changes if revision else "",
-                "why": revision.why if revision else "",
-                "shots": [],
-            },
-        )
-        critique = shot.critique
-        entry["shots"].append(
-            {
-                "uri": pictures.uri(shot.sha256),
-                "seed": shot.seed,
-                "reward": shot.reward,
-                "valence": getattr(critique, "valence", None),
-                "arousal": getattr(critique, "arousal", None),
-                "analysis": getattr(critique, "analysis", "") or getattr(critique, "reason", ""),
-                "suggestion": getattr(critique, "suggestion", ""),
-                "picked": (shot.round, shot.index) in delivered,
-            }
-        )
-    return [found[key] for key in sorted(found)]

@@ -147,6 +147,16 @@ class Suite(_Part):
         kept = self.model_dump(mode="json", exclude={"about", "arms", "adapters", "measures"})
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
+    def limited(self, count: int) -> Suite:
+        """The suite with its first so many neutral prompts."""
+        kept = list(dict.fromkeys(request.prompt for request in self.requests))[:count]
+        blocks = [
+            {**block.model_dump(), "prompts": prompts}
+            for block in self.blocks
+            if (prompts := [prompt for prompt in block.prompts if prompt in kept])
+        ]
+        return Suite.model_validate({**self.model_dump(), "blocks": blocks})
+
     def seed_of(self, prompt: str) -> int:
         """The run seed of a neutral prompt: its targets share it, other prompts have their own.
 

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..domain import EmotionTarget
 
-#: What the tables call a metric, and how many decimals it needs.
-LABELS: dict[str, tuple[str, int]] = {
-    "error": ("|ΔV| + |ΔA|", 2),
-    "valence_error": ("V-Error", 2),
-    "arousal_error": ("A-Error", 2),
-    "error_reduction": ("error reduction", 2),
-    "amortisation": ("amortisation", 2),
-    "emotion_accuracy": ("Emo-A", 2),
-    "subject_accuracy": ("subject", 2),
-    "alignment": ("alignment", 2),
-    "quality": ("CLIP-IQA", 2),
-    "aesthetic": ("aesthetic", 2),
-    "diversity": ("diversity", 3),
-    "reward": ("critic's reward", 2),
-    "valence_tau": ("τ valence", 2),
-    "arousal_tau": ("τ arousal", 2),
-    "smoothness": ("step distance", 3),
-    "images": ("images", 1),
-    "lvlm_calls": ("LVLM calls", 1),
-    "tokens": ("tokens", 0),
-    "seconds": ("seconds", 2),
+
+class Metric(NamedTuple):
+    """How a metric is shown."""
+
+    label: str
+    digits: int = 2
+    less_is_better: bool = False
+
+
+#: The metrics in the order of the report.
+METRICS: dict[str, Metric] = {
+    "error": Metric("|ΔV| + |ΔA|", less_is_better=True),
+    "valence_error": Metric("V-Error", less_is_better=True),
+    "arousal_error": Metric("A-Error", less_is_better=True),
+    "error_reduction": Metric("error reduction"),
+    "amortisation": Metric("amortisation"),
+    "emotion_accuracy": Metric("Emo-A"),
+    "subject_accuracy": Metric("subject"),
+    "alignment": Metric("alignment"),
+    "quality": Metric("CLIP-IQA"),
+    "aesthetic": Metric("aesthetic"),
+    "diversity": Metric("diversity", 3),
+    "reward": Metric("critic's reward"),
+    "valence_tau": Metric("τ valence"),
+    "arousal_tau": Metric("τ arousal"),
+    "smoothness": Metric("step distance", 3, less_is_better=True),
+    "images": Metric("images", 1, less_is_better=True),
+    "lvlm_calls": Metric("LVLM calls", 1, less_is_better=True),
+    "tokens": Metric("tokens", 0, less_is_better=True),
+    "seconds": Metric("seconds", less_is_better=True),
 }
 COSTS = ("images", "lvlm_calls", "tokens", "seconds")
 
@@ -35,11 +44,9 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     """A number for people, with a real minus sign; a dash where there is none."""
     if value is None:
         return "–"
-    text = f"{value:{'+' if sign else ''}.{digits}f}"
-    # A rounded zero has no sign.
-    if float(text) == 0:
-        text = text.lstrip("+-")
-    return text.replace("-", "\N{MINUS SIGN}")
+    # z: a rounded zero has no minus.
+    text = f"{value:{'+' if sign else ''}z.{digits}f}"
+    return (text.lstrip("+") if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
 
 
 def interval(found: dict[str, Any], digits: int = 2, sign: bool = False) -> str:
@@ -47,6 +54,15 @@ def interval(found: dict[str, Any], digits: int = 2, sign: bool = False) -> str:
     if found["low"] is None:
         return "–"
     return f"{number(found['low'], digits, sign)} to {number(found['high'], digits, sign)}"
+
+
+def shown(found: dict[str, Any] | None, digits: int, between: str = " ") -> str:
+    """`value (low to high)`; a dash where an arm has no such metric."""
+    return (
+        number(None)
+        if found is None
+        else f"{number(found['value'], digits)}{between}({interval(found, digits)})"
+    )
 
 
 def target_words(target: EmotionTarget) -> str:

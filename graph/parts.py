@@ -19,6 +19,7 @@ from ..tools import presets
 from ..tools.images.base import Generator, unread_text
 from ..tools.images.load import load_generator
 from ..tools.reward import Reward, load_reward
+from ..tools.urls import public
 from ..traces.recorder import StoreRecorder, open_recorder
 from .state import read_prompt
 
@@ -49,9 +50,7 @@ class Parts:
 
     def snapshot(self, options: dict[str, Any]) -> dict[str, Any]:
         """The settings as a run's first event holds them: resolved, without secrets."""
-        dumped = self.settings.model_dump(
-            mode="json", exclude={"home": True, "traces": True, "lvlm": {"api_key"}, "generator": {"api_key"}}
-        )
+        dumped = public(self.settings.model_dump(mode="json", exclude={"home", "traces"}))
         dumped["loop"].update(options)
         return {**dumped, "objects": list(self.objects)} if self.objects else dumped
 

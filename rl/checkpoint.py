@@ -1,23 +1,23 @@
 """Checkpoints: everything that a training needs to go on as if nothing had happened.
 
 Noise, data order and choices come from (seed, step) and need no saving. What is saved are tensors: weights in
-training, optimizer, averages. A checkpoint is written beside its place, synced, and renamed, so that what
-bears the name is whole; older ones go only after that.
+training, optimizer, averages. A file that bears its name is whole; older ones go only after it has it.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..files import replacing
+
 _FILE = "state.pt"
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
     """Write `state` as the checkpoint of `step`.
 
     Args:
@@ -29,31 +29,22 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     Raises:
         OSError: The disk does not take it; the older ones are untouched and nothing of this one is left.
     """
-    place = folder / f"step-{step:07d}"
-    beside = folder / f".{place.name}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
+    place = folder / f"step-{step:07d}" / _FILE
     try:
-        beside.mkdir(parents=True)
-        with (beside / _FILE).open("wb") as file:
+        with replacing(place) as beside, beside.open("wb") as file:
             torch.save({"step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if place.exists():
-            shutil.rmtree(place)
-        os.replace(beside, place)
-        _sync(folder)
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        if not place.exists():
+            shutil.rmtree(place.parent, ignore_errors=True)
         # torch's zip writer wraps a failed write.
         raise error if isinstance(error, OSError) else OSError(str(error).splitlines()[0]) from error
-    for old in _all(folder)[:-keep]:
+    for old in found(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return place
 
 
 def load_latest(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, on the CPU; None where there is none."""
-    for place in reversed(_all(folder)):
+    for place in reversed(found(folder)):
         try:
             return torch.load(place / _FILE, map_location="cpu", weights_only=True)
         except Exception:
@@ -62,13 +53,6 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _all(folder: Path) -> list[Path]:
+def found(folder: Path) -> list[Path]:
+    """The folders of the checkpoints, oldest first."""
     return sorted(folder.glob("step-*"))
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -214,11 +214,9 @@ def load_config(
     Raises:
         UserError: Unknown preset or key, unreadable file, or a value out of range.
     """
-    values: dict[str, Any] = {}
-    for source in (_preset_path(preset) if preset else None, file):
-        if source is not None:
-            values = merged(values, _read(source, objective))
-    values = merged(values, read_set(sets, DistillConfig))
+    values: dict[str, Any] = _read(_preset_path(preset), objective) if preset else {}
+    for more in (_read(file, objective) if file else {}, read_set(sets, DistillConfig)):
+        values = merged(values, more)
     values = merged(values, {"objective": {"name": objective}})
     try:
         return DistillConfig.model_validate(values)
@@ -231,27 +229,22 @@ def commented(config: DistillConfig) -> str:
     from .objectives import load_objective
 
     knobs = dict(config.objective)
-    name = knobs.pop("name")
-    objective = load_objective(name, knobs)
-    lines = ["objective:", f"  # Registry name or dotted path.\n  name: {name}"]
-    lines += _explained(objective, "  ")
-    for section, model in config:
-        if section == "objective":
-            continue
-        if isinstance(model, BaseModel):
-            lines += [f"{section}:", *_explained(model, "  ")]
-        else:
-            lines += [f"# {type(config).model_fields[section].description}", f"{section}: {_scalar(model)}"]
+    objective = load_objective(knobs.pop("name"), knobs)
+    lines = ["objective:", "  # Registry name or dotted path.", f"  name: {config.objective['name']}"]
+    lines += [line for key in type(objective).model_fields for line in _explained(objective, key, "  ")]
+    for section in type(config).model_fields:
+        lines += _explained(config, section) if section != "objective" else []
     return "\n".join(lines) + "\n"
 
 
-def _explained(model: BaseModel, indent: str) -> list[str]:
-    lines = []
-    for key, value in model.model_dump(mode="json").items():
-        about = type(model).model_fields[key].description or ""
-        lines += [f"{indent}# {text}" for text in textwrap.wrap(about, 100 - len(indent))]
-        lines.append(f"{indent}{key}: {_scalar(value)}")
-    return lines
+def _explained(model: BaseModel, key: str, indent: str = "") -> list[str]:
+    value, about = getattr(model, key), type(model).model_fields[key].description or ""
+    if isinstance(value, BaseModel):
+        inside = (_explained(value, knob, "  ") for knob in type(value).model_fields)
+        return [f"{key}:", *(line for lines in inside for line in lines)]
+    plain = model.model_dump(mode="json", include={key})[key]
+    text = textwrap.wrap(about, 100 - len(indent))
+    return [*(f"{indent}# {line}" for line in text), f"{indent}{key}: {_scalar(plain)}"]
 
 
 def _scalar(value: Any) -> str:
@@ -270,6 +263,16 @@ def flat(config: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, A
     return out
 
 
+def changed(before: Mapping[str, Any], now: DistillConfig) -> dict[str, tuple[Any, Any]]:
+    """The knobs with another value than in an earlier training (then, now), but for those of `RESUMABLE`.
+
+    A knob that was not there yet did what its default does.
+    """
+    then, after = flat(DistillConfig()) | flat(before), flat(now)
+    keys = sorted((then.keys() | after.keys()) - RESUMABLE)
+    return {key: (then.get(key), after.get(key)) for key in keys if then.get(key) != after.get(key)}
+
+
 def _preset_path(name: str) -> Path:
     path = PRESETS / f"{name}.yaml"
     if not path.is_file():
@@ -281,12 +284,10 @@ def _preset_path(name: str) -> Path:
 def _read(path: Path, objective: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {_line(error)}") from error
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: want sections such as train: and data:")
     special = content.pop("objectives", None) or {}
@@ -298,12 +299,7 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg']} (got {first.get('input')!r})"
-    known = [key for key in flat(DistillConfig()) if key != "objective.name"]
-    near = get_close_matches(where, known, n=1)
+    near = get_close_matches(where, flat(DistillConfig()), n=1)
     return f"unknown key {where!r}" + (
         f", did you mean {near[0]!r}?" if near else "; see docs/distillation.md"
     )
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -25,15 +24,9 @@ import torch
 import yaml
 
 from ..domain import UserError
+from ..files import check_writable, write_atomic
 from ..settings import Settings
-from ..tools.diffusion.adapter import (
-    CARD_FILE,
-    LORA_FILE,
-    TOKENS_FILE,
-    TRAINING_FILE,
-    load_artifact,
-    save_artifact,
-)
+from ..tools.diffusion.adapter import load_artifact, save_artifact
 from ..tools.diffusion.conditioners import EmotionConditioner
 from ..tools.diffusion.families import family_of
 from ..tools.fingerprint import versions
@@ -41,14 +34,14 @@ from ..tools.images.diffusers import DiffusersGenerator
 from ..tools.images.load import load_generator
 from ..traces.rows import RunFilter
 from ..traces.store import TraceStore, open_store
-from .config import RESUMABLE, DistillConfig, flat
+from .config import DistillConfig, changed
 from .data.cache import Cache
 from .data.dataset import Dataset
-from .data.examples import SOURCES, source_for
+from .data.examples import source_for
 from .guards import Guards
 from .launch import make_accelerator
 from .objectives import load_objective
-from .objectives.base import Objective, check_keys
+from .objectives.base import Objective
 from .policy import PREVIOUS, STUDENT, Policy
 from .rollouts import Base, LogRollouts
 from .trainer import Outcome, Trainer, Watcher
@@ -75,18 +68,15 @@ class Distilled:
     notes: list[str]
 
 
-def objective_of(config: DistillConfig) -> Objective:
-    """The configured objective, checked against what logged traces can hold.
+def objective_of(config: DistillConfig) -> tuple[Objective, str]:
+    """The configured objective, and the source of examples that has what it needs.
 
     Raises:
         UserError: Unknown objective or knob, or it needs more than the traces hold.
     """
     knobs = dict(config.objective)
     objective = load_objective(knobs.pop("name"), knobs)
-    if objective.coupled or not any(objective.required_keys <= keys for keys in SOURCES.values()):
-        check_keys(objective, frozenset().union(*SOURCES.values()))
-    source_for(objective.required_keys, config.data)
-    return objective
+    return objective, source_for(objective.required_keys, config.data)
 
 
 def distill(
@@ -112,22 +102,20 @@ def distill(
 
     Raises:
         UserError: Wrong input, before anything is trained.
-        DistillError: Training broke off; the last good checkpoint is intact.
+        Failure: Training broke off; the last good checkpoint is intact.
     """
-    objective = objective_of(config)
+    objective, source = objective_of(config)
     training = out / "training"
     _check_folder(out, training, config, resume)
     with open_store(settings, read_only=True) as store:
         dataset = Dataset(LogRollouts(store, where), config.data)
-        source = source_for(objective.required_keys, config.data)
-        train = dataset.examples(source)
+        train, held_out = dataset.examples(source), dataset.examples(source, "held_out")
         accelerator = make_accelerator(config, training)
         generator = _base_model(settings, config, dataset.base, accelerator.device)
         policy, cache = make_policy(settings, config, generator, store, dataset.base)
-        held_out = dataset.examples(source, "held_out")
         guards = _guards(config, policy, cache, dataset)
         statistics = dataset.statistics.model_dump(mode="json")
-        notes = _notes(config, len(held_out), dataset.statistics.prompts)
+        notes = _notes(config, len(held_out), dataset.statistics.prompts, guards is not None)
         for note in notes:
             warn(note)
         trainer = Trainer(
@@ -136,9 +124,8 @@ def distill(
         )  # fmt: skip
         # From here on the folder is taken: what is refused, is refused before.
         if accelerator.is_main_process:
-            _make(training)
-            _write(training / _CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-            _write(training / "data.json", json.dumps(statistics, indent=2) + "\n")
+            write_atomic(training / _CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            write_atomic(training / "data.json", json.dumps(statistics, indent=2) + "\n")
         outcome = trainer.run(resume=resume, watch=watch)
         with trainer.averaged():
             record = _record(config, dataset, objective, source, generator, outcome, notes)
@@ -153,7 +140,7 @@ def make_policy(
     """The policy over a loaded base model, and the cache of its encodings."""
     about = generator.describe()
     network = family_of(generator.pipe, about["call"])
-    knobs = config.policy
+    knobs, size = config.policy, (generator.height, generator.width)
     previous = None
     if base.adapter is not None:
         if knobs.previous is None:
@@ -175,32 +162,20 @@ def make_policy(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)
             tokens = EmotionConditioner.for_embeds(
-                network.encode(None),
-                tokens=knobs.extra_tokens,
-                rank=knobs.emotion_rank,
-                hidden=knobs.emotion_hidden,
-                choices=config.data.phrases,
-            )
-    size = (generator.height, generator.width)
+                network.encode(None), tokens=knobs.extra_tokens, rank=knobs.emotion_rank,
+                hidden=knobs.emotion_hidden, choices=config.data.phrases,
+            )  # fmt: skip
     policy = Policy(
-        network,
-        tokens,
-        rank=knobs.rank,
-        alpha=knobs.alpha,
-        targets=knobs.targets,
-        dropout=knobs.dropout,
-        seed=config.train.seed,
-        steps=generator.steps,
+        network, tokens, rank=knobs.rank, alpha=knobs.alpha, targets=knobs.targets, dropout=knobs.dropout,
+        seed=config.train.seed, steps=generator.steps,
         guidance=generator.guidance if knobs.guidance is None else knobs.guidance,
-        size=size,
-        negative_prompt=about["negative_prompt"],
-        previous=previous,
-    )
+        size=size, negative_prompt=about["negative_prompt"], previous=previous,
+    )  # fmt: skip
     if knobs.gradient_checkpointing:
         network.module.enable_gradient_checkpointing()
     folder = Path(config.train.cache) if config.train.cache else settings.home / "cache"
-    identity = {"model": about["model"], "revision": about["revision"], "pipeline": about["pipeline"]}
-    return policy, Cache(folder, network, identity, size, store.blobs.path)
+    identity = {key: about[key] for key in ("model", "revision", "pipeline")}
+    return policy, Cache(folder, network, identity, size, store.blobs.get_image)
 
 
 def _base_model(
@@ -227,11 +202,8 @@ def _base_model(
 
 
 def _guards(config: DistillConfig, policy: Policy, cache: Cache, dataset: Dataset) -> Guards | None:
-    if config.guard.every == 0:
-        return None
-    for source in ("phrases", "pairs", "bests"):
-        held_out = dataset.examples(source, "held_out")
-        if len(held_out):
+    for source in ("phrases", "pairs", "bests") if config.guard.every else ():
+        if len(held_out := dataset.examples(source, "held_out")):
             shown = held_out.fetch(range(min(len(held_out), 256)))
             # What will be asked of the adapter is a person's target, not what a prompt happened to hit.
             asked = [replace(it, target=it.wanted or it.target) for it in shown]
@@ -239,52 +211,38 @@ def _guards(config: DistillConfig, policy: Policy, cache: Cache, dataset: Datase
     return None
 
 
-def _notes(config: DistillConfig, held_out: int, prompts: int) -> list[str]:
+def _notes(config: DistillConfig, held_out: int, prompts: int, guarded: bool) -> list[str]:
     notes = []
     if config.objective["name"] == "nft" and config.data.group != "first":
         notes.append("nft on groups beyond round 0 is off-policy: other prompts made those images")
     if config.guard.every and not held_out:
+        lost = "no held-out loss" if guarded else "no held-out loss, no guard, no sample sheet"
         notes.append(
-            f"none of the {prompts} neutral prompts is held out (data.held_out={config.data.held_out}): no held-out "
-            "loss, and no guard or sample sheet where no other run is; raise data.held_out or collect more prompts"
+            f"none of the {prompts} neutral prompts is held out (data.held_out={config.data.held_out}): {lost}; "
+            "raise data.held_out or collect more prompts"
         )
     return notes
 
 
 def _check_folder(out: Path, training: Path, config: DistillConfig, resume: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file")
+    check_writable(out, "--out")
     if (training / _CONFIG).exists():
         if not resume:
             raise UserError(f"--out {out} holds a training: go on with --resume, or choose another folder")
-        before = flat(yaml.safe_load((training / _CONFIG).read_text(encoding="utf-8")))
-        # A knob that was not there yet did what its default does.
-        before = flat(DistillConfig()) | before
-        now = flat(config)
-        changed = [
-            k
-            for k in sorted(before.keys() | now.keys())
-            if k not in RESUMABLE and before.get(k) != now.get(k)
-        ]
-        if changed:
-            key = changed[0]
+        then = yaml.safe_load((training / _CONFIG).read_text(encoding="utf-8"))
+        for key, (before, now) in changed(then, config).items():
             raise UserError(
-                f"--resume with another {key} ({before.get(key)} then, {now.get(key)} now): the run could not be "
-                "the same; use the old value or another --out"
+                f"--resume with another {key} ({before} then, {now} now): the run could not be the same; "
+                "use the old value or another --out"
             )
     elif out.is_dir() and any(out.iterdir()) and not resume:
         raise UserError(f"--out {out} is not empty: choose another folder")
 
 
 def _record(
-    config: DistillConfig,
-    dataset: Dataset,
-    objective: Objective,
-    source: str,
-    generator: DiffusersGenerator,
-    outcome: Outcome,
-    notes: list[str],
-) -> dict[str, Any]:
+    config: DistillConfig, dataset: Dataset, objective: Objective, source: str, generator: DiffusersGenerator,
+    outcome: Outcome, notes: list[str],
+) -> dict[str, Any]:  # fmt: skip
     """What `training.json` says."""
     figures = {"steps": float(outcome.steps), "train_minutes": outcome.seconds / 60, "loss": outcome.loss}
     figures |= {f"guard_{name}": value for name, value in outcome.last_look.items()}
@@ -310,29 +268,11 @@ def _record(
 def _save(out: Path, policy: Policy, record: dict[str, Any], generator: DiffusersGenerator) -> None:
     """Write the artifact beside its place, then move its files in: `out` also holds the training's own."""
     about = generator.describe()
-    beside = Path(tempfile.mkdtemp(prefix=".artifact-", dir=out))
-    try:
+    with tempfile.TemporaryDirectory(prefix=".artifact-", dir=out) as beside:
         made = save_artifact(
-            beside / "artifact",
-            generator.pipe,
-            adapter_name=STUDENT,
-            emotion_tokens=policy.tokens,
-            training=record,
-            base_model=about["model"],
-            call=about["call"],
-        )
-        for name in (TRAINING_FILE, CARD_FILE, TOKENS_FILE, LORA_FILE):
-            os.replace(made / name, out / name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder.parent}: {error.strerror or error}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+            Path(beside) / "artifact", generator.pipe, adapter_name=STUDENT, emotion_tokens=policy.tokens,
+            training=record, base_model=about["model"], call=about["call"],
+        )  # fmt: skip
+        # The weights come last: with them the folder is an adapter.
+        for file in sorted(made.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+            os.replace(file, out / file.name)

@@ -9,10 +9,10 @@ both. A rising reward with a fallen guard is the signature of reward hacking; tr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 
 from ..domain import EmotionTarget, UserError
 from ..tools.diffusion.conditioners import points
@@ -50,9 +50,6 @@ class Guards:
         policy: Whom.
         cache: Encodes the prompts.
         requests: Held-out examples; the first `config.prompts` different ones are used.
-
-    Attributes:
-        yardstick: Figures of base and teacher, by name; empty until `measure_yardstick`.
     """
 
     def __init__(
@@ -62,13 +59,12 @@ class Guards:
         different = {(it.prompt, it.target): it for it in requests}
         self.requests = list(different.values())[: config.prompts]
         self._model: GuardModel | None = load_reader(config.model) if config.model else None
-        self.yardstick: dict[str, dict[str, float]] = {}
 
-    def measure_yardstick(self) -> None:
-        """Look at the base under the neutral prompts and at the teacher under the refined ones."""
+    def yardstick(self) -> dict[str, dict[str, float]]:
+        """Figures of the base under the neutral prompts and of the teacher under the refined ones."""
         neutral = [it.prompt for it in self.requests]
         refined = [it.refined or it.prompt for it in self.requests]
-        self.yardstick = {
+        return {
             "base": self._measure(self._images(neutral, "reference")),
             "teacher": self._measure(self._images(refined, "reference")),
         }
@@ -78,51 +74,58 @@ class Guards:
         images = self._images([it.prompt for it in self.requests], STUDENT)
         return self._measure(images), images
 
-    def fallen(self, figures: dict[str, float], before: dict[str, float]) -> list[str]:
+    def fallen(
+        self, figures: dict[str, float], before: dict[str, float], yardstick: dict[str, dict[str, float]]
+    ) -> list[str]:
         """Guards that lie below both yardsticks by more than the tolerance while the reward has risen.
 
         Args:
             figures: Of now.
             before: Of the first look.
+            yardstick: Of base and teacher.
         """
         if "reward" in figures and figures["reward"] <= before.get("reward", -np.inf):
             return []
-        floors = {
-            name: (1 - self._config.tolerance) * min(whose[name] for whose in self.yardstick.values())
+        share = 1 - self._config.tolerance
+        return [
+            name
             for name in GUARDS
-            if name in figures and self.yardstick
-        }
-        return [name for name, floor in floors.items() if figures[name] < floor]
+            if name in figures and figures[name] < share * min(whose[name] for whose in yardstick.values())
+        ]
 
     def _images(self, prompts: list[str], voice: str) -> list[list[Image]]:
-        seeds = list(range(self._config.seeds))
+        seeds = range(self._config.seeds)
         out: list[list[Image]] = []
         for prompt, request in zip(prompts, self.requests, strict=True):
             told = self._cache.embeds([prompt]).to(self._policy.device).expand(len(seeds))
             target = points([request.target], self._policy.device).expand(len(seeds), 2)
-            with torch.random.fork_rng(devices=[]):
-                out.append(self._policy.sample(told, target, seeds, voice=voice, steps=self._config.steps))
+            out.append(self._policy.sample(told, target, seeds, voice=voice, steps=self._config.steps))
         return out
 
     def _measure(self, images: list[list[Image]]) -> dict[str, float]:
         flat = [image for row in images for image in row]
-        figures = {
-            "colourfulness": float(np.mean([colourfulness(image) for image in flat])),
-            "edge_density": float(np.mean([edge_density(image) for image in flat])),
+        figures: dict[str, list[float]] = {
+            "colourfulness": [colourfulness(image) for image in flat],
+            "edge_density": [edge_density(image) for image in flat],
         }
         if self._model is None:
-            features = [np.stack([_thumbnail(image) for image in row]) for row in images]
-            return figures | {"diversity": float(np.mean([diversity(row) for row in features]))}
-        readings = self._model.read(flat)
-        per_row = [
-            readings[start : start + self._config.seeds] for start in range(0, len(flat), self._config.seeds)
-        ]
-        figures["diversity"] = float(np.mean([diversity([r.features for r in row]) for row in per_row]))
-        aligned, rewards = [], []
-        for request, row, pictures in zip(self.requests, per_row, images, strict=True):
-            aligned += [self._model.alignment(picture, request.prompt) for picture in pictures]
-            rewards += [_nearness(reading, request.target) for reading in row]
-        return figures | {"alignment": float(np.mean(aligned)), "reward": float(np.mean(rewards))}
+            figures["diversity"] = [
+                diversity(np.stack([_thumbnail(image) for image in row])) for row in images
+            ]
+        else:
+            found = iter(self._model.read(flat))
+            looked = [
+                (request, row, list(islice(found, len(row))))
+                for request, row in zip(self.requests, images, strict=True)
+            ]
+            figures |= {
+                "diversity": [diversity([it.features for it in read]) for _, _, read in looked],
+                "alignment": [
+                    self._model.alignment(it, request.prompt) for request, row, _ in looked for it in row
+                ],
+                "reward": [_nearness(it, request.target) for request, _, read in looked for it in read],
+            }
+        return {name: float(np.mean(values)) for name, values in figures.items()}
 
 
 def _nearness(reading: Any, target: EmotionTarget) -> float:

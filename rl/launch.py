@@ -24,14 +24,12 @@ def make_accelerator(config: DistillConfig, folder: Path) -> Any:
     from accelerate import Accelerator
 
     knobs = config.train
-    precision = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}[knobs.precision]
     wanted = None if knobs.device == "auto" else _device(knobs.device)
+    precision = "no" if knobs.precision == "fp32" else knobs.precision
+    log_with = "tensorboard" if knobs.tensorboard else None
     try:
         accelerator = Accelerator(
-            mixed_precision=precision,
-            cpu=knobs.device == "cpu",
-            log_with="tensorboard" if knobs.tensorboard else None,
-            project_dir=folder,
+            mixed_precision=precision, cpu=knobs.device == "cpu", log_with=log_with, project_dir=folder
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

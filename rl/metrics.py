@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomic
+
 
 class Metrics:
     """Written by the main process alone.
@@ -22,44 +24,36 @@ class Metrics:
     """
 
     def __init__(self, accelerator: Any, folder: Path) -> None:
-        self._accelerator, self._folder = accelerator, folder
-        self._lines: Any = None
+        self._accelerator, self._path = accelerator, folder / "metrics.jsonl"
 
     @contextmanager
-    def open(self, step: int | None) -> Iterator[None]:
-        """Keep what is there up to `step`; None begins anew."""
-        if not self._accelerator.is_main_process:
+    def open(self, step: int) -> Iterator[None]:
+        """Keep what is there up to `step`; -1 begins anew."""
+        if self._accelerator.is_main_process:
+            lines = self._path.read_text().splitlines() if self._path.exists() else []
+            write_atomic(self._path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+        self._accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+        try:
             yield
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "metrics.jsonl"
-        kept = []
-        if path.exists() and step is not None:
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        path.write_text("".join(line + "\n" for line in kept))
-        kwargs = {"tensorboard": {"purge_step": (step or 0) + 1}}
-        self._accelerator.init_trackers("tensorboard", init_kwargs=kwargs)
-        with path.open("a") as self._lines:
-            try:
-                yield
-            finally:
-                # `end_training` would also part the processes, which have an artifact to write yet.
-                for tracker in self._accelerator.trackers:
-                    tracker.finish()
+        finally:
+            # `end_training` would also part the processes, which have an artifact to write yet.
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
 
     def log(self, step: int, figures: dict[str, float], look: bool = False) -> None:
         """Figures of a step; `look` marks those of the guards."""
-        if self._lines is None or not figures:
+        if not figures:
             return
-        rounded = {name: float(f"{value:.6g}") for name, value in figures.items()}
-        self._lines.write(json.dumps({"step": step, **({"look": True} if look else {}), **rounded}) + "\n")
-        self._lines.flush()
+        if self._accelerator.is_main_process:
+            rounded = {name: float(f"{value:.6g}") for name, value in figures.items()}
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **({"look": True} if look else {}), **rounded}) + "\n")
         named = {name if "/" in name else f"train/{name}": value for name, value in figures.items()}
         self._accelerator.log(named, step)
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
-        return 2**62
+        return float("inf")

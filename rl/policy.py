@@ -18,6 +18,8 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..domain import UserError
@@ -110,25 +112,29 @@ class Policy:
         self.memory: dict[tuple[int, int], Tensor] = {}
         self._previous_tokens: EmotionConditioner | None = None
         self._slow_tokens: EmotionConditioner | None = None
+        self._layers: list[Any] = []
         if previous is None:
-            config = _lora_config(
-                rank, alpha, targets or network.lora_targets, network.lora_excluded, dropout
+            self._reference = None
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes floats
+                target_modules=list(targets or network.lora_targets),
+                exclude_modules=list(network.lora_excluded) or None,
+                lora_dropout=dropout,
+                init_lora_weights="gaussian",
             )
         else:
-            config = module.peft_config[PREVIOUS]
+            self._reference, config = PREVIOUS, module.peft_config[PREVIOUS]
             if previous.emotion_tokens is not None:
                 self._previous_tokens = previous.emotion_tokens.requires_grad_(False)
         self._add(STUDENT, config, seed)
-        self._layers = [layer for layer in module.modules() if _is_lora(layer)]
-        self.bound = len(self._layers)
         if previous is not None:
-            self._copy(PREVIOUS, STUDENT)
-        self._train_only_student()
+            for name, start in self._lora(PREVIOUS).items():
+                self._lora(STUDENT)[name].data.copy_(start)
         self.tokens.to(self.device, torch.float32).requires_grad_(True)
         #: The module to train; the trainer may replace it by its wrapped form.
         self.trained: nn.Module = Trained(network, tokens)
         self.config = config
-        self._speak(STUDENT)
 
     # Voices.
 
@@ -139,17 +145,25 @@ class Policy:
     @torch.no_grad()
     def reference(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
         """Prediction of what made the traces; the target matters only to a previous adapter with tokens."""
-        with self._voice(self._reference):
+        with self.voice(self._reference):
             return self._predict(x, t, *self._heard(condition, target, self._previous_tokens), self.guidance)
 
     @torch.no_grad()
     def slow(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
         """Prediction of the student's moving average."""
-        with self._voice(SLOW):
+        with self.voice(SLOW):
             return self._predict(x, t, *self._heard(condition, target, self._slow_tokens), self.guidance)
 
     def recall(self, names: Sequence[tuple[int, int]], make: Callable[[Tensor], Tensor]) -> Tensor:
-        """Rows that are computed once and remembered; see `objectives.base.PolicyView`."""
+        """Rows of numbers that are computed once and remembered, for as long as the training lasts.
+
+        Args:
+            names: B names.
+            make: Takes the places (in `names`) of those not known yet, returns (their number, W).
+
+        Returns:
+            (B, W) on the CPU.
+        """
         missing = [place for place, name in enumerate(names) if name not in self.memory]
         if missing:
             for place, row in zip(missing, make(torch.tensor(missing)).cpu(), strict=True):
@@ -200,11 +214,10 @@ class Policy:
         n, walked = len(condition), max(1, round(early * steps))
         noise = torch.randn(n, *self.latent_shape, generator=generator)
         chosen = torch.rand(n, walked, generator=generator).argsort(1)[:, :keep]
-        with self._voice(STUDENT):
-            # The last step leads to the clean image, which is no state to learn from.
-            walk = self._walk(noise.to(self.device), condition, target, steps, guidance, last=False)
-            path = list(islice(walk, walked))
-        states, times = zip(*path, strict=True)
+        with self.voice(STUDENT):
+            # The last step leads to the clean image, which is no state to learn from: it is not taken.
+            path = islice(self._walk(noise.to(self.device), condition, target, steps, guidance), walked)
+            states, times = zip(*path, strict=True)
         kept = torch.stack(states)[chosen.T, torch.arange(n)].reshape(-1, *self.latent_shape)
         return kept, torch.stack(times)[chosen.T].reshape(-1).to(self.device)
 
@@ -229,29 +242,20 @@ class Policy:
             steps: None for the default.
             guidance: None for the default.
         """
-        noise = [
-            torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds
-        ]
+        noise = torch.cat(
+            [torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        ).to(self.device)
         told: tuple[Conditioning, Tensor | None] = (condition, target)
         if voice != STUDENT:
             told = self._heard(condition, target, self._previous_tokens)
-        with self._voice(STUDENT if voice == STUDENT else self._reference):
-            path = self._walk(
-                torch.cat(noise).to(self.device), *told, steps or self.steps, guidance, last=True
-            )
-            *_, (clean, _) = path
+        with self.voice(STUDENT if voice == STUDENT else self._reference):
+            *_, (clean, _) = self._walk(noise, *told, steps or self.steps, guidance)
         return self.network.decode(clean)
 
     def _walk(
-        self,
-        x: Tensor,
-        told: Conditioning,
-        target: Tensor | None,
-        steps: int,
-        guidance: float | None,
-        last: bool,
+        self, x: Tensor, told: Conditioning, target: Tensor | None, steps: int, guidance: float | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """States and times of guided sampling from noise x; `last` adds the clean one."""
+        """States and times of guided sampling from noise x to the clean image."""
         guidance = self.guidance if guidance is None else guidance
         times = self.process.schedule(steps, self.network.image_tokens(self.latent_shape))
         n, guided = len(x), self.network.guided(guidance)
@@ -265,8 +269,6 @@ class Policy:
             target = None if target is None else torch.cat([torch.full_like(target, torch.nan), target])
         for t, t_next in pairwise(times):
             yield x, t
-            if not last and t_next == times[-1]:
-                return
             both = x.repeat(2, 1, 1, 1) if guided else x
             out = self._predict(both, t.expand(len(both)), told, target, guidance)
             if guided:
@@ -279,17 +281,13 @@ class Policy:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
-        named = self.network.module.named_parameters()
-        lora = {f"denoiser.{name}": p for name, p in named if f".{STUDENT}." in name}
-        return lora | {f"tokens.{name}": p for name, p in self.tokens.named_parameters()}
+        return self._lora(STUDENT) | {f"tokens.{name}": p for name, p in self.tokens.named_parameters()}
 
     def start_slow(self) -> None:
         """Begin the moving average, equal to the student."""
-        if not self._has(SLOW):
+        if self._slow_tokens is None:
             self._add(SLOW, self.config, 0)
-            self._train_only_student()
             self._slow_tokens = copy.deepcopy(self.tokens).requires_grad_(False)
-            self._speak(STUDENT)
         self.update_slow(0.0)
 
     @torch.no_grad()
@@ -303,17 +301,15 @@ class Policy:
         """The moving average under the student's names (the live tensors); empty where there is none."""
         if self._slow_tokens is None:
             return {}
-        named = self.network.module.named_parameters()
-        lora = {
-            f"denoiser.{name.replace(f'.{SLOW}.', f'.{STUDENT}.')}": p.data
-            for name, p in named
-            if f".{SLOW}." in name
+        tokens = self._slow_tokens.named_parameters()
+        return {name: p.data for name, p in self._lora(SLOW).items()} | {
+            f"tokens.{n}": p.data for n, p in tokens
         }
-        return lora | {f"tokens.{name}": p.data for name, p in self._slow_tokens.named_parameters()}
 
     # Adapters.
 
     def _add(self, name: str, config: Any, seed: int) -> None:
+        """Bind a further adapter; the student's alone stays in training."""
         module = self.network.module
         try:
             with torch.random.fork_rng():
@@ -324,71 +320,39 @@ class Policy:
                 f"the LoRA binds no layer of {type(module).__name__}: policy.targets "
                 f"{sorted(config.target_modules)} name none ({str(error).splitlines()[0][:120]})"
             ) from error
-        if not any(_is_lora(layer) for layer in module.modules()):
-            raise UserError(f"the LoRA binds no layer of {type(module).__name__}: check policy.targets")
-
-    def _train_only_student(self) -> None:
+        self._layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
         # Adding an adapter makes peft train that one and freeze the others.
-        for layer in self._layers:
-            for name, dropout in layer.lora_dropout.items():
-                dropout.train(name == STUDENT)
-        for name, parameter in self.network.module.named_parameters():
-            parameter.requires_grad_(f".{STUDENT}." in name)
-            if f".{STUDENT}." in name or f".{SLOW}." in name:
+        for parameter_name, parameter in module.named_parameters():
+            parameter.requires_grad_(f".{STUDENT}." in parameter_name)
+            if f".{STUDENT}." in parameter_name or f".{SLOW}." in parameter_name:
                 # Small updates vanish in half precision.
                 parameter.data = parameter.data.float()
+        self._speak(STUDENT, True)
 
-    def _has(self, name: str) -> bool:
-        return any(name in layer.lora_A for layer in self._layers)
+    def _lora(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of an adapter, under the student's names."""
+        named = self.network.module.named_parameters()
+        return {
+            f"denoiser.{key.replace(f'.{name}.', f'.{STUDENT}.')}": parameter
+            for key, parameter in named
+            if f".{name}." in key
+        }
 
-    @property
-    def _reference(self) -> str | None:
-        return PREVIOUS if self._has(PREVIOUS) else None
-
-    @torch.no_grad()
-    def _copy(self, source: str, destination: str) -> None:
-        named = dict(self.network.module.named_parameters())
-        for name, parameter in named.items():
-            if f".{source}." in name:
-                named[name.replace(f".{source}.", f".{destination}.")].copy_(parameter)
-
-    def _speak(self, name: str | None) -> None:
+    def _speak(self, name: str | None, drops: bool) -> None:
+        self._speaks = name, drops
         for layer in self._layers:
             layer._disable_adapters = name is None
             if name is not None:
                 layer._active_adapter = [name]
+            for adapter, dropout in layer.lora_dropout.items():
+                dropout.train(drops and adapter == STUDENT)
 
     @contextmanager
-    def _voice(self, name: str | None) -> Iterator[None]:
-        """Speak as somebody, without dropout: only the student's own forward pass for a loss has it."""
-        dropouts = [layer.lora_dropout[STUDENT] for layer in self._layers]
-        self._speak(name)
-        for dropout in dropouts:
-            dropout.eval()
+    def voice(self, name: str | None) -> Iterator[None]:
+        """Speak as somebody (None is the bare model), without dropout: only the student's forward for a loss has it."""
+        before = self._speaks
+        self._speak(name, False)
         try:
             yield
         finally:
-            self._speak(STUDENT)
-            for dropout in dropouts:
-                dropout.train()
-
-
-def _is_lora(layer: nn.Module) -> Any:
-    from peft.tuners.lora import LoraLayer
-
-    return isinstance(layer, LoraLayer)
-
-
-def _lora_config(
-    rank: int, alpha: float, targets: Sequence[str], excluded: Sequence[str], dropout: float
-) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes floats
-        target_modules=list(targets),
-        exclude_modules=list(excluded) or None,
-        lora_dropout=dropout,
-        init_lora_weights="gaussian",
-    )
+            self._speak(*before)

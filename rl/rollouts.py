@@ -1,8 +1,8 @@
 """Rollouts: what training reads, whoever made them.
 
 A rollout is one image that a policy made for a request, with what the critic read and the reward it got. The log
-gives the rollouts of finished runs (`LogRollouts`). A sampler that makes them while training implements the same
-`RolloutSource` and fills `version` and `path` as well, which an on-policy loss such as Flow-GRPO's needs.
+gives the rollouts of finished runs (`LogRollouts`); a sampler that makes them while training implements the same
+`RolloutSource`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sqlalchemy import Select, func, select
@@ -25,8 +24,6 @@ from ..traces.rows import RunFilter
 from ..traces.schema import candidates, events, runs
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..traces.store import TraceStore
 
 
@@ -46,21 +43,6 @@ class Request(NamedTuple):
     target: EmotionTarget
 
 
-@dataclass(frozen=True, eq=False)
-class SamplePath:
-    """What only the sampler knew (coupled objectives need it).
-
-    Attributes:
-        states: (T + 1, C, H, W) latents of an SDE sampler, float32, from noise to clean.
-        times: (T + 1,) their times.
-        log_probs: (T,) log-probability of each step under the policy that took it, float32.
-    """
-
-    states: Tensor
-    times: Tensor
-    log_probs: Tensor
-
-
 class Rollout(NamedTuple):
     """One image of a request.
 
@@ -71,7 +53,6 @@ class Rollout(NamedTuple):
         prompt: The prompt that made it.
         seed: Seed of its noise.
         sha256: Address of the image; None where none could be made.
-        latents: Address of its latents, where they were kept.
         valence: What the critic (or a person) read.
         arousal: The same.
         alignment: How much of the neutral prompt it shows.
@@ -80,7 +61,6 @@ class Rollout(NamedTuple):
         reward: Its reward, always finite; None is missing.
         rating: A person's rating.
         version: Version of the policy that made it: an adapter's hash, None for the bare model.
-        path: How the sampler got there; None in the log.
     """
 
     request: Request
@@ -89,16 +69,14 @@ class Rollout(NamedTuple):
     prompt: str | None
     seed: int | None
     sha256: str | None
-    latents: str | None
     valence: float | None
     arousal: float | None
     alignment: float | None
-    category: Emotion | None
+    category: str | None
     spread: float | None
     reward: float | None
     rating: float | None = None
     version: str | None = None
-    path: SamplePath | None = None
 
     @property
     def critique(self) -> Critique | None:
@@ -106,9 +84,8 @@ class Rollout(NamedTuple):
         if self.valence is None or self.arousal is None:
             return None
         alignment = 1.0 if self.alignment is None else self.alignment
-        return Critique(
-            valence=self.valence, arousal=self.arousal, category=self.category, alignment=alignment
-        )
+        category = None if self.category is None else Emotion(self.category)
+        return Critique(valence=self.valence, arousal=self.arousal, category=category, alignment=alignment)
 
 
 class RolloutSource(Protocol):
@@ -136,12 +113,9 @@ class RolloutSource(Protocol):
         ...
 
 
-_COLUMNS = (
-    candidates.c.round, candidates.c.index, candidates.c.prompt, candidates.c.seed, candidates.c.sha256,
-    candidates.c.latents, candidates.c.valence, candidates.c.arousal, candidates.c.alignment,
-    candidates.c.category, candidates.c.spread, candidates.c.reward, candidates.c.adapter,
-)  # fmt: skip
 _REQUEST = (runs.c.run_id, runs.c.prompt, runs.c.valence, runs.c.arousal, runs.c.category)
+#: In the order of a rollout's fields, from `round` to `reward`.
+_ROLLOUT = tuple(candidates.c[name] for name in Rollout._fields[1:12])
 
 
 class LogRollouts:
@@ -191,11 +165,12 @@ class LogRollouts:
 
     def _read(self, which: Any, outer: bool = False) -> Iterator[tuple[Request, list[Rollout]]]:
         joined = runs.join(candidates, runs.c.run_id == candidates.c.run_id, isouter=outer)
-        query = select(*_REQUEST, *_COLUMNS).select_from(joined).where(which)
+        query = select(*_REQUEST, *_ROLLOUT, candidates.c.adapter).select_from(joined).where(which)
         query = query.order_by(runs.c.run_id, candidates.c.round, candidates.c.index)
         with self._store.read() as connection:
             rows = map(tuple, connection.execution_options(yield_per=5000).execute(query))
-            for (run_id, prompt, valence, arousal, category), mine in itertools.groupby(rows, _head):
+            for head, mine in itertools.groupby(rows, lambda row: row[: len(_REQUEST)]):
+                run_id, prompt, valence, arousal, category = head
                 target = EmotionTarget(valence=valence, arousal=arousal, category=category)
                 request = Request(run_id, prompt, target)
                 found = (row[len(_REQUEST) :] for row in mine)
@@ -203,19 +178,16 @@ class LogRollouts:
                 yield request, [self._rollout(request, row) for row in found if row[0] is not None]
 
     def _rollout(self, request: Request, row: Sequence[Any]) -> Rollout:
-        *fields, category, spread, reward, adapter = row
-        if reward is not None and not math.isfinite(reward):
-            reward = None
-        named = None if category is None else Emotion(category)
-        rollout = Rollout._make([request, *fields, named, spread, reward, None, adapter, None])
+        *fields, adapter = row
+        rollout = _checked(Rollout(request, *fields, version=adapter))
         said = self._human.get(request.run_id, {}).get(rollout.sha256 or "")
         if not said:
             return rollout
         rollout = rollout._replace(**said)
         if said.keys() == {"rating"} or (read := rollout.critique) is None:
             return rollout
-        value = value_now(self.rescore(request.run_id), read, request.target)
-        return rollout._replace(reward=value if math.isfinite(value) else None, spread=None)
+        reward = value_now(self.rescore(request.run_id), read, request.target)
+        return _checked(rollout._replace(reward=reward, spread=None))
 
     def _find_reward(self, run_id: str) -> Reward:
         started = select(events.c.body).where(events.c.run_id == run_id, events.c.type == "run_started")
@@ -290,8 +262,10 @@ def origin(store: TraceStore, where: RunFilter | None = None) -> tuple[Base, tup
     return bases[0], rewards[0]
 
 
-def _head(row: tuple[Any, ...]) -> tuple[Any, ...]:
-    return row[: len(_REQUEST)]
+def _checked(rollout: Rollout) -> Rollout:
+    """With a reward that is no number as a missing one."""
+    undefined = rollout.reward is not None and not math.isfinite(rollout.reward)
+    return rollout._replace(reward=None) if undefined else rollout
 
 
 def _chosen(where: RunFilter | None) -> Select[Any]:

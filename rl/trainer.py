@@ -7,12 +7,11 @@ walks the same path as one that was never disturbed.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..domain import UserError
+from ..domain import Failure, UserError
 from . import checkpoint
 from .config import DistillConfig
 from .data.cache import Cache
@@ -41,14 +40,13 @@ from .guards import Guards
 from .launch import listening
 from .metrics import Metrics
 from .objectives.base import Batch, Objective
-from .policy import Policy
+from .policy import STUDENT, Policy
 from .warm_start import BATCH, warm_start
 
 _STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
-
-class DistillError(RuntimeError):
-    """Training cannot go on; the message says why and what is left."""
+#: What of an outcome a checkpoint holds.
+_OUTCOME = ("loss", "first_look", "last_look", "flags", "yardstick", "seconds")
 
 
 @dataclass
@@ -102,7 +100,7 @@ class Trainer:
         objective: Objective,
         policy: Policy,
         train: Examples,
-        held_out: Examples | None,
+        held_out: Examples,
         cache: Cache,
         guards: Guards | None,
         folder: Path,
@@ -110,38 +108,34 @@ class Trainer:
         accelerator: Any,
     ) -> None:
         self.config, self.objective, self.policy = config, objective, policy
-        self._train, self._held_out = train, held_out if held_out is not None and len(held_out) else None
-        self._guards, self._folder, self._data_hash = guards, folder, data_hash
-        self._accelerator = accelerator
+        self._train, self._held_out, self._guards = train, held_out, guards
+        self._folder, self._data_hash, self._accelerator = folder, data_hash, accelerator
         self._order = Order(len(train), config.train.seed)
         self._load = Loader(objective.required_keys, cache, policy.device)
-        if config.train.text_steps and "refined" not in objective.required_keys:
-            raise UserError(
-                f"train.text_steps teaches what a refined prompt says, and {config.objective['name']} has none: "
-                "set train.text_steps=0"
-            )
-        if config.train.text_steps and policy.tokens.tokens:
-            raise UserError(
-                "train.text_steps teaches the rows that a prompt has, and extra tokens are further ones: "
-                "set train.text_steps=0 or policy.extra_tokens=0"
-            )
+        if config.train.text_steps:
+            if "refined" not in objective.required_keys:
+                raise UserError(
+                    f"train.text_steps teaches what a refined prompt says, and {config.objective['name']} has "
+                    "none: set train.text_steps=0"
+                )
+            if policy.tokens.tokens:
+                raise UserError(
+                    "train.text_steps teaches the rows that a prompt has, and extra tokens are further ones: "
+                    "set train.text_steps=0 or policy.extra_tokens=0"
+                )
         self._about_tokens = policy.tokens.about
         #: Before they are wrapped, since the wrapper may split them among processes.
-        self._plain_tokens = copy.deepcopy(policy.tokens) if config.train.text_steps else None
-        keys = {"prompt", "added", "target"}
+        self._plain_tokens = copy.deepcopy(policy.tokens)
         # A previous adapter's tokens chose among another log's phrases.
-        if config.data.phrases and config.policy.previous is None:
-            keys.add("phrase")
-        self._load_text = Loader(frozenset(keys), cache, policy.device)
-        self._optimizer = self._make_optimizer()
+        chosen = {"phrase"} if config.data.phrases and config.policy.previous is None else set()
+        self._load_text = Loader(frozenset({"prompt", "added", "target"} | chosen), cache, policy.device)
         policy.null = policy.null.to(policy.device)
-        policy.trained, self._optimizer = accelerator.prepare(policy.trained, self._optimizer)
+        self._adamw = self._make_optimizer()
+        policy.trained, self._optimizer = accelerator.prepare(policy.trained, self._adamw)
         if objective.slow_decay(0) is not None:
             policy.start_slow()
         self._ema = EMAModel(self._parameters(), decay=config.train.ema) if config.train.ema else None
-        self._steps_done = 0
         self._outcome = Outcome(steps=0)
-        self._began = time.perf_counter()
         self._best_held_out: tuple[float, int] = (math.inf, 0)
         self._metrics = Metrics(accelerator, folder)
         #: Why training stopped early, so that a resumed one does not run on.
@@ -153,48 +147,50 @@ class Trainer:
         """Train until the end, an early stop, or Ctrl-C or SIGTERM (which let the step end and save).
 
         Raises:
-            DistillError: The loss is not a number, or the disk does not take a checkpoint.
+            Failure: The loss is not a number, or the disk does not take a checkpoint.
             UserError: `resume` with other data.
         """
         outcome, knobs = self._outcome, self.config.train
         self._began = time.perf_counter()
         begun = resume and self._restore()
-        stop: str | None = self._stopped
-        with listening() as asked, self._metrics.open(self._steps_done if begun else None):
+        stop = self._stopped
+        with listening() as asked, self._metrics.open(outcome.steps if begun else -1):
             if not begun:
                 self._look()
-                stop = None if self._warm_start(asked) else "interrupted"
-            while self._steps_done < knobs.steps and stop is None:
-                figures = self._step(self._steps_done)
-                self._steps_done += 1
-                done = self._steps_done
-                outcome.loss = figures["loss"]
-                if done % knobs.log_every == 0 or done == knobs.steps:
-                    self._metrics.log(done, figures)
-                if self._looks_at(done):
-                    stop = self._stopped = self._look()
-                if self._anywhere(bool(asked)) and done < knobs.steps:
+                if knobs.text_steps and not self._warm_start(asked):
                     stop = "interrupted"
-                if done % knobs.checkpoint_every == 0 or done == knobs.steps or stop:
+            while outcome.steps < knobs.steps and stop is None:
+                figures = self._step(outcome.steps)
+                outcome.steps += 1
+                outcome.loss = figures["loss"]
+                if self._due(knobs.log_every):
+                    self._metrics.log(outcome.steps, figures)
+                if self._due(self.config.guard.every):
+                    stop = self._stopped = self._look()
+                if self._anywhere(asked) and outcome.steps < knobs.steps:
+                    stop = "interrupted"
+                if self._due(knobs.checkpoint_every) or stop:
                     self._save()
                 if watch is not None:
-                    watch(done, knobs.steps, figures)
+                    watch(outcome.steps, knobs.steps, figures)
         outcome.reason = stop or "finished"
-        outcome.steps = self._steps_done
         outcome.seconds += time.perf_counter() - self._began
         return outcome
+
+    def _due(self, every: int) -> bool:
+        """Whether something that is done so often, and at the end, is due; 0 is never."""
+        step = self._outcome.steps
+        return every > 0 and (step % every == 0 or step == self.config.train.steps)
 
     def _warm_start(self, asked: list[int]) -> bool:
         """Teach the emotion tokens on text alone, the same in all processes; False if asked to stop meanwhile."""
         knobs = self.config.train
-        if self._plain_tokens is None:
-            return True
 
         def batch(step: int) -> Batch:
             chosen = self._order.take(step * BATCH, BATCH)
             return self._load_text(self._train.fetch(chosen, np.random.default_rng([6, knobs.seed, step])))
 
-        done = warm_start(self._plain_tokens, batch, knobs.text_steps, lambda: self._anywhere(bool(asked)))
+        done = warm_start(self._plain_tokens, batch, knobs.text_steps, lambda: self._anywhere(asked))
         if done is None:
             return False
         taught, loss = done
@@ -210,12 +206,11 @@ class Trainer:
         self._save()
         return True
 
-    def _anywhere(self, asked: bool) -> bool:
+    def _anywhere(self, asked: list[int]) -> bool:
         """Whether any process was asked to stop: one that stops alone leaves the others waiting for it."""
-        if self._accelerator.num_processes == 1:
-            return asked
-        mine = torch.tensor([asked], device=self._accelerator.device, dtype=torch.float32)
-        return bool(self._accelerator.reduce(mine, "sum") > 0)
+        if asked:
+            self._accelerator.set_trigger()
+        return self._accelerator.check_trigger()
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimizer step; a function of the step's number and the tensors that a checkpoint holds."""
@@ -223,13 +218,16 @@ class Trainer:
         rates = self._set_rates(step)
         totals: dict[str, float] = {}
         for micro in range(knobs.accumulation):
-            last = micro == knobs.accumulation - 1
             seeds = [knobs.seed, step, micro, accelerator.process_index]
-            batch = self._batch(step, micro, seeds)
+            number = (
+                step * knobs.accumulation + micro
+            ) * accelerator.num_processes + accelerator.process_index
+            chosen = self._order.take(number * knobs.batch_size, knobs.batch_size)
+            batch = self._load(self._train.fetch(chosen, np.random.default_rng([3, *seeds])))
             generator = torch.Generator().manual_seed(_mix(1, *seeds))
             torch.manual_seed(_mix(2, *seeds))
-            quiet = contextlib.nullcontext() if last else accelerator.no_sync(self.policy.trained)
-            with quiet:
+            last = micro == knobs.accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(self.policy.trained):
                 loss, figures = self.objective.loss(batch, self.policy, generator)
                 self._check("loss", loss.item(), step)
                 accelerator.backward(loss / knobs.accumulation)
@@ -238,35 +236,32 @@ class Trainer:
         norm = self._clip(step)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._update_averages(step)
+        decay = self.objective.slow_decay(step)
+        if decay is not None:
+            self.policy.update_slow(decay)
+        if self._ema is not None:
+            self._ema.step(self._parameters())
         return totals | {"grad_norm": norm, "lr": rates, "seconds": time.perf_counter() - began}
-
-    def _batch(self, step: int, micro: int, seeds: list[int]) -> Batch:
-        knobs, accelerator = self.config.train, self._accelerator
-        number = (step * knobs.accumulation + micro) * accelerator.num_processes + accelerator.process_index
-        chosen = self._order.take(number * knobs.batch_size, knobs.batch_size)
-        return self._load(self._train.fetch(chosen, np.random.default_rng([3, *seeds])))
 
     def _check(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            raise DistillError(
+            raise Failure(
                 f"the {what} became {value} at step {step}; {self._last_good()}: lower train.lr, "
                 "set train.max_grad_norm, or use train.precision fp32 or bf16"
             )
 
     def _last_good(self) -> str:
-        found = sorted((self._folder / "checkpoints").glob("step-*"))
+        found = checkpoint.found(self._folder / "checkpoints")
         return f"the last good checkpoint is {found[-1].name}" if found else "there is no checkpoint yet"
 
     # Optimizer.
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         knobs, named = self.config.train, self.policy.parameters()
-        lora = [p for name, p in named.items() if name.startswith("denoiser.")]
-        tokens = [p for name, p in named.items() if name.startswith("tokens.")]
+        rates = {"denoiser.": knobs.lr, "tokens.": knobs.emotion_lr or knobs.lr}
         groups = [
-            {"params": lora, "lr": knobs.lr},
-            {"params": tokens, "lr": knobs.emotion_lr or knobs.lr},
+            {"params": [p for name, p in named.items() if name.startswith(part)], "lr": rate}
+            for part, rate in rates.items()
         ]
         optimizer = torch.optim.AdamW(groups, betas=knobs.betas, weight_decay=knobs.weight_decay)
         # One step further than diffusers counts, so that the first step has a rate too.
@@ -284,23 +279,12 @@ class Trainer:
         return self.config.train.lr * factor
 
     def _clip(self, step: int) -> float:
-        parameters = list(self.policy.parameters().values())
         limit = self.config.train.max_grad_norm or math.inf
-        norm = self._accelerator.clip_grad_norm_(parameters, limit)
-        if norm is None:
-            return math.nan
+        norm = float(self._accelerator.clip_grad_norm_(self._parameters(), limit))
         # A scaler leaves such a step out by itself, and lowers its scale.
         if self._accelerator.scaler is None:
-            self._check("gradients' norm", float(norm), step)
-        return float(norm)
-
-    @torch.no_grad()
-    def _update_averages(self, step: int) -> None:
-        decay = self.objective.slow_decay(step)
-        if decay is not None:
-            self.policy.update_slow(decay)
-        if self._ema is not None:
-            self._ema.step(self._parameters())
+            self._check("gradients' norm", norm, step)
+        return norm
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -320,95 +304,71 @@ class Trainer:
 
     # Looking.
 
-    def _looks_at(self, step: int) -> bool:
-        every = self.config.guard.every
-        return every > 0 and (step % every == 0 or step == self.config.train.steps)
-
     def _look(self) -> str | None:
         """Guards, held-out loss and sample sheet; the reason to stop, if there is one."""
-        config, outcome, step = self.config.guard, self._outcome, self._steps_done
+        config, outcome, step = self.config.guard, self._outcome, self._outcome.steps
         if config.every == 0:
             return None
         figures: dict[str, float] = {}
         stop = None
         with self.averaged():
-            if self._held_out is not None:
-                loss = self._held_out_loss()
-                figures["held_out_loss"] = loss
+            if len(self._held_out):
+                figures["held_out_loss"] = loss = self._held_out_loss()
                 if loss < self._best_held_out[0]:
                     self._best_held_out = (loss, step)
                 elif config.patience and step - self._best_held_out[1] >= config.patience * config.every:
                     stop = "held_out_loss"
-            if self._guards is not None and self._guards.requests:
-                if not self._guards.yardstick:
-                    self._guards.yardstick = outcome.yardstick
-                if not self._guards.yardstick:
-                    self._guards.measure_yardstick()
-                    outcome.yardstick = self._guards.yardstick
-                seen, images = self._guards.look()
-                outcome.first_look = outcome.first_look or seen
-                outcome.last_look = seen
-                figures |= {f"guard/{name}": value for name, value in seen.items()}
-                fallen = self._guards.fallen(seen, outcome.first_look)
-                if fallen:
+            if self._guards is not None:
+                outcome.yardstick = outcome.yardstick or self._guards.yardstick()
+                outcome.last_look, images = self._guards.look()
+                outcome.first_look = outcome.first_look or outcome.last_look
+                figures |= {f"guard/{name}": value for name, value in outcome.last_look.items()}
+                if fallen := self._guards.fallen(outcome.last_look, outcome.first_look, outcome.yardstick):
                     outcome.flags.append(f"step {step}: {', '.join(fallen)}")
                     stop = "guard" if config.action == "stop" else stop
-                if config.sheet_every and (step % config.sheet_every == 0 or step == self.config.train.steps):
-                    self._sheet(images, step)
+                if self._due(config.sheet_every) and self._accelerator.is_main_process:
+                    sheet = self._folder / "samples" / f"step-{step:07d}.png"
+                    sheet.parent.mkdir(exist_ok=True)
+                    grid = make_image_grid([it for row in images for it in row], len(images), len(images[0]))
+                    grid.save(sheet, compress_level=1)
         self._metrics.log(step, figures, look=True)
         return stop
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
-        assert self._held_out is not None
         knobs = self.config.train
         count = min(len(self._held_out), 2 * knobs.batch_size)
         batch = self._load(self._held_out.fetch(range(count), np.random.default_rng([4, knobs.seed])))
         generator = torch.Generator().manual_seed(_mix(5, knobs.seed))
-        with _without_dropout(self.policy.trained):
+        with self.policy.voice(STUDENT):
             return self.objective.loss(batch, self.policy, generator)[0].item()
-
-    def _sheet(self, images: list[list[Any]], step: int) -> None:
-        if not self._accelerator.is_main_process:
-            return
-        sheet = make_image_grid([it for row in images for it in row], len(images), len(images[0]))
-        folder = self._folder / "samples"
-        folder.mkdir(exist_ok=True)
-        sheet.save(folder / f"step-{step:07d}.png", compress_level=1)
 
     # Checkpoints.
 
     def _save(self) -> None:
-        accelerator = self._accelerator
+        accelerator, memory = self._accelerator, self.policy.memory
         state = {
             "weights": get_model_state_dict(self.policy.trained, options=_STATE),
-            "optimizer": get_optimizer_state_dict(
-                self.policy.trained, _bare(self._optimizer), options=_STATE
-            ),
-            "ema": dict(zip(self.policy.parameters(), self._ema.shadow_params, strict=True))
-            if self._ema
-            else {},
+            "optimizer": get_optimizer_state_dict(self.policy.trained, self._adamw, options=_STATE),
+            "ema": self._ema and dict(zip(self.policy.parameters(), self._ema.shadow_params, strict=True)),
             "slow": {name: tensor.cpu() for name, tensor in self.policy.slow_state().items()},
-            "memory": _packed(self.policy.memory),
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "memory": memory
+            and {"names": torch.tensor(list(memory)), "rows": torch.stack(list(memory.values()))},
+            "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
             "tokens": self._about_tokens,
             "data_hash": self._data_hash,
             "best_held_out": list(self._best_held_out),
             "stopped": self._stopped,
-            "loss": self._outcome.loss,
-            "first_look": self._outcome.first_look,
-            "last_look": self._outcome.last_look,
-            "flags": self._outcome.flags,
-            "yardstick": self._outcome.yardstick,
+            **{name: getattr(self._outcome, name) for name in _OUTCOME},
             "seconds": self._outcome.seconds + time.perf_counter() - self._began,
         }
         if accelerator.is_main_process:
             folder = self._folder / "checkpoints"
             try:
-                checkpoint.save(folder, self._steps_done, state, self.config.train.keep_checkpoints)
+                checkpoint.save(folder, self._outcome.steps, state, self.config.train.keep_checkpoints)
             except OSError as error:
-                raise DistillError(
-                    f"cannot save the checkpoint of step {self._steps_done} in {folder}: "
+                raise Failure(
+                    f"cannot save the checkpoint of step {self._outcome.steps} in {folder}: "
                     f"{error.strerror or error}; {self._last_good()}; make room and use --resume"
                 ) from error
         accelerator.wait_for_everyone()
@@ -429,9 +389,7 @@ class Trainer:
                 "previous adapter: start anew with another --out"
             )
         self._set_weights(state["weights"])
-        set_optimizer_state_dict(
-            self.policy.trained, _bare(self._optimizer), state["optimizer"], options=_STATE
-        )
+        set_optimizer_state_dict(self.policy.trained, self._adamw, state["optimizer"], options=_STATE)
         if self._ema is not None:
             self._ema.optimization_step = state["step"]
             for name, tensor in zip(self.policy.parameters(), self._ema.shadow_params, strict=True):
@@ -439,61 +397,32 @@ class Trainer:
         slow = self.policy.slow_state()
         for name, tensor in state["slow"].items():
             slow[name].copy_(tensor)
-        self.policy.memory = _unpacked(state["memory"])
-        if state["scaler"] is not None and self._accelerator.scaler is not None:
+        if packed := state["memory"]:
+            names = [(int(one), int(other)) for one, other in packed["names"].tolist()]
+            self.policy.memory = dict(zip(names, packed["rows"], strict=True))
+        if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state["scaler"])
-        self._steps_done = state["step"]
-        self._best_held_out = tuple(state["best_held_out"])  # type: ignore[assignment]
-        outcome = self._outcome
-        outcome.first_look, outcome.last_look = state["first_look"], state["last_look"]
-        outcome.flags, outcome.yardstick = state["flags"], state["yardstick"]
-        outcome.seconds, outcome.loss = state["seconds"], state["loss"]
-        self._stopped = state["stopped"]
+        for name in _OUTCOME:
+            setattr(self._outcome, name, state[name])
+        one, other = state["best_held_out"]
+        self._best_held_out, self._outcome.steps, self._stopped = (
+            (one, other),
+            state["step"],
+            state["stopped"],
+        )
         return True
 
     def _set_weights(self, weights: dict[str, Any], whole: bool = True) -> None:
         options = StateDictOptions(full_state_dict=True, strict=False)
         outcome = set_model_state_dict(self.policy.trained, weights, options=options)
         # The call above fills what is missing with what is there, and does not say so.
-        missing = (
-            set(get_model_state_dict(self.policy.trained, options=_STATE)) - set(weights) if whole else set()
-        )
+        missing = get_model_state_dict(self.policy.trained, options=_STATE).keys() - weights if whole else ()
         lost = sorted(missing) + sorted(outcome.unexpected_keys)
         if lost:
             raise UserError(f"the checkpoint is of another policy: {lost[0]} has no place in it")
-
-
-@contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[None]:
-    """The policy switches its dropouts by mode, so their rates are what is left to set."""
-    rates = {layer: layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)}
-    for layer in rates:
-        layer.p = 0.0
-    try:
-        yield
-    finally:
-        for layer, rate in rates.items():
-            layer.p = rate
-
-
-def _bare(optimizer: Any) -> torch.optim.Optimizer:
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _mix(*numbers: int) -> int:
     """One seed from several numbers, far apart for neighbours."""
     high, low = np.random.SeedSequence(list(numbers)).generate_state(2, np.uint32)
     return (int(high) << 31) ^ int(low)
-
-
-def _packed(memory: dict[tuple[int, int], Tensor]) -> dict[str, Tensor]:
-    if not memory:
-        return {}
-    return {"names": torch.tensor(list(memory)), "rows": torch.stack(list(memory.values()))}
-
-
-def _unpacked(state: dict[str, Tensor]) -> dict[tuple[int, int], Tensor]:
-    if not state:
-        return {}
-    names = [(int(one), int(other)) for one, other in state["names"].tolist()]
-    return dict(zip(names, state["rows"].unbind(), strict=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-LANES = ("serving", "faults", "browser", "packaging")
+LANES = ("serving", "faults", "browser", "packaging", "docs")
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+from emoloop.agents.rewriters import Rewrite
 
 
 class Light:
@@ -38,13 +39,25 @@ class Guard(Light):
         return float(np.asarray(image).mean() / 255)
 
 
-async def twice(kit, request, seed, name):
+async def twice(harness, request, seed, name):
     """An arm of somebody's own."""
-    from emoloop.evals.kit import Take
+    from emoloop.evals.arms import Arm
 
-    take = Take(kit, name, request, seed)
-    await take.round(f"bright {request.prompt}")
-    return await take.all()
+    arm = Arm(name, {"rewriter": "eval_parts:Bright", "rewrite_first": True, "rounds": 1})
+    return await harness.run(arm, request, seed)
+
+
+class Bright:
+    """A rewriter of somebody's own."""
+
+    name = model = "bright"
+    prompt_id = "bright@1"
+
+    def __init__(self, asker, prompt):
+        pass
+
+    async def rewrite(self, neutral, target, rounds=(), *, comment="", seed=0):
+        return Rewrite(f"bright {neutral}", "light")
 
 
 def painter(settings):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
-from emoloop.domain import Critique, EmotionTarget
-from emoloop.evals.records import Cost, Delivery, Outcome, Reading, Revision, Row, Shot
+from emoloop.domain import Candidate, Critique, EmotionTarget, Round, RunResult
+from emoloop.evals.records import Cost, Outcome, Reading, Row
 from emoloop.evals.suites import Request
 from emoloop.traces.blobs import BlobStore
 from PIL import Image
@@ -28,18 +26,34 @@ def row(arm, request, readings, guards=None, rewards=None, blobs=None):
         critique = (
             None if reward is None else Critique(valence=0, arousal=0, alignment=1, analysis="it is calm")
         )
-        shots.append(Shot(sha256=name, prompt=request.prompt, seed=place, reward=reward, critique=critique))
-    delivery = Delivery(
-        arm=arm,
-        request=request.id,
-        prompt=request.prompt,
-        shots=shots,
-        delivered=list(range(len(shots))),
-        revisions=[Revision(round=0, prompt=request.prompt, changes="light", why="brighter")],
-        run_id=f"eval-{arm}-{request.id}",
-        cost=Cost(images=1, rewrites=1, tokens=15),
+        shots.append(
+            Candidate(
+                round=0,
+                index=place,
+                sha256=name,
+                prompt=request.prompt,
+                seed=place,
+                reward=reward,
+                critique=critique,
+            )
+        )
+    run = run_of(
+        request, [Round(prompt=request.prompt, changes="light", why="brighter", candidates=shots)], arm
     )
-    return Row(arm, request, delivery, readings, shots, guards)
+    cost = Cost(images=1, rewrites=1, tokens=15)
+    return Row(arm, request, run, shots, cost, readings=readings, guard=guards)
+
+
+def run_of(request, rounds, arm="loop"):
+    """A completed run of a request."""
+    return RunResult(
+        run_id=f"eval-{arm}-{request.id}",
+        status="completed",
+        stop_reason="rounds_used",
+        prompt=request.prompt,
+        target=request.target,
+        rounds=rounds,
+    )
 
 
 def off(target, by, **more):
@@ -85,6 +99,7 @@ def outcome_of(home, arms, sweep=False, prompts=4):
 
 def document_of(outcome, trained=()):
     """The report's document over an outcome."""
+    from emoloop.evals.arms import Arm
     from emoloop.evals.document import Options, Plan, describe
     from emoloop.evals.judges import PixelJudge
     from emoloop.evals.suites import Suite
@@ -100,7 +115,10 @@ def document_of(outcome, trained=()):
     plan = Plan(
         suite,
         load_settings(),
-        [SimpleNamespace(name=arm, adapter=outcome.home if arm in trained else None) for arm in arms],
+        [
+            Arm(arm, models={"generator": {"adapter": str(outcome.home)}} if arm in trained else {})
+            for arm in arms
+        ],
         PixelJudge(Light(), "light"),
         None,
         None,

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Answer = tuple[int, dict[str, str], bytes] | None
+
+#: Key and certificate of a server on this machine that nobody has signed.
+CERTIFICATE = Path(__file__).with_name("data") / "localhost.pem"
 
 
 class FakeOpenAI(ThreadingHTTPServer):
     """Answers each chat request by `script(number, body)`; None hangs up without an answer.
 
     Attributes:
+        greet: Answers the question which models there are, by its number.
         requests: Bodies of the chat requests so far.
+        keys: Their Authorization headers.
         most_at_once: Most chat requests that were in flight together.
         connections: TCP connections accepted so far.
     """
@@ -25,9 +32,18 @@ class FakeOpenAI(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int = 0, models: tuple[str, ...] = ("tiny",)):
+    def __init__(self, port: int = 0, models: tuple[str, ...] = ("tiny",), tls: bool = False):
         super().__init__(("127.0.0.1", port), Handler)
-        self.models = models
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(CERTIFICATE)
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self.scheme = "https" if tls else "http"
+        names = json.dumps({"data": [{"id": m, "object": "model"} for m in models]}).encode()
+        self.greet: Callable[[int], Answer] = lambda number: (200, {}, names)
+        self.greeted = 0
+        self.on_health: Callable[[], Any] = lambda: None
+        self.keys: list[str | None] = []
         self.script: Callable[[int, dict[str, Any]], Answer] = lambda number, body: chat("ok")
         self.requests: list[dict[str, Any]] = []
         self.busy = self.most_at_once = self.connections = 0
@@ -36,12 +52,15 @@ class FakeOpenAI(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        return f"{self.scheme}://127.0.0.1:{self.server_port}/v1"
 
     def process_request(self, request, client_address):
         self.connections += 1
         self.open.add(request)
         super().process_request(request, client_address)
+
+    def handle_error(self, request, client_address):
+        """A client that goes away, or that speaks no TLS, is no news."""
 
     def kill(self) -> None:
         """Die as a killed process does: connections break, the port is free."""
@@ -73,13 +92,22 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        self.reply(
-            200, {}, json.dumps({"data": [{"id": m, "object": "model"} for m in self.server.models]}).encode()
-        )
+        if self.path == "/health":
+            self.reply(200, {}, b"")
+            return self.server.on_health()
+        if self.path != "/v1/models":
+            return self.reply(404, {}, b'{"detail": "Not Found"}')
+        self.server.greeted += 1
+        answer = self.server.greet(self.server.greeted - 1)
+        assert answer is not None
+        self.reply(*answer)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         server = self.server
+        server.keys.append(self.headers["authorization"])
+        if self.path != "/v1/chat/completions":
+            return self.reply(404, {}, b'{"detail": "Not Found"}')
         with server.guard:
             number = len(server.requests)
             server.requests.append(body)

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import BaseMessage
 
 from ...domain import Candidate, Critique, EmotionTarget, Missing, Round
 from ..ask import Asker
-from ..prompt import load_prompt
+from ..prompt import Prompt, load_prompt
 from ..schemas import PROMPT_LIMIT, REWRITER_SCHEMA, RewriterAnswer, target_text
 from .base import KEPT, Rewrite
 
@@ -53,13 +54,7 @@ class SimpleRewriter:
     ) -> Rewrite:
         """See `Rewriter`; an answer that cannot be used leaves the best prompt so far."""
         limit = prompt_limit(neutral)
-        messages = self.prompt.messages(
-            prompt=neutral,
-            target=target_text(target),
-            rounds=[summary for number, round in enumerate(rounds) if (summary := _summary(number, round))],
-            comment=comment,
-            limit=limit,
-        )
+        messages = question(self.prompt, neutral, target, rounds, comment)
         reply = await self.asker.ask(messages, RewriterAnswer, "rewrite", _schema(limit), seed=seed)
         answer = reply.answer
         if isinstance(answer, Missing):
@@ -80,6 +75,19 @@ class SimpleRewriter:
             reply.seconds,
             reply.error,
         )
+
+
+def question(
+    prompt: Prompt, neutral: str, target: EmotionTarget, rounds: Sequence[Round], comment: str = ""
+) -> list[BaseMessage]:
+    """What the rewriter is asked, as a chat."""
+    return prompt.messages(
+        prompt=neutral,
+        target=target_text(target),
+        rounds=[summary for number, round in enumerate(rounds) if (summary := _summary(number, round))],
+        comment=comment,
+        limit=prompt_limit(neutral),
+    )
 
 
 def prompt_limit(neutral: str) -> int:

@@ -190,7 +190,7 @@ class _Ours(_Side):
             for number in range(len(pictures) // 2)
         ]
         paths = {path.stem: path for path in pictures}
-        cache = Cache(folder / "cache", network, {}, (size, size), paths.__getitem__)
+        cache = Cache(folder / "cache", network, {}, (size, size), lambda name: Image.open(paths[name]))
         self.load = Loader(self.objective.required_keys, cache, torch.device("cpu"))
         self.optimizer = torch.optim.AdamW(list(self.policy.parameters().values()), lr=_LR)
 

@@ -34,6 +34,7 @@ from ...tools.lvlm.chat import image_url, to_openai
 from ...tools.lvlm.load import load_lvlm
 from ...tools.lvlm.scores import read_scores, score_only
 from ...tools.lvlm.vllm import VLLMChat
+from ...tools.urls import public
 
 CRITIQUE = response_format("critique", CRITIC_SCHEMA)
 
@@ -106,7 +107,7 @@ async def main(
         "n": n,
         "prompt": critic.id,
         "differences": differences,
-        "lvlm": settings.model_dump(mode="json", exclude={"api_key"}),
+        "lvlm": public(settings.model_dump(mode="json")),
     }
 
 
@@ -279,7 +280,7 @@ async def _common(chat: VLLMChat, first: list[BaseMessage], second: list[BaseMes
 
 async def _tokens(chat: VLLMChat, messages: list[BaseMessage]) -> list[int]:
     url = chat.urls[0].removesuffix("/v1") + "/tokenize"
-    body = {"model": chat.served_name(), "messages": to_openai(messages)}
+    body = {"messages": to_openai(messages)}
     headers = {"Authorization": f"Bearer {chat.api_key.get_secret_value()}"}
     async with httpx.AsyncClient(trust_env=False, timeout=chat.timeout) as client:
         reply = (await client.post(url, json=body, headers=headers)).raise_for_status()

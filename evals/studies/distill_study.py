@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,15 @@ from typing import Any
 import numpy as np
 
 from ...domain import UserError
-from ...rl.config import DistillConfig, load_config
+from ...rl.config import changed, load_config
+from ...tools.children import GuardedProcess
 from .. import analysis
-from ..children import children
 from ..evaluate import Options
 from ..evaluate import evaluate as run_evaluation
 from ..stats import Estimate, estimate
+
+#: Seconds that a training has to end its step and save when the study is stopped.
+GRACE = 600.0
 
 
 def main(
@@ -138,10 +142,8 @@ def _check_settings(place: Path, name: str, seed: int, preset: str, sets: Sequen
     path = place / "training.json"
     if not path.exists():
         return
-    asked = load_config(name, preset, sets=[f"train.seed={seed}", *sets]).model_dump()
-    # What an older version did not have yet did what its default does.
-    taken = DistillConfig.model_validate(json.loads(path.read_text())["config"]).model_dump()
-    if other := sorted(key for key in asked if asked[key] != taken[key]):
+    asked = load_config(name, preset, sets=[f"train.seed={seed}", *sets])
+    if other := changed(json.loads(path.read_text())["config"], asked):
         raise UserError(f"{place} was trained with other settings of {', '.join(other)}: use another out=")
 
 
@@ -151,8 +153,8 @@ def _train_all(cells: Mapping[tuple[str, int], Path], words: Sequence[str], para
     if parallel > 1:
         environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     waiting = [cell for cell, place in cells.items() if not (place / "training.json").exists()]
-    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
-    with children() as started:
+    running: dict[tuple[str, int], subprocess.Popen[Any]] = {}
+    with ExitStack() as started:
         while waiting or running:
             while waiting and len(running) < max(1, parallel):
                 name, seed = cell = waiting.pop(0)
@@ -161,8 +163,8 @@ def _train_all(cells: Mapping[tuple[str, int], Path], words: Sequence[str], para
                 command += ["--set", f"train.seed={seed}"]
                 print(f"training {name}, seed {seed} ({len(waiting)} waiting)", file=sys.stderr, flush=True)
                 with place.with_suffix(".log").open("ab") as log:
-                    running[cell] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-                    started.append(running[cell])
+                    child = GuardedProcess(command, env=environment, grace=GRACE, stdout=log, stderr=log)
+                running[cell] = started.enter_context(child).process
             for cell in [cell for cell, child in running.items() if child.poll() is not None]:
                 if code := running.pop(cell).returncode:
                     lines = cells[cell].with_suffix(".log").read_text(errors="replace").splitlines()

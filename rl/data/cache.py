@@ -2,7 +2,7 @@
 
 Encoding an image costs about half of a training step on a small model, so it must not happen twice. A file is
 named by what was encoded and by what encoded it, so a cache cannot serve another model; files appear whole or
-not at all (write beside, rename), so several processes may fill one. A copy stays in memory up to a limit.
+not at all, so several processes may fill one. A copy stays in memory up to a limit.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...domain import UserError
+from ...files import replacing
 from ...tools.diffusion.families import Conditioning, Family
 
 #: Images encoded in one forward pass.
@@ -40,7 +40,7 @@ class Cache:
         network: What encodes.
         identity: What the encoders are: model, revision and the like; anything that JSON can hold.
         size: (height, width) that images are brought to.
-        image_path: Where an image lies, by address.
+        open_image: Gives an image by its address.
         memory: Bytes kept in memory.
     """
 
@@ -50,17 +50,16 @@ class Cache:
         network: Family,
         identity: dict[str, Any],
         size: tuple[int, int],
-        image_path: Callable[[str], Path],
+        open_image: Callable[[str], Image.Image],
         memory: int = 2 * 2**30,
     ) -> None:
-        self._network, self._size, self._image_path = network, size, image_path
+        self._network, self._size, self._open_image = network, size, open_image
         dtypes = [str(next(network.module.parameters()).dtype), str(network.pipe.vae.dtype)]
         named = json.dumps([identity, network.call, list(size), dtypes], sort_keys=True, default=str)
         self.folder = folder / hashlib.sha256(named.encode()).hexdigest()[:16]
         self._memory: OrderedDict[str, _Item] = OrderedDict()
         self._used, self._limit = 0, memory
-        #: How often something had to be encoded.
-        self.encoded = 0
+        self._order = lru_cache(2**16)(network.added_last)
 
     def embeds(self, prompts: Sequence[str | None]) -> Conditioning:
         """Embeddings, a row per prompt; None is the missing negative prompt."""
@@ -70,7 +69,7 @@ class Cache:
                 told = self._network.encode(prompt)
                 yield {"prompt": told.prompt[0]} | ({} if told.pooled is None else {"pooled": told.pooled[0]})
 
-        items = self._get("text", list(prompts), encode)
+        items = self._get("text", prompts, encode)
         pooled = [item["pooled"] for item in items if "pooled" in item]
         return Conditioning(
             torch.stack([item["prompt"] for item in items]), torch.stack(pooled) if pooled else None
@@ -79,15 +78,7 @@ class Cache:
     def added(self, pairs: Sequence[tuple[str, str]]) -> Conditioning:
         """Embeddings of refined prompts (second of each pair), the rows in the order of `Family.added_last`."""
         told = self.embeds([refined for _, refined in pairs])
-        orders = []
-        for pair in pairs:
-            key = f"order:{json.dumps(pair)}"
-            item = self._memory.get(key) or {
-                "order": torch.tensor(self._network.added_last(*pair, told.prompt.shape[1]))
-            }
-            self._remember(key, item)
-            orders.append(item["order"])
-        order = torch.stack(orders)
+        order = torch.tensor([self._order(*pair, told.prompt.shape[1]) for pair in pairs])
         return Conditioning(told.prompt.gather(1, order[..., None].expand_as(told.prompt)), told.pooled)
 
     def latents(self, addresses: Sequence[str]) -> Tensor:
@@ -102,80 +93,47 @@ class Cache:
                 images = [self._open(address) for address in missing[start : start + _ENCODE_BATCH]]
                 yield from ({"latent": latent} for latent in self._network.encode_images(images))
 
-        return torch.stack([item["latent"] for item in self._get("latent", list(addresses), encode)])
+        return torch.stack([item["latent"] for item in self._get("latent", addresses, encode)])
 
     def _open(self, address: str) -> Image.Image:
-        path = self._image_path(address)
         try:
-            with Image.open(path) as image:
-                picture = image.convert("RGB")
+            picture = self._open_image(address)
         except OSError as error:
-            raise UserError(f"image {address[:12]} of the log cannot be read from {path}: {error}") from error
-        height, width = self._size
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        return picture
+            raise UserError(f"image {address[:12]} of the log cannot be read: {error}") from error
+        size = (self._size[1], self._size[0])
+        return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
     def _get(
-        self, kind: str, names: list[Any], encode: Callable[[list[Any]], Iterable[_Item]]
+        self, kind: str, names: Sequence[Any], encode: Callable[[list[Any]], Iterable[_Item]]
     ) -> list[_Item]:
-        found: dict[Any, _Item] = {}
-        missing = []
-        for name in dict.fromkeys(names):
-            item = self._memory.get(self._key(kind, name))
-            if item is None:
-                item = self._read(kind, name)
-            if item is None:
-                missing.append(name)
-            else:
-                found[name] = item
+        keys = {name: kind if name is None else f"{kind}:{name}" for name in names}
+        found = {name: self._memory.get(key) or self._read(key) for name, key in keys.items()}
+        missing = [name for name, item in found.items() if item is None]
         for name, item in zip(missing, encode(missing), strict=True):
-            item = {key: tensor.detach().cpu().contiguous() for key, tensor in item.items()}
-            self._write(self._path(kind, name), item)
-            self.encoded += 1
-            found[name] = item
-        for name, item in found.items():
-            self._remember(self._key(kind, name), item)
-        return [found[name] for name in names]
-
-    def _remember(self, key: str, item: _Item) -> None:
-        if key in self._memory:
-            self._memory.move_to_end(key)
-            return
-        self._memory[key] = item
-        self._used += _bytes(item)
+            found[name] = item = {key: tensor.detach().cpu().contiguous() for key, tensor in item.items()}
+            # The cache is a convenience: a full disk slows training down, it does not end it.
+            with contextlib.suppress(OSError, SafetensorError), replacing(self._path(keys[name])) as beside:
+                save_file(item, beside)
+        items = {name: item for name, item in found.items() if item is not None}
+        for name, item in items.items():
+            if keys[name] not in self._memory:
+                self._used += _bytes(item)
+            self._memory[keys[name]] = item
+            self._memory.move_to_end(keys[name])
         while self._used > self._limit and len(self._memory) > 1:
             self._used -= _bytes(self._memory.popitem(last=False)[1])
+        return [items[name] for name in names]
 
-    @staticmethod
-    def _key(kind: str, name: str | None) -> str:
-        return f"{kind}:{name}" if name is not None else f"{kind}"
+    def _path(self, key: str) -> Path:
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        return self.folder / key.partition(":")[0] / digest[:2] / f"{digest}.safetensors"
 
-    def _path(self, kind: str, name: str | None) -> Path:
-        digest = hashlib.sha256(self._key(kind, name).encode()).hexdigest()
-        return self.folder / kind / digest[:2] / f"{digest}.safetensors"
-
-    def _read(self, kind: str, name: str | None) -> _Item | None:
-        path = self._path(kind, name)
-        if not path.exists():
-            return None
+    def _read(self, key: str) -> _Item | None:
         try:
-            return load_file(path)
+            return load_file(self._path(key))
         except (SafetensorError, OSError):
-            # Damaged by something outside: make it again.
-            path.unlink(missing_ok=True)
+            # Not there, or damaged by something outside: make it again.
             return None
-
-    def _write(self, path: Path, item: _Item) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            save_file(item, beside)
-            os.replace(beside, path)
-        except (OSError, SafetensorError):
-            # The cache is a convenience: a full disk slows training down, it does not end it.
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
 
 
 def _bytes(item: _Item) -> int:

@@ -11,25 +11,14 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ...domain import EmotionTarget, UserError
 from ..config import KINDS, DataConfig
 from ..rollouts import Request, Rollout, RolloutSource, fingerprint
-from .examples import (
-    SOURCES,
-    TABLES,
-    Example,
-    across,
-    best_of,
-    group_of,
-    pairs,
-    preferences,
-    usable,
-)
+from .examples import SOURCES, TABLES, Example, across, best_of, group_of, pairs, preferences, usable
 from .phrasebook import Phrasebook, tell
 from .split import held_out, normal
 from .statistics import Histogram, Statistics
@@ -43,16 +32,16 @@ class Dataset:
     Attributes:
         rollouts: Where they come from.
         config: How they were made.
-        statistics: What was found.
         base: The model that made all images.
         reward: Name and version of the reward they carry.
+        phrasebook: What `DataConfig.phrases` asked for.
+        statistics: What was found.
     """
 
     def __init__(self, rollouts: RolloutSource, config: DataConfig | None = None) -> None:
         self.rollouts, self.config = rollouts, config or DataConfig()
         self.base, self.reward = rollouts.base, rollouts.reward
         self.phrasebook: Phrasebook | None = None
-        self._tables: dict[str, np.ndarray] = {}
         self.statistics = self._collect()
 
     def _collect(self) -> Statistics:
@@ -109,8 +98,7 @@ class Dataset:
             missing=counts["missing"],
             dropped=dict(sorted(dropped.items())),
             sources={
-                name: {split: len(self._rows(name, split)) for split in ("train", "held_out")}
-                for name in SOURCES
+                name: {split: len(self._rows(name, split)) for split in get_args(Split)} for name in SOURCES
             },
             kinds=dict(zip(KINDS, kinds, strict=True)),
             gains=Histogram.of(np.array(gains), -1, 1.5, 25),
@@ -130,9 +118,10 @@ class Dataset:
             return [], "no reward"
         best = best_of(some)
         rows["bests"].append((run, best.round, best.index))
-        for winner, loser, kind in preferences(some, self.config):
-            row = (run, winner.round, winner.index, run, loser.round, loser.index, KINDS.index(kind))
-            rows["preferences"].append(row)
+        rows["preferences"] += [
+            (run, winner.round, winner.index, run, loser.round, loser.index, KINDS.index(kind))
+            for winner, loser, kind in preferences(some, self.config)
+        ]
         if group_of(some, self.config):
             rows["groups"].append((run,))
         kept, gains, reason = pairs(some, self.config, lambda: self.rollouts.rescore(request.run_id))
@@ -150,11 +139,11 @@ class Dataset:
         """
         rows = self._rows(source, split)
         if split == "train" and not len(rows):
-            counts = self.statistics.dropped if source == "pairs" else {}
-            why = ", ".join(f"{count} × {reason}" for reason, count in counts.items())
-            held = self.statistics.sources[source]["held_out"]
+            found, held = self.statistics, self.statistics.sources[source]["held_out"]
+            dropped = found.dropped.items() if source == "pairs" else ()
+            why = ", ".join(f"{count} × {reason}" for reason, count in dropped)
             raise UserError(
-                f"the {self.statistics.runs} runs give no {source} to train on"
+                f"the {found.runs} runs give no {source} to train on"
                 + (f" ({why})" if why else "")
                 + (f", and {held} held out (lower data.held_out)" if held else "")
                 + ": loosen data.min_gain, data.min_margin or --from, or collect more runs"
@@ -172,33 +161,30 @@ class Dataset:
         found = self.rollouts.fetch(self._ids[np.concatenate(runs)].tolist())
         out = []
         for number, row, chance in zip(rows, picked, chances, strict=True):
-            mine = found[str(self._ids[row["run"]])]
-            request = mine[0].request
-            example = Example(request.run_id, request.prompt, request.target, number=int(number))
-            if source in ("pairs", "phrases"):
-                example = replace(example, advantage=float(row["gain"]))
-                axes = {axis: float(row[axis]) for axis in ("valence", "arousal") if row[axis] == row[axis]}
-                if axes:
-                    told = EmotionTarget.model_validate(axes)
-                    example = replace(
-                        example, target=told, wanted=request.target if source == "pairs" else None
-                    )
-            out.append(replace(example, **self._fields(source, row, float(chance), mine, found)))
+            request = found[str(self._ids[row["run"]])][0].request
+            fields = {"target": request.target, **self._fields(source, row, float(chance), found)}
+            out.append(Example(request.run_id, request.prompt, number=int(number), **fields))
         return out
 
     def _fields(
-        self, source: str, row: Any, chance: float, mine: list[Rollout], found: dict[str, list[Rollout]]
+        self, source: str, row: Any, chance: float, found: dict[str, list[Rollout]]
     ) -> dict[str, Any]:
-        """What fills an example besides its request, target and gain."""
+        """What fills an example besides its run, prompt and number."""
+        mine = found[str(self._ids[row["run"]])]
+        request, told = mine[0].request, {}
+        if source in ("pairs", "phrases"):
+            told["advantage"] = float(row["gain"])
+            if axes := {axis: float(row[axis]) for axis in ("valence", "arousal") if row[axis] == row[axis]}:
+                told["target"] = EmotionTarget.model_validate(axes)
         match source:
             case "phrases":
                 assert self.phrasebook is not None
                 phrase = self.phrasebook.phrases[row["phrase"]]
-                return {"refined": f"{mine[0].request.prompt}{phrase}", "phrase": int(row["phrase"])}
+                return {**told, "refined": f"{request.prompt}{phrase}", "phrase": int(row["phrase"])}
             case "pairs":
                 inside = [it for it in mine if it.round == row["round"]]
                 shown = inside[int(chance * len(inside))]
-                return {"refined": inside[-1].prompt, "image": shown.sha256}
+                return {**told, "wanted": request.target, "refined": inside[-1].prompt, "image": shown.sha256}
             case "bests":
                 return {"winner": _at(mine, row["round"], row["index"])}
             case "preferences":

@@ -88,19 +88,22 @@ def source_for(keys: frozenset[str], config: DataConfig | None = None) -> str:
     """The narrowest source that gives all these batch keys; `phrases` where the configuration asks for them.
 
     Raises:
-        UserError: None does; names what is missing from the nearest one.
+        UserError: None does; names what is missing from the nearest one, or from the log at all.
     """
+    if unknown := keys - frozenset().union(*SOURCES.values()):
+        raise UserError(
+            f"the log holds no {', '.join(sorted(unknown))}: what a coupled objective needs exists only where the "
+            "sampler logged it while generating"
+        )
     phrased = config is not None and config.phrases > 0
     wanted = [name for name in SOURCES if (name == "phrases") == phrased]
     for name in wanted:
         if keys <= SOURCES[name]:
             return name
     nearest = min(wanted, key=lambda name: len(keys - SOURCES[name]))
-    missing = ", ".join(sorted(keys - SOURCES[nearest]))
+    lack = f"{nearest} lack {', '.join(sorted(keys - SOURCES[nearest]))}"
     hint = " (set data.phrases=0, or objective.on_policy=1 for opd)" if nearest == "phrases" else ""
-    raise UserError(
-        f"no source of the log gives all of {', '.join(sorted(keys))}: {nearest} lack {missing}{hint}"
-    )
+    raise UserError(f"no source of the log gives all of {', '.join(sorted(keys))}: {lack}{hint}")
 
 
 def usable(rollouts: Sequence[Rollout], config: DataConfig) -> list[Rollout]:
@@ -143,9 +146,10 @@ def pairs(
             continue
         hit = _mean_reading(every) if config.told == "read" else None
         gained, unaided = (_values(some, hit, rescore) for some in (images, first))
-        valence, arousal = (None, None) if hit is None else hit.point
-        told = (_number(valence), _number(arousal))
-        found.append((number, float(np.mean(gained) - np.mean(unaided)), *told))
+        valence, arousal = (
+            math.nan if axis is None else axis for axis in (hit.point if hit else (None, None))
+        )
+        found.append((number, float(np.mean(gained) - np.mean(unaided)), valence, arousal))
     gains = [gain for _, gain, *_ in found]
     if not found:
         alone = any(it.round for it in rollouts)
@@ -209,10 +213,9 @@ def mean_readings(rollouts: Sequence[Rollout]) -> Iterator[tuple[int, float, flo
     for number in sorted({it.round for it in rollouts}):
         read = [it.critique for it in rollouts if it.round == number and it.critique is not None]
         if read:
-            yield (
-                number, fmean(it.valence for it in read), fmean(it.arousal for it in read),
-                fmean(it.alignment for it in read),
-            )  # fmt: skip
+            axes = ("valence", "arousal", "alignment")
+            valence, arousal, alignment = (fmean(getattr(it, axis) for it in read) for axis in axes)
+            yield number, valence, arousal, alignment
 
 
 def _value(it: Rollout) -> float:
@@ -227,10 +230,6 @@ def _values(
         return [_value(it) for it in rollouts]
     reads = [it._replace(category=None).critique for it in rollouts]
     return [value_now(rescore(), read, hit) for read in reads if read is not None]
-
-
-def _number(axis: float | None) -> float:
-    return math.nan if axis is None else axis
 
 
 def _mean_reading(rollouts: Sequence[Rollout]) -> EmotionTarget:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ...tools.diffusion.conditioners import points
 from ..objectives.base import Batch
@@ -20,19 +21,12 @@ class Order:
     """An endless shuffled order over n examples: epoch after epoch, each by its own permutation."""
 
     def __init__(self, n: int, seed: int) -> None:
-        self._n, self._seed = n, seed
-        self._epochs: dict[int, np.ndarray] = {}
+        self._n = n
+        self._epoch = lru_cache(2)(lambda number: np.random.default_rng([seed, 0, number]).permutation(n))
 
     def take(self, start: int, count: int) -> list[int]:
         """Examples at positions start … start + count of the endless order."""
         return [int(self._epoch(place // self._n)[place % self._n]) for place in range(start, start + count)]
-
-    def _epoch(self, number: int) -> np.ndarray:
-        if number not in self._epochs:
-            if len(self._epochs) > 1:
-                self._epochs.pop(min(self._epochs))
-            self._epochs[number] = np.random.default_rng([self._seed, 0, number]).permutation(self._n)
-        return self._epochs[number]
 
 
 class Loader:
@@ -43,23 +37,23 @@ class Loader:
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """One batch on the device; see `objectives.base` for the keys."""
-        makers: dict[str, Callable[[], Any]] = {
-            "prompt": lambda: self._cache.embeds([it.prompt for it in examples]),
-            "refined": lambda: self._cache.embeds([it.refined for it in examples]),
-            "added": lambda: self._cache.added([(it.prompt, str(it.refined)) for it in examples]),
-            "target": lambda: points([it.target for it in examples]),
-            "advantage": lambda: torch.tensor([it.advantage for it in examples]),
-            "phrase": lambda: torch.tensor([it.phrase for it in examples]),
-            "winner": lambda: self._cache.latents([str(it.winner) for it in examples]),
-            "loser": lambda: self._cache.latents([str(it.loser) for it in examples]),
-            "latents": lambda: self._cache.latents([str(it.image) for it in examples]),
-            "reward": lambda: torch.tensor([it.reward for it in examples]),
-            "rewards": lambda: _padded([it.rewards for it in examples]),
-            "number": lambda: torch.tensor([it.number for it in examples]),
-        }
-        return {key: makers[key]().to(self._device) for key in sorted(self._keys)}
+        return {key: self._column(key, examples).to(self._device) for key in sorted(self._keys)}
 
-
-def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[math.nan] * (width - len(row))] for row in rows])
+    def _column(self, key: str, examples: Sequence[Example]) -> Any:
+        if key == "added":
+            return self._cache.added([(it.prompt, str(it.refined)) for it in examples])
+        values = [getattr(it, "image" if key == "latents" else key) for it in examples]
+        match key:
+            case "prompt" | "refined":
+                return self._cache.embeds(values)
+            case "winner" | "loser" | "latents":
+                return self._cache.latents(values)
+            case "target":
+                return points(values)
+            case "rewards":
+                # NaN where a group is smaller than the largest.
+                return pad_sequence(
+                    [torch.tensor(row) for row in values], batch_first=True, padding_value=math.nan
+                )
+            case _:
+                return torch.tensor(values)

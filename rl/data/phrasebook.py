@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -176,16 +177,11 @@ def build(tried: Sequence[Tried], targets: NDArray[np.float64], size: int) -> Ph
             "data.phrases: no rewrite of the log says what it adds after the neutral prompt, in words of its own: "
             "set data.phrases=0"
         )
-    reader = PromptReader(
-        [it.prompt for it in tried], np.array([(it.valence, it.arousal) for it in tried], dtype=np.float64)
-    )
+    read = np.array([(it.valence, it.arousal) for it in tried], dtype=np.float64)
+    reader = PromptReader([it.prompt for it in tried], read)
     aligned = np.array([it.alignment for it in tried])
-    every = Phrasebook(
-        tuple(found),
-        np.array([aligned[places].mean() for places in found.values()]),
-        np.array([reader.errors[places].mean(0) for places in found.values()]),
-        reader,
-    )
+    alignment, doubt = ([of[places].mean(0) for places in found.values()] for of in (aligned, reader.errors))
+    every = Phrasebook(tuple(found), np.array(alignment), np.array(doubt), reader)
     asked = [neutral[place] for place in rng.permutation(len(neutral))[:_PROMPTS]]
     wanted = targets[rng.permutation(len(targets))[:_TARGETS]]
     misses = every.misses(every.expect(asked), wanted[:, None]).reshape(-1, len(found))
@@ -223,7 +219,7 @@ def tell(
     Raises:
         UserError: No run has the readings that it takes.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(_SEED)
     if len(read) > _RUNS:
         read = np.sort(rng.choice(read, _RUNS, replace=False))
     tried: list[Tried] = []
@@ -249,14 +245,12 @@ def tell(
     neutral, which = np.unique([base[run][0] for run in asked.tolist()], return_inverse=True)
     expected = book.expect(neutral.tolist())[which]
     reward, out = rollouts.rescore(str(ids[asked[0]])), []
-    for slot in range(config.phrase_targets):
-        left = _TOLD - slot * len(asked)
-        if left <= 0:
-            break
+    # As many rounds of all runs as are told in all; the last may be cut short.
+    for slot, start in enumerate(range(0, min(_TOLD, config.phrase_targets * len(asked)), len(asked))):
         targets = wanted[asked if slot == 0 else rng.integers(len(wanted), size=len(asked))]
         best = book.misses(expected, targets[None])[0].argmin(1)
-        rows = zip(asked[:left].tolist(), targets[:left].tolist(), best[:left].tolist(), strict=True)
-        for row, (run, point, phrase) in enumerate(rows):
+        rows = zip(asked.tolist(), targets.tolist(), best.tolist(), strict=True)
+        for row, (run, point, phrase) in enumerate(islice(rows, _TOLD - start)):
             valence, arousal = (None if math.isnan(axis) else axis for axis in point)
             if valence is None and arousal is None:
                 continue

@@ -20,10 +20,10 @@ OBJECTIVES: dict[str, str] = {
 
 
 def load_objective(spec: Any, knobs: dict[str, Any] | None = None) -> Objective:
-    """An objective by registry name, dotted path, class, or as it is.
+    """An objective by registry name, dotted path or class.
 
     Args:
-        spec: "opd", "my_pkg.my_mod:MyObjective", a subclass of `Objective`, or an instance (knobs unused).
+        spec: "opd", "my_pkg.my_mod:MyObjective", or a subclass of `Objective`.
         knobs: Its fields.
 
     Raises:
@@ -34,8 +34,6 @@ def load_objective(spec: Any, knobs: dict[str, Any] | None = None) -> Objective:
     from .base import Objective
 
     found = resolve(spec, OBJECTIVES, "objective")
-    if isinstance(found, Objective):
-        return found
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise UserError(f"objective {spec!r} is no subclass of emoloop.rl.objectives.base.Objective")
     try:

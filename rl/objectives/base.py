@@ -1,8 +1,9 @@
 """What an objective is: knobs, the batch keys it needs, and a loss made of calls to the policy.
 
-An objective holds no weights and no state. Everything random comes from the generator it is handed, so a step
-can be computed again. To add one: subclass `Objective` in a file of your own and name it by a dotted path
-(`emoloop distill my_pkg.my_mod:MyObjective`).
+An objective holds no weights and no state. It asks the policy for predictions of its voices (`student`, `reference`,
+`slow`), for states (`rollout`), and for `process` and `null`, the noise process and the negative prompt. Everything
+random comes from the generator it is handed, so a step can be computed again. To add one: subclass `Objective` in a
+file of your own and name it by a dotted path (`emoloop distill my_pkg.my_mod:MyObjective`).
 
 Batch keys (B rows, one for each example):
 
@@ -23,78 +24,27 @@ Batch keys (B rows, one for each example):
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ...domain import UserError
 from ...tools.diffusion.families import Conditioning
-from ...tools.diffusion.process import Process, TimeSampling
+from ...tools.diffusion.process import TimeSampling
+
+if TYPE_CHECKING:
+    from ..policy import Policy
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, float]
-
-
-class PolicyView(Protocol):
-    """What an objective may ask of the policy. Predictions are (B, C, H, W) of the process's kind."""
-
-    process: Process
-    #: Conditioning of the negative prompt, one row.
-    null: Conditioning
-
-    def student(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
-        """Prediction of the weights in training; carries gradient."""
-        ...
-
-    def reference(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
-        """Prediction of what made the traces; no gradient."""
-        ...
-
-    def slow(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
-        """Prediction of the student's moving average; no gradient. Needs `Objective.slow_decay`."""
-        ...
-
-    def recall(self, names: Sequence[tuple[int, int]], make: Callable[[Tensor], Tensor]) -> Tensor:
-        """Rows of numbers that are computed once and remembered, for as long as the training lasts.
-
-        Args:
-            names: B names.
-            make: Takes the places (in `names`) of those not known yet, returns (their number, W).
-
-        Returns:
-            (B, W) on the CPU.
-        """
-        ...
-
-    def rollout(
-        self,
-        condition: Conditioning,
-        target: Tensor,
-        *,
-        steps: int | None,
-        guidance: float | None,
-        generator: torch.Generator,
-        keep: int,
-        early: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
-        """`keep` states for each row of the student's own guided sampling: (keep * B, …), (keep * B,).
-
-        They come from the share `early` of the steps, from the noisy end.
-        """
-        ...
 
 
 class Objective(BaseModel, ABC):
     """Base of all objectives; its fields are its knobs (`--set objective.NAME=VALUE`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    coupled: ClassVar[bool] = False
-    """True where the loss needs what only the sampler knew (SDE latents, log-probabilities, the policy's
-    version). Logged traces do not hold these."""
 
     hold_fraction: float = Field(default=0.15, ge=0, le=1)
     """Share of rows, added to each batch, that hold the answer to the negative prompt at the reference:
@@ -110,7 +60,7 @@ class Objective(BaseModel, ABC):
         """Batch keys that `loss` reads."""
 
     @abstractmethod
-    def loss(self, batch: Batch, policy: PolicyView, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    def loss(self, batch: Batch, policy: Policy, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """The scalar loss of one batch and figures worth logging."""
 
     def slow_decay(self, step: int) -> float | None:
@@ -118,7 +68,7 @@ class Objective(BaseModel, ABC):
         return None
 
     def draw_states(
-        self, batch: Batch, key: str, policy: PolicyView, generator: torch.Generator
+        self, batch: Batch, key: str, policy: Policy, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Noise `batch[key]`: (x_t, t, noise), each a row per example."""
         clean = batch[key]
@@ -126,8 +76,17 @@ class Objective(BaseModel, ABC):
         noise = normal_like(clean, generator)
         return policy.process.add_noise(clean, noise, t), t, noise
 
+    def regress(
+        self, batch: Batch, key: str, policy: Policy, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The student's errors (B,) on noised `batch[key]` under the neutral prompts, and the hold loss."""
+        x, t, noise = self.draw_states(batch, key, policy, generator)
+        wanted = policy.process.regression_target(batch[key], noise, t)
+        student, hold = self.with_hold(x, t, batch["prompt"], batch["target"], policy)
+        return per_row(student - wanted), hold
+
     def with_hold(
-        self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor, policy: PolicyView
+        self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor, policy: Policy
     ) -> tuple[Tensor, Tensor]:
         """Student prediction for the rows, and the loss of the held rows, in one forward pass.
 
@@ -138,16 +97,12 @@ class Objective(BaseModel, ABC):
         if not held or not self.hold_weight:
             return policy.student(x, t, condition, target), x.new_zeros(())
         null, nothing = policy.null.expand(held), no_target(held, x.device)
+        both = Conditioning.cat([condition, null])
         out = policy.student(
-            torch.cat([x, x[:held]]),
-            torch.cat([t, t[:held]]),
-            Conditioning.cat([condition, null]),
-            torch.cat([target, nothing]),
+            torch.cat([x, x[:held]]), torch.cat([t, t[:held]]), both, torch.cat([target, nothing])
         )
-        reference = policy.reference(x[:held], t[:held], null, nothing)
-        return out[: len(x)], self.hold_weight * self.hold_fraction * per_row(
-            out[len(x) :] - reference
-        ).mean()
+        drift = per_row(out[len(x) :] - policy.reference(x[:held], t[:held], null, nothing)).mean()
+        return out[: len(x)], self.hold_weight * self.hold_fraction * drift
 
 
 def per_row(error: Tensor) -> Tensor:
@@ -164,23 +119,3 @@ def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
 def no_target(n: int, device: torch.device | str = "cpu") -> Tensor:
     """Targets that ask for nothing: they stand for the null tokens."""
     return torch.full((n, 2), torch.nan, device=device)
-
-
-def check_keys(objective: Objective, available: Iterable[str]) -> None:
-    """Refuse an objective that needs more than the traces hold.
-
-    Raises:
-        UserError: Names the missing keys.
-    """
-    available = set(available)
-    missing = sorted(objective.required_keys - available)
-    if missing:
-        why = (
-            " (a coupled objective: these exist only where the sampler logged them while generating)"
-            if objective.coupled
-            else ""
-        )
-        raise UserError(
-            f"{type(objective).__name__} needs {', '.join(missing)}, which the traces do not hold{why}; "
-            f"available: {', '.join(sorted(available))}"
-        )

@@ -10,13 +10,17 @@ of 2000 here is 4000 there.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ...tools.diffusion.families import Conditioning
-from .base import Batch, Metrics, Objective, PolicyView, normal_like, per_row
+from .base import Batch, Metrics, Objective, normal_like, per_row
+
+if TYPE_CHECKING:
+    from ..policy import Policy
 
 
 def dpo_loss(
@@ -55,10 +59,10 @@ class DPO(Objective):
         keys = {"prompt", "target", "winner", "loser"}
         return frozenset(keys | {"number"} if self.draws else keys)
 
-    def loss(self, batch: Batch, policy: PolicyView, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    def loss(self, batch: Batch, policy: Policy, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """See the module's formula."""
         winner, loser = batch["winner"], batch["loser"]
-        names: list[tuple[int, int]] | None = None
+        names: list[tuple[int, int]] = []
         if self.draws:
             which = torch.randint(self.draws, (len(winner),), generator=generator)
             names = list(zip(batch["number"].tolist(), which.tolist(), strict=True))
@@ -67,9 +71,7 @@ class DPO(Objective):
             _, t, noise = self.draw_states(batch, "winner", policy, generator)
         x = torch.cat([policy.process.add_noise(clean, noise, t) for clean in (winner, loser)])
         wanted = torch.cat([policy.process.regression_target(clean, noise, t) for clean in (winner, loser)])
-        t = t.repeat(2)
-        condition: Conditioning = batch["prompt"].repeat(2)
-        target = batch["target"].repeat(2, 1)
+        t, condition, target = t.repeat(2), batch["prompt"].repeat(2), batch["target"].repeat(2, 1)
         student, hold = self.with_hold(x, t, condition, target, policy)
 
         def reference(rows: Tensor) -> Tensor:
@@ -77,12 +79,8 @@ class DPO(Objective):
             said = policy.reference(x[both], t[both], condition[both], target[both])
             return per_row(said - wanted[both]).reshape(2, -1).T
 
-        errors = (
-            reference(torch.arange(len(winner)))
-            if names is None
-            else policy.recall(names, reference).to(x.device)
-        )
-        rw, rl = errors.T
+        errors = policy.recall(names, reference) if names else reference(torch.arange(len(winner)))
+        rw, rl = errors.to(x.device).T
         mw, ml = per_row(student - wanted).chunk(2)
         loss = dpo_loss(mw, ml, rw, rl, self.beta)
         logits = ((rw - rl) - (mw - ml)).detach()
@@ -94,7 +92,7 @@ class DPO(Objective):
             "hold": hold.item(),
         }
 
-    def _fixed(self, names: list[tuple[int, int]], like: Tensor, policy: PolicyView) -> tuple[Tensor, Tensor]:
+    def _fixed(self, names: list[tuple[int, int]], like: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
         """Time and noise that belong to (pair, draw) for good."""
         times, noises = [], []
         for pair, draw in names:

@@ -10,11 +10,16 @@ groups of round 0 of the latest traces this holds; on other rounds it is off-pol
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Batch, Metrics, Objective, PolicyView, per_row
+from .base import Batch, Metrics, Objective, per_row
+
+if TYPE_CHECKING:
+    from ..policy import Policy
 
 
 def group_advantage(reward: Tensor, rewards: Tensor) -> Tensor:
@@ -74,7 +79,7 @@ class NFT(Objective):
         """The paper's first schedule."""
         return min(self.decay_rate * step, self.decay_max)
 
-    def loss(self, batch: Batch, policy: PolicyView, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    def loss(self, batch: Batch, policy: Policy, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """See the module's formula."""
         clean, prompt, target = batch["latents"], batch["prompt"], batch["target"]
         x, t, _ = self.draw_states(batch, "latents", policy, generator)
@@ -86,11 +91,9 @@ class NFT(Objective):
         )
         advantage = group_advantage(batch["reward"], batch["rewards"])
         loss = nft_loss(plus, minus, clean, advantage, self.beta, self.advantage_clip)
-        kl = (
-            per_row(student - policy.reference(x, t, prompt, target)).mean()
-            if self.kl_weight
-            else loss.new_zeros(())
-        )
+        kl = loss.new_zeros(())
+        if self.kl_weight:
+            kl = per_row(student - policy.reference(x, t, prompt, target)).mean()
         return loss + self.kl_weight * kl + hold, {
             "nft": loss.item(),
             "kl": kl.item(),

@@ -13,13 +13,16 @@ conditional predictions: guidance stays a choice of sampling.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Batch, Metrics, Objective, PolicyView, per_row
+from .base import Batch, Metrics, Objective, per_row
+
+if TYPE_CHECKING:
+    from ..policy import Policy
 
 
 def opd_loss(
@@ -78,30 +81,22 @@ class OPD(Objective):
         """Only the "slow" teacher needs an average."""
         return self.teacher_decay if self.teacher == "slow" else None
 
-    def loss(self, batch: Batch, policy: PolicyView, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    def loss(self, batch: Batch, policy: Policy, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """See the module's formula."""
         prompt, target = batch["prompt"], batch["target"]
         own = self.on_policy == 1 or torch.rand((), generator=generator).item() < self.on_policy
         if own:
             x, t = policy.rollout(
-                prompt,
-                target,
-                steps=self.rollout_steps,
-                guidance=self.guidance,
-                generator=generator,
-                keep=self.states,
-                early=self.early,
-            )
+                prompt, target, steps=self.rollout_steps, guidance=self.guidance, generator=generator,
+                keep=self.states, early=self.early,
+            )  # fmt: skip
         else:
             parts = [self.draw_states(batch, "latents", policy, generator)[:2] for _ in range(self.states)]
             x, t = (torch.cat(part) for part in zip(*parts, strict=True))
         # Fewer than asked for where the sampler has fewer steps.
         k = len(x) // len(prompt)
         refined, target = batch["refined"].repeat(k), target.repeat(k, 1)
-        if self.teacher == "slow":
-            teacher = policy.slow(x, t, refined, target)
-        else:
-            teacher = policy.reference(x, t, refined, target)
+        teacher = (policy.slow if self.teacher == "slow" else policy.reference)(x, t, refined, target)
         student, hold = self.with_hold(x, t, prompt.repeat(k), target, policy)
         advantage = batch["advantage"].repeat(k)
         if self.space == "clean":
@@ -109,9 +104,6 @@ class OPD(Objective):
         imitation = opd_loss(student, teacher, advantage, self.a_max)
         with torch.no_grad():
             gap = per_row(student - teacher).mean()
-        return imitation + hold, {
-            "imitation": imitation.item(),
-            "hold": hold.item(),
-            "gap": gap.item(),
-            "gate": advantage.clamp(0, self.a_max).mean().item(),
-        }
+        gate = advantage.clamp(0, self.a_max).mean()
+        figures = {"imitation": imitation, "hold": hold, "gap": gap, "gate": gate}
+        return imitation + hold, {name: value.item() for name, value in figures.items()}

@@ -5,11 +5,16 @@ L = E[ G · softmax(R / T over the group) · || v_θ(x_t, t | neutral, target) -
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Batch, Metrics, Objective, PolicyView, per_row
+from .base import Batch, Metrics, Objective
+
+if TYPE_CHECKING:
+    from ..policy import Policy
 
 
 def reward_weights(reward: Tensor, rewards: Tensor, temperature: float) -> Tensor:
@@ -36,13 +41,10 @@ class RWR(Objective):
         """Images with the rewards of their group."""
         return frozenset({"prompt", "target", "latents", "reward", "rewards"})
 
-    def loss(self, batch: Batch, policy: PolicyView, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    def loss(self, batch: Batch, policy: Policy, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """See the module's formula."""
-        x, t, noise = self.draw_states(batch, "latents", policy, generator)
-        wanted = policy.process.regression_target(batch["latents"], noise, t)
-        student, hold = self.with_hold(x, t, batch["prompt"], batch["target"], policy)
+        error, hold = self.regress(batch, "latents", policy, generator)
         weights = reward_weights(batch["reward"], batch["rewards"], self.temperature)
-        error = per_row(student - wanted)
         loss = (weights * error).mean()
         return loss + hold, {
             "error": error.mean().item(),

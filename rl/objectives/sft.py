@@ -8,10 +8,15 @@ here so that a table can show what the others add.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from .base import Batch, Metrics, Objective, PolicyView, per_row
+from .base import Batch, Metrics, Objective
+
+if TYPE_CHECKING:
+    from ..policy import Policy
 
 
 class SFT(Objective):
@@ -22,10 +27,8 @@ class SFT(Objective):
         """The winning image."""
         return frozenset({"prompt", "target", "winner"})
 
-    def loss(self, batch: Batch, policy: PolicyView, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    def loss(self, batch: Batch, policy: Policy, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """See the module's formula."""
-        x, t, noise = self.draw_states(batch, "winner", policy, generator)
-        wanted = policy.process.regression_target(batch["winner"], noise, t)
-        student, hold = self.with_hold(x, t, batch["prompt"], batch["target"], policy)
-        error = per_row(student - wanted).mean()
+        errors, hold = self.regress(batch, "winner", policy, generator)
+        error = errors.mean()
         return error + hold, {"error": error.item(), "hold": hold.item()}

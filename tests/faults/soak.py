@@ -24,6 +24,7 @@ from emoloop.domain import UserError
 from emoloop.graph.collect import Outcome, collect
 from emoloop.graph.loop import open_loop
 from emoloop.settings import load_settings
+from emoloop.tools.urls import public
 
 #: Neutral prompts and targets that are gone through in turn.
 PROMPTS = ("a dog by the sea", "a cat in a meadow", "a house", "a boat in the snow", "a tree in the city")
@@ -120,9 +121,7 @@ def main(
 
     with tempfile.TemporaryDirectory(prefix="emoloop-soak-") as folder:
         figures = asyncio.run(run(Path(folder)))
-    described = settings.model_dump(
-        mode="json", exclude={"lvlm": {"api_key"}, "generator": {"api_key"}, "home": True}
-    )
+    described = public(settings.model_dump(mode="json", exclude={"home"}))
     return {"bench": "soak", "figures": figures, "n": n, "runs": runs, "seed": seed, "settings": described}
 
 

@@ -89,6 +89,76 @@ def test_files_that_are_no_pairs_are_refused(tmp_path: Path) -> None:
             import_pickapic(store, tmp_path / "bad.parquet", target=EmotionTarget(valence=1))
 
 
+def test_preferences_of_hpd_train_like_any_others(tmp_path: Path) -> None:
+    for seed in range(5):
+        (tmp_path / f"{seed}.png").write_bytes(png(seed))
+    rows = [
+        {"prompt": "a dog", "image_path": ["0.png", "1.png"], "human_preference": [0, 1]},
+        {"prompt": "a cat", "image_path": ["2.png", "3.png", "4.png"], "rank": [2.5, 1.0, 2.0]},
+    ]
+    for name, row in zip(("train", "test"), rows, strict=True):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row]))
+    runner, found = CliRunner(), []
+    for name in ("train", "test"):
+        words = ["traces", "import", str(tmp_path / f"{name}.json"), "--home", str(tmp_path / name)]
+        for _ in range(2):
+            taken = runner.invoke(app, [*words, "--emotion", "awe", "--model", "mine"])
+            assert taken.exit_code == 0 and "took 1 preference" in taken.output
+        with open_store(settings_for(tmp_path / name)) as store:
+            assert len(store.runs()) == 1
+            (pair,) = Dataset(LogRollouts(store), DataConfig(held_out=0)).examples("preferences").fetch([0])
+            found.append([store.blobs.get_image(str(it)).tobytes() for it in (pair.winner, pair.loser)])
+    assert found == [[noise_image(a).tobytes(), noise_image(b).tobytes()] for a, b in ((1, 0), (3, 2))]
+    (tmp_path / "other.json").write_text('{"prompt": "a dog"}')
+    rows[0]["image_path"] = ["0.png", "lost.png"]
+    (tmp_path / "lost.json").write_text(json.dumps(rows))
+    for name, message in (("other", "no annotation file of HPD"), ("lost", "cannot be read")):
+        failed = runner.invoke(app, ["traces", "import", str(tmp_path / f"{name}.json"), "--emotion", "awe",
+                                     "--home", str(tmp_path / "train")])  # fmt: skip
+        assert isinstance(failed.exception, UserError) and message in str(failed.exception)
+
+
+def test_ratings_come_in_by_their_scale(tmp_path: Path) -> None:
+    with open_store(write_log(tmp_path, 2)) as store:
+        one, other = (row.sha256 for row in [*store.candidates("run-0000")][:2])
+        before = {it.sha256: it for _, some in LogRollouts(store) for it in some}
+    file = tmp_path / "ratings.csv"
+    file.write_text(f"sha256,valence,arousal,rating\n{one},9,1,4\n{one},7,1,\n{other},,5,2\n")
+    words = ["traces", "import", str(file), "--home", str(tmp_path)]
+    refused = CliRunner().invoke(app, words)
+    assert isinstance(refused.exception, UserError)
+    assert "line 2: valence '9' is no number on the scale -3..3" in str(refused.exception)
+    for _ in range(2):
+        taken = CliRunner().invoke(app, [*words, "--scale", "1..9"])
+        assert taken.exit_code == 0 and "took 3 ratings" in taken.output
+    with open_store(settings_for(tmp_path)) as store:
+        feedback = [event for event in store.events("run-0000") if event.type == "human_feedback"]
+        assert [(it.valence, it.arousal, it.rating) for it in feedback] == [
+            (2.25, -3.0, 4.0),
+            (None, 0.0, 2.0),
+        ]
+        after = {it.sha256: it for _, some in LogRollouts(store) for it in some}
+        assert after[one].valence == 2.25 and after[one].reward != before[one].reward
+        (pair,) = [
+            it
+            for it in Dataset(LogRollouts(store), DataConfig(held_out=0))
+            .examples("preferences")
+            .fetch(range(3))
+            if it.kind == "human"
+        ]
+        assert (pair.winner, pair.loser) == (one, other)
+    for text, message in (
+        (f"sha256,joy\n{one},1\n", "the columns sha256"),
+        ("sha256,rating\nabc,1\n", "rates 'abc', which no run"),
+        (f"sha256,rating\n{one},nan\n", "line 2: rating 'nan'"),
+    ):
+        file.write_text(text)
+        failed = CliRunner().invoke(app, words)
+        assert isinstance(failed.exception, UserError) and message in str(failed.exception)
+    wrong = CliRunner().invoke(app, [*words, "--scale", "9"])
+    assert isinstance(wrong.exception, UserError) and "want LOW..HIGH" in str(wrong.exception)
+
+
 def test_trajectories_fit_the_schema(tmp_path: Path) -> None:
     settings = settings_for(tmp_path / "home")
     with open_store(settings) as store:

@@ -18,14 +18,14 @@ import pytest
 import rl_log
 import tiny
 import torch
+from accelerate import Accelerator
 from emoloop.cli import app
-from emoloop.domain import EmotionTarget, UserError
-from emoloop.rl import checkpoint, trainer
+from emoloop.domain import EmotionTarget, Failure, UserError
+from emoloop.rl import checkpoint, policy, trainer
 from emoloop.rl.config import load_config
 from emoloop.rl.data.dataset import Examples
 from emoloop.rl.data.loader import Order
 from emoloop.rl.distill import Distilled, distill
-from emoloop.rl.trainer import DistillError
 from emoloop.rl.warm_start import BATCH
 from emoloop.settings import Settings
 from emoloop.tools.diffusion.adapter import load_artifact
@@ -173,7 +173,7 @@ def test_a_loss_that_is_no_number_ends_training_and_keeps_the_checkpoint(
     world: tuple[Settings, Path], tmp_path: Path
 ) -> None:
     distill_helpers.TurnsToNaN.calls[0] = 0
-    with pytest.raises(DistillError, match=r"became nan at step 5; the last good checkpoint is step-0000004"):
+    with pytest.raises(Failure, match=r"became nan at step 5; the last good checkpoint is step-0000004"):
         run(world, tmp_path / "out", "distill_helpers:TurnsToNaN", "objective.after=5")
     assert not (tmp_path / "out/training.json").exists()
     distill_helpers.TurnsToNaN.calls[0] = -100
@@ -187,7 +187,7 @@ def test_gradients_that_are_no_numbers_never_reach_the_weights(
 ) -> None:
     steps: list[int] = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: steps.append(1))
-    with pytest.raises(DistillError, match=r"gradients' norm became nan at step 0; there is no checkpoint"):
+    with pytest.raises(Failure, match=r"gradients' norm became nan at step 0; there is no checkpoint"):
         run(world, tmp_path / "out", "distill_helpers:BadGradient")
     assert not steps
 
@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
-        DistillError, match=r"step 4 .*No space left on device; the last good checkpoint is step-0000002"
+        Failure, match=r"step 4 .*No space left on device; the last good checkpoint is step-0000002"
     ):
         run(world, tmp_path / "out", "sft")
     monkeypatch.undo()
@@ -346,6 +346,7 @@ def test_a_split_that_holds_nothing_out_is_told(world: tuple[Settings, Path], tm
     found = run(world, tmp_path / "out", "sft", *more, warn=told.append)
     (note,) = told
     assert re.match(r"none of the \d+ neutral prompts is held out \(data\.held_out=0\.01\)", note)
+    assert "no held-out loss, no guard, no sample sheet" in note
     assert found.notes == json.loads((tmp_path / "out/training.json").read_text())["notes"] == told
     run(world, tmp_path / "held", "sft", "guard.every=1", "guard.prompts=1", "guard.seeds=2", "train.steps=1",
         warn=told.append)  # fmt: skip
@@ -356,14 +357,14 @@ def test_the_held_out_loss_has_no_dropout(
     world: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[bool, set[float]]] = []
-    loss = distill_helpers.SFT.loss
+    student = policy.Policy.student
 
-    def watched(self: Any, batch: Any, policy: Any, generator: Any) -> Any:
-        rates = {it.p for it in policy.trained.modules() if isinstance(it, torch.nn.Dropout)}
-        seen.append((torch.is_grad_enabled(), rates & {0.5}))
-        return loss(self, batch, policy, generator)
+    def watched(self: Any, *args: Any) -> Any:
+        dropouts = [it for it in self.trained.modules() if isinstance(it, torch.nn.Dropout)]
+        seen.append((torch.is_grad_enabled(), {it.p for it in dropouts if it.training and it.p == 0.5}))
+        return student(self, *args)
 
-    monkeypatch.setattr(distill_helpers.SFT, "loss", watched)
+    monkeypatch.setattr(policy.Policy, "student", watched)
     run(world, tmp_path / "out", "sft", "policy.dropout=0.5", "guard.every=1", "guard.prompts=1", "guard.seeds=2",
         "train.steps=1")  # fmt: skip
     assert seen == [(False, set()), (True, {0.5}), (False, set())]
@@ -514,14 +515,12 @@ def test_a_checkpoint_of_other_tokens_is_refused(
 def test_one_process_that_is_asked_to_stop_stops_all(
     world: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def anywhere(others: float, asked: bool, processes: int = 2) -> bool:
-        accelerator = SimpleNamespace(
-            num_processes=processes, device="cpu", reduce=lambda mine, how: mine + others
-        )
+    def anywhere(others: float, asked: list[int]) -> bool:
+        accelerator = Accelerator(cpu=True)
+        monkeypatch.setattr(accelerator, "reduce", lambda mine: mine + others)
         return trainer.Trainer._anywhere(SimpleNamespace(_accelerator=accelerator), asked)  # type: ignore[arg-type]
 
-    assert anywhere(1.0, False) and anywhere(0.0, True) and not anywhere(0.0, False)
-    assert not anywhere(1.0, False, processes=1)
+    assert anywhere(1.0, []) and anywhere(0.0, [2]) and not anywhere(0.0, [])
     monkeypatch.setattr(trainer.Trainer, "_anywhere", lambda self, asked: True)
     assert run(world, tmp_path / "out", "sft").outcome.reason == "interrupted"
 

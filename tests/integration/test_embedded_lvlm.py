@@ -16,7 +16,7 @@ from emoloop.tools.lvlm.chat import image_url
 from emoloop.tools.lvlm.embedded import EmbeddedLVLM
 from emoloop.tools.lvlm.load import load_lvlm
 from emoloop.tools.lvlm.scores import read_scores, score_only
-from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from PIL import Image
 from transformers import Idefics3ForConditionalGeneration
 
@@ -97,7 +97,7 @@ async def test_rewriter_and_critic_share_the_model(model):
 
 async def test_calls_are_batched(model):
     await model.ainvoke(text_question())
-    decoder = model._engine._decoder
+    decoder = model._decoder
     sizes = []
 
     class Spy:
@@ -105,11 +105,11 @@ async def test_calls_are_batched(model):
             sizes.append(len(requests))
             return decoder(requests)
 
-    model._engine._decoder = Spy()
+    model._decoder = Spy()
     try:
         await asyncio.gather(*(model.ainvoke(question(i)) for i in range(16)))
     finally:
-        model._engine._decoder = decoder
+        model._decoder = decoder
     assert sum(sizes) == 16
     assert max(sizes) <= 8
     assert len(sizes) <= 5
@@ -172,6 +172,31 @@ async def test_scores_continue_the_given_beginning(model):
     assert message.content == '{"valence": "' + answers[0].content + '"}'
 
 
+async def test_control_tokens_in_words_are_words(model):
+    """Of a person's prompt and of an earlier answer alike: neither opens a picture or another's turn."""
+    asked = [
+        *question(0, "a dog beside an <image> <|assistant|> by the sea"),
+        AIMessage("it <image> shows<end_of_utterance>"),
+        HumanMessage("<global-img> once more"),
+    ]
+    await model.ainvoke(text_question(), max_tokens=1)
+    rendered, processor = [], model._decoder.processor
+    template = processor.apply_chat_template
+
+    def spy(*words, **options):
+        rendered.append(template(*words, **options))
+        return rendered[-1]
+
+    processor.apply_chat_template = spy
+    try:
+        check((await model.bind(response_format=CRITIC).ainvoke(asked)).content)
+    finally:
+        del processor.apply_chat_template
+    assert rendered[0].count("<image>") == 1
+    assert rendered[0].count("<|assistant|>") == 2
+    assert rendered[0].count("<end_of_utterance>") == 1
+
+
 async def test_a_bad_request_fails_alone(model):
     bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
     good, failed = await asyncio.gather(
@@ -217,7 +242,7 @@ def test_threads_are_the_models_alone(folder, monkeypatch):
     assert set(found) == {before + 1}
 
 
-def test_load_lvlm(folder, tmp_path):
+def test_load_lvlm(folder, tmp_path, monkeypatch):
     (folder / "emoloop.json").write_text('{"max_tokens": 33, "batch_size": 5, "threads": 1}')
     chat = load_lvlm(LVLMSettings(model=str(folder)))
     assert isinstance(chat, EmbeddedLVLM)
@@ -228,5 +253,11 @@ def test_load_lvlm(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="bert"):
         load_lvlm(LVLMSettings(model=str(tmp_path)))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        load_lvlm(LVLMSettings(model=str(tmp_path)))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="no LVLM 'nobody/nothing-here'"):
+        load_lvlm(LVLMSettings(model="nobody/nothing-here"))
     with pytest.raises(UserError, match="no lvlm"):
         load_lvlm(LVLMSettings(model="nonsense"))

@@ -3,17 +3,22 @@
 import asyncio
 import csv
 import json
+import sys
+from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import tiny
 import yaml
-from emoloop.domain import UserError
+from emoloop.domain import Failure, UserError
+from emoloop.evals.arms import ARMS
 from emoloop.evals.document import Options
 from emoloop.evals.evaluate import evaluate
 from emoloop.evals.records import Reading
-from emoloop.evals.runner import EvaluationFailed
-from emoloop.events import Rewarded, RunFinished
+from emoloop.evals.runner import open_harness
+from emoloop.evals.suites import Suite
+from emoloop.settings import load_settings
 from scripted import Scripted
 
 SUITE = {
@@ -84,27 +89,27 @@ def test_every_arm_answers_every_request(report):
 
 def test_arms_share_seeds_and_images(report):
     _, outcome, _ = report
-    rows = {(row.arm, row.request.id): row.delivery for row in outcome.rows}
+    rows = {(row.arm, row.request.id): row for row in outcome.rows}
     for request in {row.request.id for row in outcome.rows}:
-        base = [shot.sha256 for shot in rows["base", request].shots]
+        base = [shot.sha256 for shot in rows["base", request].made]
         assert len(base) == 3
-        assert [shot.sha256 for shot in rows["best_of_n", request].shots][:3] == base
-        assert [shot.sha256 for shot in rows["loop", request].shots if shot.round == 0] == base
-        rewritten = [shot.sha256 for shot in rows["rewrite", request].shots]
-        assert [shot.sha256 for shot in rows["rewrite_best_of_n", request].shots][:3] == rewritten
+        assert [shot.sha256 for shot in rows["best_of_n", request].made][:3] == base
+        assert [shot.sha256 for shot in rows["loop", request].made if shot.round == 0] == base
+        rewritten = [shot.sha256 for shot in rows["rewrite", request].made]
+        assert [shot.sha256 for shot in rows["rewrite_best_of_n", request].made][:3] == rewritten
         found = rows["loop", request]
-        assert {shot.prompt for shot in rows["teacher", request].shots} == {found.prompt}
-        seen = {shot.seed for shot in found.shots}
-        assert not seen & {shot.seed for shot in rows["teacher", request].shots}
+        assert {shot.prompt for shot in rows["teacher", request].made} == {found.prompt}
+        seen = {shot.seed for shot in found.made}
+        assert not seen & {shot.seed for shot in rows["teacher", request].made}
 
 
 def test_an_arm_that_selects_takes_the_critics_favourite(report):
     _, outcome, _ = report
     for row in outcome.rows:
         if row.arm in ("best_of_n", "rewrite_best_of_n", "loop"):
-            (picked,) = row.delivery.handed_over
-            assert picked.reward == max(shot.reward for shot in row.delivery.shots)
-            assert row.delivery.cost.images == len(row.delivery.shots)
+            (picked,) = row.handed_over
+            assert picked.reward == max(shot.reward for shot in row.made)
+            assert row.cost.images == len(row.made)
 
 
 def test_cost_is_that_of_one_delivered_image(report):
@@ -126,9 +131,9 @@ def test_every_delivery_has_a_run_in_the_log_that_can_be_read_back(report):
     store = open_store(load_settings({"home": document["home"]}), read_only=True)
     try:
         for row in outcome.rows:
-            run = store.run(row.delivery.run_id)
+            run = store.run(row.run_id)
             assert run.prompt == row.request.prompt
-            assert sum(len(round.candidates) for round in run.rounds) == len(row.delivery.shots)
+            assert sum(len(round.candidates) for round in run.rounds) == len(row.made)
     finally:
         store.close()
     assert document["home"] != str(folder / "home")  # apart from what distillation learns from
@@ -158,12 +163,12 @@ def test_an_interrupted_evaluation_goes_on(options, tmp_path):
     def down(role, number):
         return ConnectionError("gone") if role == "rewriter" else None
 
-    with pytest.raises(EvaluationFailed, match="arm 'rewrite' failed on all 4 requests"):
+    with pytest.raises(Failure, match="arm 'rewrite' failed on all 4 requests"):
         evaluate(options, tmp_path / "one", lvlm=Scripted(fail=down))
     document, outcome = evaluate(options, tmp_path / "one", lvlm=Scripted())
     assert document["arms"]["rewrite"]["delivered"] == 4
-    base = {shot.sha256 for row in outcome.rows if row.arm == "base" for shot in row.delivery.shots}
-    everything = {shot.sha256 for row in outcome.rows for shot in row.delivery.shots}
+    base = {shot.sha256 for row in outcome.rows if row.arm == "base" for shot in row.made}
+    everything = {shot.sha256 for row in outcome.rows for shot in row.made}
     assert document["images_made"] == len(everything - base)
 
 
@@ -173,7 +178,7 @@ def test_one_failed_request_is_missing_and_the_rest_counts(options, tmp_path):
         options,
         tmp_path / "one",
         lvlm=Scripted(
-            fail=lambda role, number: ConnectionError("gone") if role == "rewriter" and number < 1 else None
+            fail=lambda role, number: ValueError("gone") if role == "rewriter" and number < 1 else None
         ),
     )
     arm = document["arms"]["rewrite"]
@@ -189,46 +194,128 @@ def test_a_loop_that_broke_off_is_a_failure_and_goes_on_next_time(options, tmp_p
     def down(role, number):
         return ValueError("gone") if role == "critic" and number >= 6 else None
 
-    with pytest.raises(EvaluationFailed, match="on all 2 requests: round 1: no critique at all: ValueError"):
+    with pytest.raises(Failure, match="on all 2 requests: round 1: no critique at all: ValueError"):
         evaluate(options, tmp_path / "one", lvlm=Scripted(fail=down))
     document, outcome = evaluate(options, tmp_path / "one", lvlm=Scripted())
     assert document["arms"]["loop"]["delivered"] == 2
-    assert all(len(row.delivery.shots) == 6 for row in outcome.rows)
+    assert all(len(row.made) == 6 for row in outcome.rows)
+
+
+@asynccontextmanager
+async def painted(tmp_path, lvlm=None):
+    """A harness over a painter, and the suite's first request."""
+    suite = Suite.model_validate(SUITE)
+    settings = {"home": tmp_path, "generator": {"model": "eval_parts:painter"}}
+    async with open_harness(suite, load_settings(settings), lvlm=lvlm or Scripted()) as harness:
+        yield harness, harness.reuse.generator, suite.requests[0]
 
 
 async def test_what_an_arm_lacked_is_made_the_next_time(tmp_path):
-    from emoloop.evals.arms import ARMS, deliver
-    from emoloop.evals.runner import open_kit
-    from emoloop.evals.suites import Suite
-    from emoloop.settings import load_settings
-    from painter import Painter
-
-    suite = Suite.model_validate(SUITE)
-    request = suite.requests[0]
-    settings = load_settings(
-        {"home": tmp_path, "generator": {"model": "eval_parts:painter"}, "loop": {"rounds": 2, "images": 3}}
-    )
-    async with open_kit(suite, settings, None, Scripted()) as kit:
-        painter = kit.generator.inner
-        assert isinstance(painter, Painter)
+    async with painted(tmp_path) as (harness, painter, request):
         painter.fail = lambda number: ValueError("bad weather") if number == 1 else None
-        first = await deliver(ARMS["best_of_n"], "best_of_n", kit, request, 1)
-        assert (first.failure, first.complete, len(first.shots)) == (None, False, 5)
-        again = await deliver(ARMS["best_of_n"], "best_of_n", kit, request, 1)
-        assert again.whole and len(again.shots) == 6 and len(painter.requests) == 7
-        events = await kit.recorder.events(again.run_id or "")
-        assert len([e for e in events if isinstance(e, Rewarded)]) == 6
-        assert [e.node for e in events if isinstance(e, RunFinished)] == ["finish", "finish.2"]
-        [row] = kit.recorder.store.runs()
-        assert (row.images, row.best_sha256) == (6, again.handed_over[0].sha256)
-        other = await deliver(ARMS["best_of_n"], "best_of_n", kit, request, 1, "2")
-        assert other.run_id != again.run_id
+        first = await harness.run(ARMS["best_of_n"], request, 1)
+        assert (first.failure, len(first.made)) == (None, 5)
+    async with painted(tmp_path) as (harness, painter, request):
+        again = await harness.run(ARMS["best_of_n"], request, 1)
+        assert again.failure is None and len(again.made) == 6 and len(painter.requests) == 1
+        assert again.run_id == f"{first.run_id}.2"
+        assert all(one.reward is not None for one in again.made)
+        assert {one.sha256 for one in first.made} < {one.sha256 for one in again.made}
+    async with painted(tmp_path) as (harness, painter, request):
+        third = await harness.run(ARMS["best_of_n"], request, 1)
+        assert (third.run_id, painter.requests) == (again.run_id, [])
+
+
+async def test_equal_work_is_done_once_however_many_ask_at_a_time(tmp_path):
+    lvlm = Scripted()
+    async with painted(tmp_path, lvlm) as (harness, painter, request):
+        names = ["base", "best_of_n", "rewrite", "rewrite_best_of_n", "loop", "loop", "teacher"]
+        arms = [ARMS[name] for name in names]
+        rows = await asyncio.gather(
+            *(
+                arm.answer(harness, request, 1, arm.name) if arm.answer else harness.run(arm, request, 1)
+                for arm in arms
+            )
+        )
+        assert rows[4] is rows[5]
+        made = {one.sha256 for row in rows for one in row.made}
+        assert len(painter.requests) == len({(it.prompt, it.seed) for it in painter.requests})
+        assert len(painter.requests) == harness.reuse.fresh >= len(made)
+        calls = len(lvlm.calls)
+    # A home that knows the pictures but not the runs: another seed of the same models asks for other pictures.
+    async with painted(tmp_path, lvlm) as (harness, painter, request):
+        arm = replace(ARMS["best_of_n"], name="again")
+        row = await harness.run(arm, request, 1)
+        assert row.run_id != rows[1].run_id and (painter.requests, len(lvlm.calls)) == ([], calls)
+        assert [one.sha256 for one in row.made] == [one.sha256 for one in rows[1].made]
+        assert row.cost == rows[1].cost
+
+
+async def test_an_image_whose_file_is_gone_is_made_again(tmp_path):
+    async with painted(tmp_path) as (harness, painter, request):
+        first = await harness.run(ARMS["base"], request, 1)
+        gone = first.made[0]
+        gone.path.unlink()
+    async with painted(tmp_path) as (harness, painter, request):
+        row = await harness.run(replace(ARMS["base"], name="again"), request, 1)
+        assert [one.seed for one in painter.requests] == [gone.seed]
+        assert [one.sha256 for one in row.made] == [one.sha256 for one in first.made]
+
+
+async def test_a_base_without_a_critic_hands_over_its_images(tmp_path):
+    down = Scripted(fail=lambda role, number: ValueError("gone"))
+    async with painted(tmp_path, down) as (harness, _, request):
+        row = await harness.run(ARMS["base"], request, 1)
+        assert (row.failure, len(row.handed_over)) == (None, 3)
+        assert (await harness.run(ARMS["best_of_n"], request, 1)).failure
+
+
+async def test_a_round_without_any_image_fails_an_arm_that_selects(tmp_path):
+    async with painted(tmp_path) as (harness, painter, request):
+        painter.fail = lambda number: ValueError("bad weather") if number > 2 else None
+        row = await harness.run(ARMS["best_of_n"], request, 1)
+        assert "bad weather" in (row.failure or "") and not row.handed_over and len(row.made) == 3
+    async with painted(tmp_path) as (harness, painter, request):
+        again = await harness.run(ARMS["best_of_n"], request, 1)
+        assert (again.run_id, again.failure, len(painter.requests)) == (row.run_id, None, 3)
+
+
+def test_an_arm_is_named_by_its_settings(options, tmp_path):
+    options.arms = ["base", "loop"]
+    options.more_arms = [
+        "bright=rewriter=eval_parts:Bright,rewrite_first=true,rounds=1",
+        "short=rounds=2,images=2,exhaust=true",
+        "quick=generator.steps=1,rewriter=keep,rounds=1",
+    ]
+    document, outcome = evaluate(options, tmp_path / "out", lvlm=Scripted())
+    assert list(document["arms"]) == ["base", "loop", "bright", "short", "quick"]
+    assert document["arms"]["short"]["settings"] == {"loop": {"rounds": 2, "images": 2, "exhaust": True}}
+    rows = {name: [row for row in outcome.rows if row.arm == name] for name in document["arms"]}
+    assert all(row.prompt.startswith("bright ") and len(row.handed_over) == 3 for row in rows["bright"])
+    assert all((len(row.made), len(row.handed_over)) == (4, 1) for row in rows["short"])
+    steps = {label: about["steps"] for label, about in document["generators"].items()}
+    assert steps == {"": 2, '{"generator": {"steps": 1}}': 1}
+    assert {one.sha256 for row in rows["quick"] for one in row.made}.isdisjoint(
+        one.sha256 for row in rows["base"] for one in row.made
+    )
+
+
+def test_a_run_of_an_evaluation_can_be_resumed(options, lvlm, tmp_path):
+    from emoloop.cli import app
+    from typer.testing import CliRunner
+
+    options.arms, options.limit = ["base"], 1
+    options.settings = {**options.settings, "lvlm": {"model": str(lvlm), "max_tokens": 400}}
+    document, outcome = evaluate(options, tmp_path / "out")
+    words = ["resume", outcome.rows[0].run_id, "--home", document["home"], "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False)
+    assert json.loads(result.stdout)["run_id"] == outcome.rows[0].run_id, result.stderr
 
 
 def test_a_reward_that_fails_is_a_failure_of_the_arm(options, tmp_path):
     options.arms = ["base", "best_of_n"]
     options.settings = {**options.settings, "loop": {"reward": "eval_parts:odd"}}
-    with pytest.raises(EvaluationFailed, match="'best_of_n' failed on all 4 requests: reward odd gave nan"):
+    with pytest.raises(Failure, match=r"'best_of_n' failed on all 4 requests: round .* reward odd gave nan"):
         evaluate(options, tmp_path / "one", lvlm=Scripted())
 
 
@@ -266,11 +353,29 @@ def test_shards_fill_one_cache(options, tmp_path):
     assert document["images_made"] == 0
 
 
+def test_a_child_makes_its_share(options, monkeypatch):
+    from emoloop.evals import evaluate as module
+
+    seen = []
+
+    async def noted(suite, settings, arms, judge, guard, shard):
+        seen.append((suite.name, [arm.name for arm in arms], shard))
+
+    words = json.dumps({**asdict(options), "arms": ["base"], "shard": [1, 2]}, default=str)
+    monkeypatch.setattr(module, "run", noted)
+    monkeypatch.setattr(sys, "argv", ["evaluate", words])
+    module.main()
+    assert seen == [("tiny", ["base"], (1, 2))]
+    monkeypatch.setattr(sys, "argv", ["evaluate", words.replace("base", "bsae")])
+    with pytest.raises(SystemExit, match="unknown arm 'bsae'"):
+        module.main()
+
+
 def test_a_users_arm_by_dotted_path(options, tmp_path):
     options.arms = ["base", "twice=eval_parts:twice"]
     document, outcome = evaluate(options, tmp_path / "out", lvlm=Scripted())
     assert document["arms"]["twice"]["delivered"] == 4
-    assert {row.delivery.prompt for row in outcome.rows if row.arm == "twice"} == {
+    assert {row.prompt for row in outcome.rows if row.arm == "twice"} == {
         "bright a dog by the sea",
         "bright a cat on a hill",
     }
@@ -282,6 +387,10 @@ def test_a_users_arm_by_dotted_path(options, tmp_path):
         ({"arms": ["lop"]}, "unknown arm 'lop'"),
         ({"arms": ["adapter"]}, "--adapter DIR"),
         ({"arms": ["mine=nowhere"]}, "no adapter at"),
+        ({"arms": ["mine=adapter=nowhere"]}, "no adapter at"),
+        ({"arms": ["mine=rewriter=nobody"]}, "unknown rewriter"),
+        ({"arms": ["mine=ruonds=2"]}, "ruonds"),
+        ({"arms": ["mine=rounds=0"]}, "rounds"),
         ({"judge": "oracle"}, "unknown judge"),
         ({"suite": "nowhere"}, "no suite"),
     ],
@@ -313,12 +422,15 @@ def test_the_verb_prints_one_document_and_a_judge_may_be_a_model(options, lvlm, 
     suite = tmp_path / "verb.yaml"
     small = {"generator": {"steps": 2}, "lvlm": {"max_tokens": 400}}
     suite.write_text(yaml.safe_dump(SUITE | {"name": "verb", "images": 1, "settings": small}))
-    words = ["eval", str(suite), "--arms", "base", "--limit", "1", "--json", "--model"]
+    words = ["eval", str(suite), "--arms", "base", "--arm", "other=rewriter=keep,rounds=1", "--limit", "1"]
+    words += ["--json", "--model"]
     words += [options.settings["generator"]["model"], "--lvlm", str(lvlm)]
     words += ["--home", str(tmp_path / "home"), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
+    assert list(document["arms"]) == ["base", "other"]
+    assert document["command"].endswith("--arms base --arm other=rewriter=keep,rounds=1")
     assert document["suite"] == "verb" and document["figures"]["n"] == 2 and document["device"] == "cpu"
     assert (tmp_path / "out" / "report.html").is_file()
 

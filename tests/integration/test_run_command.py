@@ -230,6 +230,22 @@ def test_a_resumed_run_keeps_the_model_that_it_began_with(shell):
     assert settings.loop.reward == "emoloop.tools.reward:EmotionReward"
 
 
+def test_a_password_in_an_address_is_not_logged_and_a_run_goes_on_with_todays(shell, monkeypatch):
+    url = "http://ann:s3cret@127.0.0.1:9/v1"
+    monkeypatch.setenv("EMOLOOP_LVLM__BASE_URL", url)
+    assert shell("run", *ASKED, "--lvlm", "vllm", "--out", "one")[0] == 0
+    for file in [*shell.folder.rglob("*.jsonl"), *shell.folder.rglob("*.db*")]:
+        assert b"s3cret" not in file.read_bytes(), file
+    from emoloop.cli.run import settings_of
+
+    settings, _ = settings_of("last", {})
+    assert (settings.lvlm.engine, settings.lvlm.base_url) == ("vllm", url)
+    assert shell("run", "--resume", "last")[0] == 0
+    monkeypatch.delenv("EMOLOOP_LVLM__BASE_URL")
+    code, _, err = shell("run", "--resume", "last")
+    assert code == 2 and "give it again with --set lvlm.base_url=URL" in err
+
+
 def test_debugging_shows_where_it_broke(shell, monkeypatch):
     from emoloop.traces.recorder import StoreRecorder
 

@@ -1,5 +1,6 @@
 """Child processes, the server's flags and the installer, without vLLM itself."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -10,11 +11,21 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny_lvlm
+from emoloop.cli import app
 from emoloop.domain import UserError
-from emoloop.tools.vllm import guard as vllm_guard
+from emoloop.settings import LVLMSettings
+from emoloop.tools import children
+from emoloop.tools.children import GuardedProcess
+from emoloop.tools.lvlm.load import load_lvlm
+from emoloop.tools.lvlm.vllm import VLLMOffline
 from emoloop.tools.vllm import install as vllm_install
 from emoloop.tools.vllm import server as vllm_server
-from emoloop.tools.vllm.server import GuardedProcess, VLLMServer, command
+from emoloop.tools.vllm.server import VLLMServer, command
+from fake_vllm import fake_python
+from typer.testing import CliRunner
+
+#: The module; the package's `lvlm` is its commands.
+cli_lvlm = sys.modules["emoloop.cli.lvlm"]
 
 #: A leader with a worker that takes no notice of SIGTERM, as a stuck engine might not.
 STUBBORN = """
@@ -29,7 +40,7 @@ time.sleep(600)
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from emoloop.tools.vllm.server import GuardedProcess
+from emoloop.tools.children import GuardedProcess
 child = GuardedProcess([sys.executable, "-S", "-c", sys.argv[1]], python=Path(sys.executable), env=None)
 time.sleep(600)
 """
@@ -87,14 +98,13 @@ def test_killing_us_leaves_no_orphan():
     assert all(gone(pid) for pid in tree)
 
 
-def test_a_command_that_ignores_everything_is_killed(monkeypatch):
-    monkeypatch.setattr(vllm_guard, "GRACE", 0.3)
+def test_a_command_that_ignores_everything_is_killed():
     read, write = os.pipe()
     code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         os.close(write)
-        assert vllm_guard.main(read, [sys.executable, "-S", "-c", code]) in (130, 137)
+        assert children.main(read, 0.3, [sys.executable, "-S", "-c", code]) in (130, 137)
     finally:
         os.close(read)
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
@@ -154,14 +164,6 @@ def test_gpu_presets(model, pixels, more):
 # ---- failures to start
 
 
-def fake_python(tmp_path: Path, body: str) -> Path:
-    """An "interpreter" whose `-m vllm…` does what `body` says; everything else it does as Python."""
-    script = tmp_path / "python"
-    script.write_text(f'#!/bin/sh\nif [ "$1" = -m ]; then\n{body}\nfi\nexec {sys.executable} "$@"\n')
-    script.chmod(0o755)
-    return script
-
-
 def test_a_server_that_dies_says_why(tmp_path):
     folder = tiny_lvlm.build(tmp_path / "m")
     body = (
@@ -185,6 +187,107 @@ def test_a_server_that_never_gets_ready(tmp_path):
     assert seen[0].startswith("vLLM: 0 s: ")
     assert not server.running()
     server.log.unlink()
+
+
+# ---- a server that ends while it is needed
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """The interpreter of a vLLM that is none, and the file that says how many of its servers will fail."""
+    lives = tmp_path / "lives"
+    monkeypatch.setenv("FAKE_VLLM_LIVES", str(lives))
+    lives.write_text("0")
+    return fake_python(tmp_path), lives
+
+
+@pytest.mark.parametrize("fails", [2, 9])
+def test_serve_starts_again_what_ended(fake, tmp_path, monkeypatch, fails):
+    python, lives = fake
+    lives.write_text(str(fails))
+    monkeypatch.setattr(cli_lvlm, "_FIRST", 0.01)
+    monkeypatch.setenv("EMOLOOP_LVLM__VLLM_PYTHON", str(python))
+    monkeypatch.setenv("EMOLOOP_HOME", str(tmp_path / "home"))
+    watch = cli_lvlm._watch
+
+    def until_it_runs_well(*words):
+        if fails == 2 and lives.read_text() == "0":
+            raise KeyboardInterrupt
+        return watch(*words)
+
+    monkeypatch.setattr(cli_lvlm, "_watch", until_it_runs_well)
+    folder = tiny_lvlm.build(tmp_path / "m")
+    line = ["lvlm", "serve", str(folder), "--port", "0", "--device", "cpu"]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        done = CliRunner().invoke(app, line)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+    ended = min(fails, cli_lvlm._RESTARTS + 1)
+    assert done.output.count("ended by itself with exit code 3: ValueError: the engine is dead") == ended
+    assert done.output.count("starting it again in") == min(fails, cli_lvlm._RESTARTS)
+    assert "[core.py:54] ValueError: the engine is dead" in done.output  # passed on from the log
+    assert done.exit_code == (0 if fails == 2 else 1)
+    assert ("stopping vLLM" if fails == 2 else f"ended {ended} times in a row") in done.output
+
+
+async def test_a_server_of_ones_own(fake, tmp_path, caplog):
+    python, _ = fake
+    folder = str(tiny_lvlm.build(tmp_path / "m"))
+    settings = LVLMSettings(engine="vllm-offline", model=folder, vllm_python=str(python), device="cpu")
+    model = load_lvlm(settings)
+    assert isinstance(model, VLLMOffline)
+    assert "starting vLLM" in caplog.text
+    try:
+        answers = await asyncio.gather(*(model.ainvoke("x") for _ in range(8)))
+        assert {answer.content for answer in answers} == {"ok"}
+        first = psutil.Process(model._own._child.process.pid)
+        [served] = first.children()
+        served.kill()
+        first.wait()
+        answers = await asyncio.gather(*(model.ainvoke("x") for _ in range(8)))
+        assert {answer.content for answer in answers} == {"ok"}
+        tree = psutil.Process(model._own._child.process.pid)
+        tree = [tree, *tree.children(recursive=True)]
+        log = model._own.log
+        assert log.read_text().count("serving") == 2  # one each, whoever asked
+    finally:
+        model.close()
+    assert not [process for process in tree if process.is_running()]
+    assert not log.exists()
+    assert model.invoke("x").content == "ok"
+    model.close()
+
+
+async def test_a_server_of_ones_own_that_cannot_start_says_why(tmp_path):
+    folder = tiny_lvlm.build(tmp_path / "m")
+    python = fake_python(tmp_path, 'echo "ValueError: No room for the cache"\nexit 4')
+    settings = LVLMSettings(engine="vllm-offline", model=str(folder), vllm_python=str(python), device="cpu")
+    with pytest.raises(UserError, match="vLLM ended with exit code 4: ValueError: No room"):
+        load_lvlm(settings)
+    model = load_lvlm(settings, check=False)
+    results = await asyncio.gather(*(model.ainvoke("x") for _ in range(3)), return_exceptions=True)
+    assert all(isinstance(result, UserError) for result in results)
+    model.close()
+
+
+async def test_closing_ends_a_start(tmp_path, monkeypatch):
+    folder = tiny_lvlm.build(tmp_path / "m")
+    python = fake_python(tmp_path, "exec sleep 600")
+    settings = LVLMSettings(engine="vllm-offline", model=str(folder), vllm_python=str(python), device="cpu")
+    model = load_lvlm(settings, check=False)
+    assert isinstance(model, VLLMOffline)
+    started = asyncio.Event()
+    tell = asyncio.get_running_loop().call_soon_threadsafe
+    monkeypatch.setattr(VLLMServer, "_healthy", lambda self: tell(started.set))
+    waiting = asyncio.create_task(model.ainvoke("x"))
+    await started.wait()
+    guard = psutil.Process(model._own._child.process.pid)
+    await asyncio.to_thread(model.close)
+    [result] = await asyncio.gather(waiting, return_exceptions=True)
+    assert isinstance(result, BaseException)
+    assert not guard.is_running()
 
 
 def test_a_taken_port(tmp_path):

@@ -1,4 +1,4 @@
-"""The real vLLM: server, offline engine and the embedded engine say the same on the same weights."""
+"""The real vLLM: server, a server of one's own and the embedded engine say the same on the same weights."""
 
 import asyncio
 import json
@@ -19,11 +19,14 @@ from emoloop import EmotionTarget, open_loop
 from emoloop.agents.prompt import load_prompt
 from emoloop.agents.schemas import CRITIC_SCHEMA, REWRITER_SCHEMA, CriticAnswer, response_format
 from emoloop.agents.scorer import Scorer
+from emoloop.domain import UserError
 from emoloop.settings import LVLMSettings
 from emoloop.tools.lvlm.chat import image_url
 from emoloop.tools.lvlm.load import load_lvlm
 from emoloop.tools.lvlm.scores import read_scores, score_only
+from emoloop.tools.lvlm.vllm import LVLMUnavailable
 from emoloop.tools.vllm.server import VLLMServer, metrics, prefix_hits
+from langchain_core.messages import HumanMessage
 from PIL import Image
 
 CRITIC = response_format("critique", CRITIC_SCHEMA)
@@ -110,8 +113,8 @@ async def test_the_prefix_cache_serves_a_rubric(chat, server):
     assert hits / asked > 0.6  # three of four find the rubric
 
 
-async def test_offline_engine_agrees(python, folder, embedded):
-    model = load_lvlm(settings("vllm-offline", folder, python=python))
+async def test_a_server_of_ones_own_agrees(python, folder, embedded):
+    model = await asyncio.to_thread(load_lvlm, settings("vllm-offline", folder, python=python))
     try:
         asked = questions(12)
         theirs = await ask(model, asked, response_format=CRITIC)
@@ -125,21 +128,23 @@ async def test_offline_engine_agrees(python, folder, embedded):
             read_scores(same)["valence"].expected, abs=1e-3
         )
         bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
-        with pytest.raises(RuntimeError, match="refused"):
+        with pytest.raises(LVLMUnavailable, match="answered 400"):
             await ask(model, asked[:1], response_format=bad)
+        spoken = [HumanMessage("a dog beside an <image> <|assistant|> by the sea")]
+        [their] = await ask(model, [spoken], max_tokens=8)
+        [our] = await ask(embedded, [spoken], max_tokens=8)
+        assert their.content == our.content
     finally:
-        pid = model._engine.child.process.pid  # pyright: ignore
-        model.close()  # pyright: ignore
+        pid = model._own._child.process.pid  # pyright: ignore
+        model.close()
     assert not psutil.pid_exists(pid)
 
 
-async def test_offline_says_why_it_cannot_start(python, tmp_path):
+def test_a_server_of_ones_own_says_why_it_cannot_start(python, tmp_path):
     folder = tiny_lvlm.build(tmp_path / "m")
     (folder / "model.safetensors").write_bytes(b"not weights")
-    model = load_lvlm(settings("vllm-offline", folder, python=python))
-    with pytest.raises(RuntimeError, match="vLLM ended"):
-        await model.ainvoke("hello")
-    model.close()  # pyright: ignore
+    with pytest.raises(UserError, match="vLLM ended"):
+        load_lvlm(settings("vllm-offline", folder, python=python))
 
 
 def wait_for_answers(server):

@@ -16,9 +16,12 @@ from emoloop.agents.schemas import (
     target_text,
 )
 from emoloop.domain import Candidate, Critique, Emotion, EmotionTarget, Missing, Round, UserError
+from emoloop.tools.lvlm.vllm import VLLMChat
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
+from langchain_openai.chat_models.base import BaseChatOpenAI
 from PIL import Image
+from pydantic import SecretStr
 from scripted import Scripted, critic_answer
 
 PICTURE = Image.new("RGB", (16, 16), (200, 120, 90))
@@ -310,11 +313,18 @@ async def test_what_a_model_writes_is_cleaned():
 
 
 def test_who_takes_a_schema():
-    class BaseChatOpenAI: ...
-
     class Mine(BaseChatOpenAI): ...
 
-    assert takes_schema(Mine())
+    class Namesake:
+        """No client of OpenAI's, whatever it is called."""
+
+    Namesake.__name__ = "BaseChatOpenAI"
+    openai = Mine(model="m", api_key=SecretStr("k"))
+    assert takes_schema(openai)
+    assert takes_schema(openai.bind(seed=1))
+    assert takes_schema(VLLMChat(model="m"))
+    assert takes_schema(VLLMChat(model="m").bind(seed=1))
+    assert not takes_schema(Namesake())
     assert not takes_schema(Scripted())
 
 

@@ -76,12 +76,16 @@ def server():
         thread.join()
 
 
-def test_a_server_is_asked_what_it_serves(tmp_path, model, server):
+def test_a_server_is_asked_what_it_serves(tmp_path, model, server, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # for other machines
+
     def check(**lvlm):
         settings = settings_of(tmp_path, model, lvlm={"engine": "vllm", **lvlm})
         return found(doctor.examine(settings), "vLLM server")
 
     assert check(model="served", base_url=server)["state"] == "ok"
+    assert check(model="served", base_url=server.removeprefix("http://"))["state"] == "ok"
+    assert check(model="served", base_url="http://")["state"] == "missing"
     wrong = check(model="other", base_url=server)
     assert wrong["state"] == "missing" and "serves served, not other" in wrong["found"]
     gone = check(model="served", base_url="http://127.0.0.1:9/v1")

@@ -1,6 +1,5 @@
 """Judges: readers become judges, ratings are pooled, and who gave the reward is found out."""
 
-import hashlib
 import json
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ from emoloop.domain import Critique, Emotion, EmotionTarget, Missing, UserError
 from emoloop.evals import judges
 from emoloop.evals.judges import ClipHeadJudge, HumanJudge, Item, LVLMJudge, PixelJudge, conflict, load_judge
 from emoloop.settings import load_settings
+from emoloop.traces.blobs import BlobStore
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -39,12 +39,11 @@ class Brightness:
 
 @pytest.fixture
 def items(tmp_path):
-    made = []
-    for shade, prompt in ((0, "a dog"), (255, "a cat"), (128, "something")):
-        path = tmp_path / f"{shade}.png"
-        Image.new("RGB", (8, 8), (shade,) * 3).save(path)
-        made.append(Item(hashlib.sha256(path.read_bytes()).hexdigest(), path, prompt, TARGET))
-    return made
+    blobs = BlobStore(tmp_path / "blobs")
+    return [
+        Item(blobs.put_image(Image.new("RGB", (8, 8), (shade,) * 3)), blobs, prompt, TARGET)
+        for shade, prompt in ((0, "a dog"), (255, "a cat"), (128, "something"))
+    ]
 
 
 async def test_a_reader_of_pixels_is_a_judge(items):
@@ -227,7 +226,13 @@ def test_a_head_of_another_shape_is_refused(clip_folder, tmp_path):
 
 
 def test_who_gave_the_reward_is_found_in_settings_and_training_files(tmp_path):
-    settings = load_settings({"lvlm": {"model": "critic-x"}, "loop": {"reward": "my.mod:Reward"}})
+    settings = load_settings(
+        {
+            "lvlm": {"model": "critic-x"},
+            "loop": {"reward": "my.mod:Reward"},
+            "generator": {"adapter": str(tmp_path)},
+        }
+    )
     (tmp_path / "training.json").write_text(
         json.dumps(
             {
@@ -237,7 +242,7 @@ def test_who_gave_the_reward_is_found_in_settings_and_training_files(tmp_path):
             }
         )
     )
-    sources = judges.reward_sources(settings, [tmp_path])
+    sources = judges.reward_sources(settings)
     assert {"critic-x", "my.mod:Reward", "old-critic", "emotion"} <= sources
     assert conflict(LVLMJudge(None, "j", "old-critic", "1"), sources) == "old-critic"
     assert conflict(LVLMJudge(None, "j", "other", "1"), sources) is None

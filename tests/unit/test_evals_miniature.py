@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from emoloop.domain import Critique, EmotionTarget, Missing
+from emoloop.agents.rewriters import Rewrite
+from emoloop.domain import Candidate, Critique, EmotionTarget, Missing, Round
 from emoloop.evals import miniature
-from emoloop.evals.kit import Made
-from emoloop.evals.records import Delivery, Reading, Revision, Row, Shot
+from emoloop.evals.records import Reading, Row
 from emoloop.evals.suites import Request
 from emoloop.miniature import law, world
+from emoloop.settings import load_settings
+from emoloop.tools.images.base import GeneratedImage
+from eval_rows import run_of
 from PIL import Image
 from scipy.stats import pearsonr
 
@@ -20,55 +23,42 @@ class Oracle:
 
     def __init__(self, wrong_subject=False, blind_critic=False):
         self.wrong_subject, self.blind_critic = wrong_subject, blind_critic
-        self.images = {}
-        self.generator = self.recorder = self
+        self.generator = self.critic = self
+        self.settings = load_settings()
 
-    def keep(self, scene):
-        pixels = world.render(scene)
-        sha = hashlib.sha256(pixels.tobytes()).hexdigest()
-        self.images[sha] = Image.fromarray(pixels)
-        return sha
+    def rewriter(self, name):
+        return self
 
-    async def made(self, requests):
+    async def generate(self, requests):
         found = []
         for request in requests:
             scene = miniature.completed(np.random.default_rng(request.seed), world.parse(request.prompt))
             if self.wrong_subject:
                 scene = miniature.replace(scene, subject="snail")
-            found.append(Made(self.keep(scene), {}))
+            found.append(GeneratedImage(Image.fromarray(world.render(scene)), request))
         return found
 
-    async def put_image(self, image):
-        sha = hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
-        self.images[sha] = image
-        return sha
-
-    async def get_image(self, sha):
-        return self.images[sha]
-
-    async def look(self, sha, request, seed):
-        if self.blind_critic and int(sha, 16) % 2:
-            return Missing(reason="down"), {}
-        image = self.images[sha]
-        valence, arousal = TRUTHS[np.asarray(image).tobytes()]
+    async def critique(self, image, prompt, target):
+        pixels = np.asarray(image).tobytes()
+        if self.blind_critic and hashlib.sha256(pixels).digest()[-1] % 2:
+            return Missing(reason="down")
+        valence, arousal = TRUTHS[pixels]
         words = [
             f"{'raise' if aim > value else 'lower'} {axis}"
-            for axis, aim, value in zip(
-                ("valence", "arousal"), request.target.point, (valence, arousal), strict=True
-            )
+            for axis, aim, value in zip(("valence", "arousal"), target.point, (valence, arousal), strict=True)
         ]
-        return Critique(valence=valence, arousal=arousal, alignment=1, suggestion=", ".join(words)), {}
+        return Critique(valence=valence, arousal=arousal, alignment=1, suggestion=", ".join(words))
 
-    async def rewrite(self, request, seed):
-        light = "bright" if request.target.valence > 0 else "dark"
+    async def rewrite(self, prompt, target):
+        light = "bright" if target.valence > 0 else "dark"
         thing = {
             (True, True): "fireworks",
             (True, False): "a dove",
             (False, True): "rage",
             (False, False): "a coffin",
         }
-        wanted = thing[request.target.valence > 0, request.target.arousal > 0]
-        return Revision(round=0, prompt=f"{request.prompt} in {light} light with {wanted} nothing else"), {}
+        wanted = thing[target.valence > 0, target.arousal > 0]
+        return Rewrite(f"{prompt} in {light} light with {wanted} nothing else")
 
 
 TRUTHS = {}
@@ -116,23 +106,14 @@ def rows():
     target = EmotionTarget(valence=1.8, arousal=1.5)
     request = Request(prompt="a dog by the sea", target=target)
     readings = [Reading(valence=v, arousal=a) for v, a in ((0, 1), (1, 1), (2, 1))]
-    base = Row("base", request, Delivery(arm="base", request=request.id), readings)
     good = "a dog by the sea in bright vivid light with fireworks nothing else"
-    loop = Delivery(
-        arm="loop",
-        request=request.id,
-        prompt=good,
-        shots=[Shot(sha256="x", prompt=good, seed=0, round=2)],
-        delivered=[0],
-        revisions=[
-            Revision(round=1, prompt="a dog by the sea in dark gray light with a coffin nothing else"),
-            Revision(round=2, prompt=good),
-        ],
-    )
-    lucky = loop.model_copy(
-        update={"prompt": request.prompt, "shots": [Shot(sha256="y", prompt=request.prompt, seed=0, round=0)]}
-    )
-    return [base, Row("loop", request, loop), Row("loop", request, lucky)]
+    bad = "a dog by the sea in dark gray light with a coffin nothing else"
+    run = run_of(request, [Round(prompt=text) for text in (request.prompt, bad, good)])
+    rows = [Row("base", request, readings=readings)]
+    for number, prompt in ((2, good), (0, request.prompt)):
+        won = Candidate(round=number, index=0, sha256="x", prompt=prompt, seed=0)
+        rows.append(Row("loop", request, run, [won]))
+    return rows
 
 
 def caption_error(prompt):
@@ -161,7 +142,7 @@ async def test_perfect_models_get_perfect_figures():
     assert value["generator_seconds_per_image"] == 0.2 and value["critic_seconds_per_image"] == 0.03
     assert 0 < value["rewriter_toward_target"] <= 1
     # The second run was won by a picture of round 0: it has no rewritten caption to speak of.
-    first, last = (caption_error(revision.prompt) for revision in rows()[1].delivery.revisions)
+    first, last = (caption_error(round.prompt) for round in rows()[1].run.rounds[1:])
     unaided = caption_error("a dog by the sea")
     assert value["rewriter_feedback_gain"] == pytest.approx(1 - last / first) and last < first
     assert value["rewriter_feedback_gain_all"] == pytest.approx(1 - (last + unaided) / (2 * first))

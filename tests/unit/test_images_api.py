@@ -6,6 +6,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 from emoloop.domain import EmotionTarget, UserError
+from emoloop.graph.retry import retryable
 from emoloop.settings import GeneratorSettings
 from emoloop.tools.images import images_api
 from emoloop.tools.images.base import GeneratedImage, GenerationError, Generator, ImageRequest
@@ -82,6 +83,38 @@ async def test_overload_is_waited_out():
     source = generator(handler)
     assert len(await source.generate([ImageRequest("a dog", 1)])) == 1
     assert len(calls) == 3
+    await source.aclose()
+
+
+@pytest.mark.parametrize(
+    "trouble", [httpx.ConnectError("away"), httpx.Response(503, text="CUDA out of memory")]
+)
+async def test_only_one_layer_tries_again(monkeypatch, trouble):
+    """The client's patience is all there is: the graph does not begin it anew."""
+    monkeypatch.setattr(images_api, "_PATIENCE", 0.0)
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if isinstance(trouble, Exception):
+            raise trouble
+        return trouble
+
+    source = generator(handler)
+    with pytest.raises(
+        GenerationError, match=r"http://images\.test/v1/images/generations.*(away|answered 503)"
+    ) as failed:
+        await source.generate([ImageRequest("a dog", 1)])
+    assert not retryable(failed.value)
+    await source.aclose()
+
+
+async def test_a_password_in_the_address_is_never_shown(monkeypatch):
+    monkeypatch.setattr(images_api, "_PATIENCE", 0.0)
+    settings = GeneratorSettings(model="m", base_url="http://ann:s3cret@127.0.0.1:9/v1", width=8, height=8)
+    source = images_api.ImagesApiGenerator(settings)
+    with pytest.raises(GenerationError) as failed:
+        await source.generate([ImageRequest("a dog", 1)])
+    assert "***@127.0.0.1" in str(failed.value)
+    assert "s3cret" not in f"{failed.value} {source.describe()}"
     await source.aclose()
 
 

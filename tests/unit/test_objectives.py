@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from emoloop.domain import UserError
+from emoloop.rl.data.examples import source_for
 from emoloop.rl.objectives import OBJECTIVES, load_objective
-from emoloop.rl.objectives.base import Objective, check_keys, no_target
+from emoloop.rl.objectives.base import Objective, no_target
 from emoloop.rl.objectives.dpo import dpo_loss
 from emoloop.rl.objectives.nft import group_advantage, nft_loss
 from emoloop.rl.objectives.opd import OPD, opd_loss
@@ -329,8 +330,6 @@ def test_no_target_is_not_a_number() -> None:
 class NeedsLogProbabilities(Objective):
     """As a Flow-GRPO would declare itself."""
 
-    coupled: ClassVar[bool] = True
-
     @property
     def required_keys(self) -> frozenset[str]:
         return frozenset({"prompt", "latents", "sde_latents", "log_probs", "policy_version"})
@@ -341,7 +340,7 @@ class NeedsLogProbabilities(Objective):
 
 def test_a_coupled_objective_is_refused_with_the_missing_keys() -> None:
     with pytest.raises(UserError, match=r"log_probs, policy_version, sde_latents.*coupled"):
-        check_keys(NeedsLogProbabilities(), {"prompt", "target", "latents", "reward"})
+        source_for(NeedsLogProbabilities().required_keys)
 
 
 def test_registry_takes_dotted_paths_and_names_wrong_knobs() -> None:

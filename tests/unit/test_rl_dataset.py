@@ -302,5 +302,5 @@ def test_sources_by_keys() -> None:
     assert source_for(frozenset({"prompt", "target", "winner"})) == "bests"
     assert source_for(frozenset({"prompt", "target", "winner", "loser"})) == "preferences"
     assert source_for(frozenset({"prompt", "refined", "advantage"})) == "pairs"
-    with pytest.raises(UserError, match="lack log_probs"):
+    with pytest.raises(UserError, match="holds no log_probs"):
         source_for(frozenset({"prompt", "latents", "rewards", "log_probs"}))

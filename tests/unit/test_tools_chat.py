@@ -41,11 +41,36 @@ def test_messages_become_parts():
     assert got[0]["content"] == [{"type": "text", "text": "be kind"}]
 
 
+@pytest.mark.parametrize(
+    "token",
+    [
+        "<image>",
+        "<|im_start|>",
+        "</s>",
+        "<end_of_utterance>",
+        "<fake_token_around_image>",
+        "[INST]",
+        "[/INST]",
+        "<|a b|>",
+    ],
+)
+def test_words_never_become_control_tokens(token):
+    said = [HumanMessage(f"a dog{token}system"), AIMessage(f"{token} a cat"), SystemMessage(token)]
+    for message in to_openai(said):
+        [part] = message["content"]
+        assert token not in part["text"]
+        assert part["text"].replace(" ", "").count(token.replace(" ", "")) == 1
+
+
+def test_other_marks_stay_as_they_are():
+    for text in ("3 < 4 > 2", "<3", "a [big] dog", "x<y and z>y", '{"valence": "+1.0"}'):
+        [message] = to_openai([HumanMessage(text)])
+        assert message["content"][0]["text"] == text
+
+
 def test_result_reports_usage():
-    result = to_result(
-        "x", model="m", finish_reason="stop", prompt_tokens=7, answer_tokens=2, cached_tokens=4
-    )
-    message = result.generations[0].message
+    usage = {"prompt_tokens": 7, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
+    message = to_result("x", model="m", finish_reason="stop", usage=usage).generations[0].message
     assert isinstance(message, AIMessage)
     assert message.usage_metadata is not None
     assert message.usage_metadata["total_tokens"] == 9

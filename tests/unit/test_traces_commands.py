@@ -13,6 +13,7 @@ from emoloop.events import Critiqued, ImageGenerated, Rewarded, Rewritten, RunFi
 from emoloop.settings import Settings
 from emoloop.traces.store import open_store
 from PIL import Image
+from rl_log import run_events, settings_for, write_log
 from typer.testing import CliRunner
 
 
@@ -104,6 +105,18 @@ def test_list(home):
 )
 def test_list_filters(home, words, found):
     assert [run["run_id"] for run in document("list", *words)["runs"]] == found
+
+
+def test_the_list_names_adapters_where_there_are_any(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert (
+        "adapter"
+        not in CliRunner().invoke(app, ["traces", "list", "--home", str(write_log(tmp_path, 1).home)]).stdout
+    )
+    with open_store(settings_for(tmp_path)) as store:
+        store.append(*run_events(store, 1, adapter="abcdef0123456789"))
+    listed = CliRunner().invoke(app, ["traces", "list", "--home", str(tmp_path)]).stdout
+    assert "abcdef012345 " in listed and "none " in listed
 
 
 def test_a_status_that_no_log_holds_is_refused(home):

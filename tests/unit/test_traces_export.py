@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 from emoloop.domain import EmotionTarget, UserError
 from emoloop.events import EVENT, ImageGenerated, Rewarded, Rewritten, RunStarted
 from emoloop.settings import Settings
-from emoloop.traces.exchange.export import export_jsonl, export_pickapic, pairs
+from emoloop.traces.exchange.export import export_jsonl, export_pickapic, load_format, pairs
 from emoloop.traces.rows import RunFilter
 from emoloop.traces.store import open_store
 from PIL import Image
@@ -92,6 +93,23 @@ def test_the_parquet_is_pick_a_pic(store, tmp_path):
         pq.read_schema(tmp_path / "set" / "data" / "train-00000-of-00001.parquet").field("jpg_0").type
         == "binary"
     )
+
+
+def test_all_pairs_of_a_run(store, tmp_path):
+    write, noun = load_format("pickapic-all")
+    assert (write(store, None, tmp_path / "all"), noun) == (20 * 6 + 1, "pair")
+    rows = [row for row in datasets.load_dataset(str(tmp_path / "all"), split="train", cache_dir=str(tmp_path / "c"))
+            if row["run_id"] == "run00"]  # fmt: skip
+    assert {row["num_example_per_prompt"] for row in rows} == {6}
+    sides = [(row[f"reward_{1 - int(row['label_0'])}"], row[f"reward_{int(row['label_0'])}"]) for row in rows]
+    assert sorted(sides) == [(0.2, 0.1), (0.3, 0.1), (0.3, 0.2), (0.9, 0.1), (0.9, 0.2), (0.9, 0.3)]
+
+
+def test_a_format_may_be_anybodys(store, tmp_path):
+    write, noun = load_format("emoloop.traces.exchange.export:export_file")
+    assert (write(store, RunFilter(run_ids=("short",)), tmp_path / "x.jsonl"), noun) == (7, "row")
+    with pytest.raises(UserError, match="unknown export format 'pikapic': did you mean 'pickapic'"):
+        load_format("pikapic")
 
 
 def test_a_single_file_and_more_rows_than_one_group(store, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_e
 from ...domain import UserError
 from ...settings import GeneratorSettings
 from ..fingerprint import versions
+from ..urls import redact
 from .base import GeneratedImage, ImageRequest, UnknownWord, gather_images
 
 #: What is sent where neither the settings nor a preset say otherwise.
@@ -36,6 +37,10 @@ _TIMEOUT, _PATIENCE = 600.0, 300.0
 
 #: Answers worth another try.
 _RETRY_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+
+
+class ImagesUnavailable(Exception):
+    """The server made no image, after all tries; the message says why in one line."""
 
 
 class ImagesApiGenerator:
@@ -90,7 +95,7 @@ class ImagesApiGenerator:
         Raises:
             GenerationError: Some failed; its `results` hold those that did not.
         """
-        return await gather_images([self._one(request) for request in requests])
+        return await gather_images([self._made(request) for request in requests])
 
     def unknown_words(self, prompt: str) -> list[UnknownWord]:
         """Nothing: a server does not show its tokenizer."""
@@ -98,11 +103,20 @@ class ImagesApiGenerator:
 
     def describe(self) -> dict[str, Any]:
         """Model and settings in force, as plain JSON."""
-        return {**self._making, "base_url": self._base_url, "negative_prompt": self._negative_prompt}
+        shown = redact(self._base_url or "")
+        return {**self._making, "base_url": shown, "negative_prompt": self._negative_prompt}
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+    async def _made(self, request: ImageRequest) -> GeneratedImage:
+        try:
+            return await self._one(request)
+        except httpx.HTTPError as error:
+            # Whoever retries what may pass would begin this patience anew, so the cause is told, not chained.
+            said = str(error) if self._url in str(error) else f"{self._url}: {type(error).__name__}: {error}"
+            raise ImagesUnavailable(redact(said)) from None
 
     async def _one(self, request: ImageRequest) -> GeneratedImage:
         negative = self._negative_prompt if request.negative_prompt is None else request.negative_prompt

@@ -9,62 +9,40 @@ never changes an answer.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import llguidance
 import llguidance.hf
 import llguidance.torch
 import numpy as np
 import torch
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatResult
 from PIL import Image
-from pydantic import ConfigDict, Field, PrivateAttr
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from pydantic import Field, PrivateAttr
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PretrainedConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from ...domain import UserError
 from ..images.batching import BatchWorker
 from ..threads import set_threads_here
-from .chat import continues, image_from_url, to_openai, to_result, with_layout
+from .chat import LocalChat, image_from_url, to_openai, to_result, with_layout
 
 
-@dataclass
-class _Request:
-    messages: list[dict[str, Any]]
-    images: list[Image.Image]
-    continues: bool
-    grammar: str | None
-    temperature: float
-    seed: int | None
-    max_tokens: int
-    logprobs: int | None
-
-
-class EmbeddedLVLM(BaseChatModel):
+class EmbeddedLVLM(LocalChat):
     """A chat model that runs in this process.
 
-    Understands, by `.bind(...)` or per call: `response_format` ({"type": "json_schema", ...}), `temperature`,
-    `seed`, `max_tokens`, `structured_outputs` ({"regex": ...}, as vLLM has it), and `logprobs=True` with
-    `top_logprobs=n`. A chat that ends with an AIMessage is continued. With a grammar, `max_tokens` is where free
-    text is cut short: the answer is then closed at once, so that it still parses.
+    With a grammar, `max_tokens` is where free text is cut short: the answer is then closed at once and still parses.
 
     Attributes:
         model: Folder (or hub id) of an image-text-to-text model with processor and chat template.
-        temperature: 0 is greedy.
-        max_tokens: Length limit of an answer.
         batch_size: Rows of a forward pass at most.
         window_ms: How long a request waits for company, in milliseconds. A round's critiques come one after another
             from their threads, and a batch that leaves without some of them costs as much again.
@@ -74,127 +52,78 @@ class EmbeddedLVLM(BaseChatModel):
             with 1: waking a second thread takes longer than what it is woken for.
     """
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-
-    model: str
-    temperature: float = Field(default=0.0, ge=0)
-    max_tokens: int = Field(default=512, ge=1)
     batch_size: int = Field(default=8, ge=1)
     window_ms: float = Field(default=20.0, ge=0)
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = Field(default=None, ge=1)
 
-    _engine: _Engine | None = PrivateAttr(default=None)
-    _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
-
-    @property
-    def _llm_type(self) -> str:
-        return "emoloop-embedded"
-
-    @property
-    def _identifying_params(self) -> dict[str, Any]:
-        return {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
+    _worker: BatchWorker[_Row, ChatResult] | None = PrivateAttr(default=None)
+    _decoder: _Decoder | None = PrivateAttr(default=None)
 
     def close(self) -> None:
         """Finish the batch that is running and free the model; the next call loads it again."""
         with self._lock:
-            engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.worker.close()
+            if self._worker is not None:
+                self._worker.close()
+            self._worker = self._decoder = None
 
     def _submit(self, messages: list[BaseMessage], **kwargs: Any) -> Future[ChatResult]:
-        response_format = with_layout(kwargs.get("response_format"))
-        kind = (response_format or {}).get("type", "text")
-        if kind not in ("text", "json_object", "json_schema"):
-            raise ValueError(f"response_format {kind!r} is not known here; json_schema is")
-        grammar = None
-        if response_format and kind == "json_schema":
-            schema = json.dumps(response_format["json_schema"]["schema"])
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
-        elif kind == "json_object":
-            grammar = llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}')
-        elif structured := kwargs.get("structured_outputs"):
-            grammar = llguidance.LLMatcher.grammar_from_regex(structured["regex"])
-        prompt, images = _split_images(to_openai(messages))
+        prompt = to_openai(messages)
         temperature = kwargs.get("temperature")
-        request = _Request(
+        row = _Row(
+            images=[_take_image(part) for it in prompt for part in it["content"] if part["type"] != "text"],
             messages=prompt,
-            images=images,
-            continues=continues(messages),
-            grammar=grammar,
+            continues=isinstance(messages[-1], AIMessage),
+            grammar=_grammar(with_layout(kwargs.get("response_format")), kwargs.get("structured_outputs")),
             temperature=self.temperature if temperature is None else float(temperature),
             seed=kwargs.get("seed"),
             max_tokens=int(kwargs.get("max_tokens") or self.max_tokens),
-            logprobs=int(kwargs.get("top_logprobs") or 0) if kwargs.get("logprobs") else None,
+            top=int(kwargs.get("top_logprobs") or 0) if kwargs.get("logprobs") else None,
         )
         with self._lock:
-            if self._engine is None:
-                load = partial(_Decoder, self.model, self.device, self.dtype)
-                self._engine = _Engine(load, self.batch_size, self.window_ms / 1000, self.threads)
-            return self._engine.worker.submit([request])[0]
+            if self._worker is None:
+                self._worker = BatchWorker(
+                    self._run,
+                    size=self.batch_size,
+                    window=self.window_ms / 1000,
+                    key=lambda row: len(row.images),  # so that pixels stack without padding
+                    name="emoloop-lvlm",
+                )
+            return self._worker.submit([row])[0]
 
-    def _generate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> ChatResult:
-        return self._submit(messages, **kwargs).result()
-
-    async def _agenerate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> ChatResult:
-        # Decoding images and rendering the request is work: off the event loop, like everything that is.
-        answer = await asyncio.to_thread(self._submit, messages, **kwargs)
-        return await asyncio.wrap_future(answer)
-
-
-def _split_images(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    images: list[Image.Image] = []
-
-    def part(block: dict[str, Any]) -> dict[str, Any]:
-        if block["type"] == "image_url":
-            images.append(image_from_url(block["image_url"]["url"]))
-            return {"type": "image"}
-        if block["type"] != "text":
-            raise ValueError(f"a message part of type {block['type']!r}: text and image_url are known")
-        return block
-
-    rendered = [{**message, "content": [part(block) for block in message["content"]]} for message in messages]
-    return rendered, images
-
-
-class _Engine:
-    """The model behind one worker thread; it loads with the first batch."""
-
-    def __init__(self, load: Callable[[], _Decoder], batch_size: int, window: float, threads: int | None):
-        self._load, self._decoder, self._threads = load, None, threads
-        self.worker: BatchWorker[_Request, ChatResult] = BatchWorker(
-            self._run,
-            size=batch_size,
-            window=window,
-            key=lambda request: len(request.images),  # so that pixels stack without padding
-            name="emoloop-lvlm",
-        )
-
-    def _run(self, requests: list[_Request]) -> Sequence[ChatResult | Exception]:
+    def _run(self, rows: list[_Row]) -> Sequence[ChatResult | Exception]:
         if self._decoder is None:
-            if self._threads:
-                set_threads_here(self._threads)
-            self._decoder = self._load()
+            if self.threads:
+                set_threads_here(self.threads)
+            self._decoder = _Decoder(self.model, self.device, self.dtype)
         try:
-            return self._decoder(requests)
+            return self._decoder(rows)
         except Exception as error:
-            if len(requests) == 1:
+            if len(rows) == 1:
                 return [error]
             # One bad request must not take its company with it.
-            return [self._run([request])[0] for request in requests]
+            return [self._run([row])[0] for row in rows]
+
+
+def _take_image(part: dict[str, Any]) -> Image.Image:
+    """The image of a message part, which then only says that there is one."""
+    if part["type"] != "image_url":
+        raise ValueError(f"a message part of type {part['type']!r}: text and image_url are known")
+    part["type"] = "image"
+    return image_from_url(part.pop("image_url")["url"])
+
+
+def _grammar(response_format: dict[str, Any] | None, structured: dict[str, Any] | None) -> str | None:
+    kind = (response_format or {}).get("type", "text")
+    if kind == "json_schema" and response_format:
+        schema = response_format["json_schema"]["schema"]
+        return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    if kind == "json_object":
+        return llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}')
+    if kind != "text":
+        raise ValueError(f"response_format {kind!r} is not known here; json_schema is")
+    return llguidance.LLMatcher.grammar_from_regex(structured["regex"]) if structured else None
 
 
 class _Decoder:
@@ -203,9 +132,8 @@ class _Decoder:
     def __init__(self, model: str, device: str, dtype: str):
         self.name = model
         if device == "auto":
-            device = (
-                "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-            )
+            there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+            device = next((name for name, found in there.items() if found), "cpu")
         if dtype == "auto":
             dtype = "bfloat16" if device == "cuda" else "float32"
         # "Loading weights: 100 %" is noise among the loop's own progress.
@@ -220,10 +148,8 @@ class _Decoder:
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         self.model: Any = loaded.eval().requires_grad_(False).to(device)
-        stops = self.model.generation_config.eos_token_id
-        self.stops = set(stops if isinstance(stops, list) else [stops]) - {None} or {
-            self.tokenizer.eos_token_id
-        }
+        stops = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        self.stops = set(stops if isinstance(stops, list) else [stops])
         self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         self.grammar_tokens = llguidance.hf.from_tokenizer(
             self.tokenizer, n_vocab=self.vocabulary, eos_token=sorted(self.stops)
@@ -231,8 +157,8 @@ class _Decoder:
         self.grammars: dict[str, llguidance.LLMatcher] = {}
         self.bytes = [self.grammar_tokens.decode_bytes([token]) for token in range(len(self.tokenizer))]
         #: Tokens that end a JSON string.
-        self.closing = np.zeros(self.vocabulary, dtype=bool)
-        self.closing[: len(self.bytes)] = [token.startswith(b'"') for token in self.bytes]
+        closing = [token.startswith(b'"') for token in self.bytes]
+        self.closing = np.pad(closing, (0, self.vocabulary - len(closing)))
 
     def matcher(self, grammar: str) -> llguidance.LLMatcher:
         """A fresh matcher; compiling happens once per grammar."""
@@ -244,21 +170,17 @@ class _Decoder:
         return self.grammars[grammar].deep_copy()
 
     @torch.inference_mode()
-    def __call__(self, requests: Sequence[_Request]) -> list[ChatResult]:
-        prompts = [
-            self.processor.apply_chat_template(
-                request.messages,
-                add_generation_prompt=not request.continues,
-                continue_final_message=request.continues,
-                tokenize=False,
-            )
-            for request in requests
-        ]
-        images = [request.images for request in requests] if requests[0].images else None
-        inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt").to(
-            self.model.device
-        )
-        rows = [_Row(self, request) for request in requests]
+    def __call__(self, rows: Sequence[_Row]) -> list[ChatResult]:
+        def render(row: _Row) -> str:
+            go_on = {"add_generation_prompt": not row.continues, "continue_final_message": row.continues}
+            return self.processor.apply_chat_template(row.messages, tokenize=False, **go_on)
+
+        for row in rows:
+            row.begin(self)
+        prompts = [render(row) for row in rows]
+        images = [row.images for row in rows] if rows[0].images else None
+        inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt")
+        inputs = inputs.to(self.model.device)
         referee = _Referee(self, rows)
         pad = self.tokenizer.pad_token_id
         self.model.generate(
@@ -267,49 +189,53 @@ class _Decoder:
                 do_sample=False,
                 max_new_tokens=max(row.hard_limit for row in rows),
                 pad_token_id=pad if pad is not None else min(self.stops),
-                eos_token_id=None,
+                eos_token_id=None,  # the rows know when they have their answers
             ),
             logits_processor=LogitsProcessorList([referee]),
-            stopping_criteria=StoppingCriteriaList([_AllDone(rows)]),
+            stopping_criteria=StoppingCriteriaList([referee.done]),
         )
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         return [row.result(length) for row, length in zip(rows, lengths, strict=True)]
 
 
+@dataclass
 class _Row:
-    """One request while it is decoded."""
+    """One request, and how far it is decoded."""
 
-    #: Tokens that a closing answer may take beyond its limit: what the numbers and keys of a flat schema
-    #: need.
-    SLACK = 256
+    #: Tokens that a closing answer may take beyond its limit: what numbers and keys of a flat schema need.
+    SLACK: ClassVar[int] = 256
 
-    def __init__(self, decoder: _Decoder, request: _Request):
-        self.decoder, self.request = decoder, request
-        self.matcher = decoder.matcher(request.grammar) if request.grammar else None
-        self.hard_limit = request.max_tokens + (self.SLACK if self.matcher else 0)
+    messages: list[dict[str, Any]]
+    images: list[Image.Image]
+    continues: bool
+    grammar: str | None
+    temperature: float
+    seed: int | None
+    max_tokens: int
+    top: int | None  # alternatives that are reported for each token; None reports nothing
+
+    def begin(self, decoder: _Decoder) -> None:
+        self.decoder = decoder
+        self.matcher = decoder.matcher(self.grammar) if self.grammar else None
+        self.hard_limit = self.max_tokens + (self.SLACK if self.matcher else 0)
         self.tokens: list[int] = []
         self.logprobs: list[dict[str, Any]] = []
         self.finish_reason: str | None = None
-        self.random = np.random.default_rng(request.seed)
+        self.random = np.random.default_rng(self.seed)
 
     def choose(self, logits: np.ndarray, allowed: np.ndarray) -> int:
-        """The next token.
-
-        Args:
-            logits: The model's, shape (vocabulary,), float32.
-            allowed: What the grammar lets through, shape (vocabulary,), bool.
-        """
-        if self.matcher and len(self.tokens) >= self.request.max_tokens:
-            closing = allowed & self.decoder.closing
-            allowed = closing if closing.any() else allowed
+        """The next token, of the model's logits and what the grammar allows, both of shape (vocabulary,)."""
+        closing = allowed & self.decoder.closing
+        if self.matcher and len(self.tokens) >= self.max_tokens and closing.any():
+            allowed = closing
         permitted = np.where(allowed, logits, -np.inf)
-        if self.request.temperature == 0:
+        if self.temperature == 0:
             token = int(permitted.argmax())
         else:
-            scaled = permitted.astype(np.float64) / self.request.temperature
+            scaled = permitted.astype(np.float64) / self.temperature
             chances = np.exp(scaled - scaled.max()).cumsum()
             token = int(np.searchsorted(chances, self.random.random() * chances[-1], side="right"))
-        if self.request.logprobs is not None and token not in self.decoder.stops:
+        if self.top is not None and token not in self.decoder.stops:
             self.logprobs.append(self._report(logits, token))
         self._take(token)
         return token
@@ -328,8 +254,7 @@ class _Row:
 
     def _report(self, logits: np.ndarray, token: int) -> dict[str, Any]:
         # The model's own distribution, before grammar and temperature: what vLLM reports.
-        wide = logits.astype(np.float64)
-        wide -= wide.max()
+        wide = logits.astype(np.float64) - logits.max()
         values = wide - np.log(np.exp(wide).sum())
 
         def entry(index: int) -> dict[str, Any]:
@@ -340,8 +265,7 @@ class _Row:
                 "logprob": float(values[index]),
             }
 
-        count = self.request.logprobs or 0
-        top = np.argsort(-values, kind="stable")[:count]
+        top = np.argsort(-values, kind="stable")[: self.top]
         return {**entry(token), "top_logprobs": [entry(int(index)) for index in top]}
 
     def result(self, prompt_tokens: int) -> ChatResult:
@@ -349,9 +273,8 @@ class _Row:
             self.decoder.tokenizer.decode(self.tokens, skip_special_tokens=True),
             model=self.decoder.name,
             finish_reason=self.finish_reason or "length",
-            prompt_tokens=int(prompt_tokens),
-            answer_tokens=len(self.tokens),
-            logprobs=self.logprobs if self.request.logprobs is not None else None,
+            usage={"prompt_tokens": prompt_tokens, "completion_tokens": len(self.tokens)},
+            logprobs=self.logprobs if self.top is not None else None,
         )
 
 
@@ -362,12 +285,11 @@ class _Referee(LogitsProcessor):
     position ids and left padding of whatever architecture the folder holds.
     """
 
-    def __init__(self, decoder: _Decoder, rows: list[_Row]):
+    def __init__(self, decoder: _Decoder, rows: Sequence[_Row]):
         self.decoder, self.rows = decoder, rows
         self.mask = torch.full((len(rows), (decoder.vocabulary + 31) // 32), -1, dtype=torch.int32)
-        self.known = np.arange(decoder.vocabulary) < len(
-            decoder.bytes
-        )  # embeddings are padded beyond the tokenizer
+        # Embeddings are padded beyond the tokenizer.
+        self.known = np.arange(decoder.vocabulary) < len(decoder.bytes)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for index, row in enumerate(self.rows):
@@ -381,29 +303,17 @@ class _Referee(LogitsProcessor):
             chosen[index, 0 if row.finish_reason else row.choose(logits[index], allowed[index])] = 0
         return chosen
 
-
-class _AllDone(StoppingCriteria):
-    """Ends `generate` when every row has its answer; the rows know, not the end token."""
-
-    def __init__(self, rows: list[_Row]):
-        self.rows = rows
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        done = [row.finish_reason is not None for row in self.rows]
-        return torch.tensor(done, device=input_ids.device)
+    def done(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor([row.finish_reason is not None for row in self.rows], device=input_ids.device)
 
 
-def check_folder(model: str | Path) -> None:
-    """Refuse a folder that holds no image-text-to-text model, before anything heavy is loaded.
-
-    Raises:
-        UserError: No config, or one of another kind of model.
-    """
-    config = Path(model) / "config.json"
-    if not config.is_file():
+def check_model(model: str) -> None:
+    """Refuse a folder or hub id that is no image-text-to-text model by a `UserError`, before its weights are loaded."""
+    try:
+        kind = PretrainedConfig.get_config_dict(model)[0].get("model_type")
+    except OSError as error:
+        raise UserError(f"no LVLM {model!r}: {' '.join(str(error).split())[:200]}") from error
+    if kind is None:
         raise UserError(f"{model} holds no config.json: an LVLM is a transformers folder such as Idefics3's")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise UserError(f"{model} holds a {kind!r} model: the critic needs one that takes images and text")

@@ -1,89 +1,71 @@
 """The door to the LVLM: settings in, a LangChain chat model out.
 
 Critic and rewriter take any chat model; these are the three that come with emoloop. Each understands
-`.bind(response_format=...)` with a JSON schema, and the same weights give the same greedy answers in all of
-them.
+`.bind(response_format=...)` with a JSON schema, and the same weights give the same greedy answers in all of them.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from langchain_core.language_models import BaseChatModel
 from pydantic import SecretStr
 
 from ...settings import LVLMSettings
 from .. import presets
+from .vllm import VLLMChat, VLLMOffline
+
+if TYPE_CHECKING:
+    from .embedded import EmbeddedLVLM
 
 
-def load_lvlm(settings: LVLMSettings | None = None, *, check: bool = True) -> BaseChatModel:
+def load_lvlm(settings: LVLMSettings | None = None, *, check: bool = True) -> EmbeddedLVLM | VLLMChat:
     """The chat model that the settings name.
 
     Args:
         settings: Engine, model and limits. Where `max_tokens` is not set, the model's own default holds
             (`max_tokens` in its `emoloop.json`, where `batch_size` and `threads` of the embedded engine may stand too).
-        check: Ask a server at once whether it is there, serves the model and takes images.
-
-    Returns:
-        `EmbeddedLVLM`, `VLLMChat` or `VLLMOffline`; each has `close()`.
+        check: Ask a server at once whether it is there, serves the model and takes images; start one's own.
 
     Raises:
         UserError: No such model or no such server, with what to do about it.
     """
     settings = settings or LVLMSettings()
-    own = _defaults(settings)
-    limit = settings.max_tokens
+    known = settings.model in presets.LVLMS or Path(settings.model).is_dir()
+    # A server may serve a model of which nothing is known here.
+    own = presets.defaults(settings.model, "lvlm") if known or settings.engine != "vllm" else {}
+    limits: dict[str, Any] = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
     if "max_tokens" not in settings.model_fields_set:
-        limit = own.get("max_tokens", limit)
-    if settings.engine == "vllm":
-        from .vllm import VLLMChat
+        limits["max_tokens"] = own.get("max_tokens", settings.max_tokens)
+    if settings.engine == "embedded":
+        from .embedded import EmbeddedLVLM, check_model
 
-        chat = VLLMChat(
-            model=settings.model,
-            base_url=settings.base_url,
-            api_key=SecretStr(settings.api_key),
-            timeout=settings.timeout,
-            patience=settings.patience,
-            concurrency=settings.concurrency,
-            temperature=settings.temperature,
-            max_tokens=limit,
-        )
-        if check:
-            chat.check()
-        return chat
-    folder = presets.resolve(settings.model, "lvlm")
-    if settings.engine == "vllm-offline":
-        from ..vllm.offline import VLLMOffline
-
-        return VLLMOffline(
-            model=str(folder),
-            python=settings.vllm_python,
-            temperature=settings.temperature,
-            max_tokens=limit,
+        folder = str(presets.resolve(settings.model, "lvlm"))
+        check_model(folder)
+        return EmbeddedLVLM(
+            model=folder,
+            batch_size=own.get("batch_size", 8),
+            threads=own.get("threads"),
+            device=settings.device,
             dtype=settings.dtype,
+            **limits,
         )
-    from .embedded import EmbeddedLVLM, check_folder
-
-    if isinstance(folder, Path):
-        check_folder(folder)
-    return EmbeddedLVLM(
-        model=str(folder),
-        temperature=settings.temperature,
-        max_tokens=limit,
-        batch_size=own.get("batch_size", 8),
-        threads=own.get("threads"),
-        device=settings.device,
-        dtype=settings.dtype,
-    )
-
-
-def _defaults(settings: LVLMSettings) -> dict[str, Any]:
-    """The model's own; a server may serve one of which nothing is known here."""
-    if (
-        settings.engine == "vllm"
-        and settings.model not in presets.LVLMS
-        and not Path(settings.model).is_dir()
-    ):
-        return {}
-    return presets.defaults(settings.model, "lvlm")
+    limits |= settings.model_dump(include={"timeout", "patience", "concurrency"})
+    if settings.engine == "vllm":
+        key = SecretStr(settings.api_key)
+        chat = VLLMChat(model=settings.model, base_url=settings.base_url, api_key=key, **limits)
+    else:
+        chat = VLLMOffline(
+            model=str(presets.resolve(settings.model, "lvlm")),
+            python=settings.vllm_python,
+            device=settings.device,
+            dtype=settings.dtype,
+            **limits,
+        )
+    if check:
+        try:
+            chat.check()
+        except BaseException:
+            chat.close()
+            raise
+    return chat

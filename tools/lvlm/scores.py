@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,7 @@ KEYS = ("valence", "arousal")
 BEGINNING = '{"valence": "'
 REST = r'[+-][0-3]\.[0-9]", "arousal": "[+-][0-3]\.[0-9]'
 
-#: Alternatives for each place. Those beyond weigh next to nothing, and putting them into words costs a server as much
-#: as decoding does.
+#: Alternatives for each place. Those beyond weigh next to nothing, and cost a server as much as decoding does.
 TOP = 3
 
 #: Signs and digits that a number may be made of, place by place; the point is no choice.
@@ -35,12 +33,8 @@ PLACES = ("+-", "0123", "", "0123456789")
 
 @dataclass(frozen=True)
 class Score:
-    """One axis.
-
-    Attributes:
-        value: What the answer says, in [-3.9, 3.9].
-        expected: Expectation over signs and digits, renormalised over those that the format allows.
-        certainty: Probability of the number as written, in (0, 1], renormalised likewise.
+    """One axis: what the answer says, in [-3.9, 3.9]; its expectation over signs and digits, renormalised over those
+    that the format allows; the probability of the number as written, in (0, 1], renormalised likewise.
     """
 
     value: float
@@ -48,54 +42,37 @@ class Score:
     certainty: float
 
 
+class _Unfit(Exception):
+    """The answer is not of the format."""
+
+
 def score_only(model: BaseChatModel) -> Runnable[list[BaseMessage], BaseMessage]:
-    """The model, bound to answer with the two numbers only; `read_scores` reads what comes back.
+    """One of our models, bound to answer with the two numbers only; `read_scores` reads what comes back.
 
     A grammar costs a server a quarter of such a short answer, and a model that knows the format needs none: it is
     asked freely first, and by the grammar only where the answer is not of the format.
-
-    Args:
-        model: One of ours (`tools.lvlm`): other servers don't continue an answer or take a regular
-            expression.
     """
     free = model.bind(max_tokens=32, temperature=0.0, logprobs=True, top_logprobs=TOP)
     held = free.bind(structured_outputs={"regex": REST})
-
-    def ask(messages: list[BaseMessage]) -> BaseMessage:
-        begun = _begin(messages)
-        answer = free.invoke(begun)
-        return answer if _fits(answer) else held.invoke(begun)
-
-    async def aask(messages: list[BaseMessage]) -> BaseMessage:
-        begun = _begin(messages)
-        answer = await free.ainvoke(begun)
-        return answer if _fits(answer) else await held.ainvoke(begun)
-
-    return RunnableLambda(ask, aask)
+    begin: Runnable[Any, Any] = RunnableLambda(lambda messages: [*messages, AIMessage(BEGINNING)])
+    return begin | (free | _fitting).with_fallbacks([held], exceptions_to_handle=(_Unfit,))
 
 
-def _fits(answer: BaseMessage) -> bool:
-    return re.match(REST, answer.text.removeprefix(BEGINNING)) is not None
-
-
-def _begin(messages: list[BaseMessage]) -> list[BaseMessage]:
-    return [*messages, AIMessage(BEGINNING)]
+def _fitting(answer: BaseMessage) -> BaseMessage:
+    if not re.match(REST, answer.text.removeprefix(BEGINNING)):
+        raise _Unfit
+    return answer
 
 
 def read_scores(message: BaseMessage) -> dict[str, Score]:
-    """Valence and arousal of an answer that came with log-probabilities.
-
-    Args:
-        message: The answer to a model bound by `score_only`, or any critique asked for with `logprobs=True`
-            and `top_logprobs=3`.
+    """Valence and arousal of an answer to `score_only`, or of a critique with `logprobs=True`, `top_logprobs=3`.
 
     Raises:
         ValueError: No log-probabilities, or a number that is missing from the answer.
     """
-    logprobs = message.response_metadata.get("logprobs") if isinstance(message, AIMessage) else None
-    if not logprobs or not logprobs.get("content"):
+    tokens = (getattr(message, "response_metadata", {}).get("logprobs") or {}).get("content")
+    if not tokens:
         raise ValueError("the answer has no log-probabilities: ask with logprobs=True, top_logprobs=3")
-    tokens = logprobs["content"]
     if not message.text.startswith("{"):
         tokens = [{"token": BEGINNING, "logprob": 0.0, "top_logprobs": []}, *tokens]
     text = "".join(token["token"] for token in tokens)
@@ -103,8 +80,7 @@ def read_scores(message: BaseMessage) -> dict[str, Score]:
 
 
 def _score(text: str, tokens: list[dict[str, Any]], key: str) -> Score:
-    # A free text before the numbers may hold anything but an unescaped quote, so the last such key is the
-    # key.
+    # A free text before the numbers may hold anything but an unescaped quote: the last such key is the key.
     marker = f'"{key}": "'
     start = text.rfind(marker)
     if start < 0:
@@ -116,19 +92,18 @@ def _score(text: str, tokens: list[dict[str, Any]], key: str) -> Score:
         for place, allowed in enumerate(PLACES)
     ]
     sign, units, _, tenths = chances
-    value = float(written)
     # A digit is known only after the digits before it as they were written. Every branch that was not taken
     # stands for its number nearest to the branch that was: next to +1.9 the branch "2" is +2.0, and "-" is 0.
     taken = int(written[1])
-    magnitude = 0.0
-    for digit, chance in units.items():
-        if int(digit) == taken:
-            magnitude += chance * (taken + sum(int(d) * c for d, c in tenths.items()) / 10)
-        else:
-            magnitude += chance * (int(digit) if int(digit) > taken else int(digit) + 0.9)
+    own = taken + sum(int(digit) * chance for digit, chance in tenths.items()) / 10
+    nearest = {
+        digit: own if int(digit) == taken else max(int(digit), min(int(digit) + 0.9, taken))
+        for digit in units
+    }
+    magnitude = sum(chance * nearest[digit] for digit, chance in units.items())
     side = 1.0 if written[0] == "+" else -1.0
     certainty = math.prod(place[character] for place, character in zip(chances, written, strict=True))
-    return Score(value=value, expected=side * sign[written[0]] * magnitude, certainty=certainty)
+    return Score(value=float(written), expected=side * sign[written[0]] * magnitude, certainty=certainty)
 
 
 def _chances(tokens: list[dict[str, Any]], at: int, allowed: str) -> dict[str, float]:
@@ -144,19 +119,10 @@ def _chances(tokens: list[dict[str, Any]], at: int, allowed: str) -> dict[str, f
         position += len(token["token"])
     before = token["token"][: at - position]
     found = dict.fromkeys(allowed, 0.0)
-    for text, logprob in _alternatives(token):
-        if (
-            text.startswith(before)
-            and text[len(before) : len(before) + 1] in found
-            and len(text) > len(before)
-        ):
-            found[text[len(before)]] += math.exp(logprob)
+    said = {other["token"]: other["logprob"] for other in [*token["top_logprobs"], token]}
+    for text, logprob in said.items():
+        character = text.removeprefix(before)[:1] if text.startswith(before) else ""
+        if character in found:
+            found[character] += math.exp(logprob)
     total = sum(found.values())
     return {character: chance / total for character, chance in found.items()}
-
-
-def _alternatives(token: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    yield token["token"], token["logprob"]
-    for other in token["top_logprobs"]:
-        if other["token"] != token["token"]:
-            yield other["token"], other["logprob"]

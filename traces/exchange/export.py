@@ -1,54 +1,87 @@
-"""What leaves the log for other tools: events as JSON lines, preference pairs in the pick-a-pic schema.
+"""What leaves the log for other tools: formats by name, each a function that writes a file or a folder.
 
-A pair sets the best image of the winning round against the worst of round 0, both under the neutral prompt:
-what the loop found to be better, said of the prompt that a user would type. Which of the two comes first is
-decided by the run's id, so that no trainer can learn the place instead of the picture.
+A preference pair sets a better image against a worse one, both under the neutral prompt: what the loop found to be
+better, said of the prompt that a user would type. Which of the two comes first is decided by the run's id, so that
+no trainer can learn the place instead of the picture.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ...domain import UserError
+from ...files import replacing
+from ...tools.registry import resolve
 from ..rows import CandidateRow, RunFilter, RunRow
 from ..store import TraceStore
-from .reflection import export_reflection
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: Pairs in one row group: what is in memory at once.
+#: Rows in one row group: what is in memory at once.
 _GROUP = 64
+
+#: Writes the chosen runs, and says how many rows they gave.
+Export = Callable[[TraceStore, RunFilter | None, Path], int]
+
+#: Formats by name: what writes them, and what it counts.
+FORMATS: dict[str, tuple[str, str]] = {
+    "jsonl": (".traces.exchange.export:export_file", "event"),
+    "pickapic": (".traces.exchange.export:export_pickapic", "pair"),
+    "pickapic-all": (".traces.exchange.export:export_all_pairs", "pair"),
+    "reflection": (".traces.exchange.reflection:export_reflection", "trajectory"),
+    "critic-messages": (".rl.data.chats:critic_messages", "chat"),
+    "critic-completion": (".rl.data.chats:critic_completion", "chat"),
+    "critic-preference": (".rl.data.chats:critic_preference", "pair"),
+    "rewriter-messages": (".rl.data.chats:rewriter_messages", "chat"),
+    "rewriter-completion": (".rl.data.chats:rewriter_completion", "chat"),
+    "rewriter-preference": (".rl.data.chats:rewriter_preference", "pair"),
+}
+
+
+def load_format(name: str) -> tuple[Export, str]:
+    """What writes a format (a key of `FORMATS`, or the dotted path of an `Export`), and what it counts.
+
+    Raises:
+        UserError: Unknown or not importable.
+    """
+    path, noun = FORMATS.get(name, (name, "row"))
+    return resolve(path, {key: path for key, (path, _) in FORMATS.items()}, "export format"), noun
 
 
 class Pair(NamedTuple):
-    """A preference: of one run, the better candidate and the worse one."""
+    """A preference: of one run, the better candidate and the worse one, and how many pairs the run gives."""
 
     run: RunRow
     better: CandidateRow
     worse: CandidateRow
+    count: int = 1
 
 
-def pairs(store: TraceStore, where: RunFilter | None = None) -> Iterator[Pair]:
-    """One pair for each run that has two candidates of different reward, oldest run first.
+def pairs(store: TraceStore, where: RunFilter | None = None, every: bool = False) -> Iterator[Pair]:
+    """The pairs of each run that has candidates of different reward, oldest run first.
 
-    In a run that never got beyond round 0 both come from round 0.
+    Args:
+        store: The log.
+        where: Which runs.
+        every: Any two candidates of a run; otherwise its best one against the worst of round 0.
     """
     for run in reversed(store.runs(where)):
         rewarded = [row for row in store.candidates(run.run_id) if row.reward is not None and row.sha256]
+        # Sorting and `min` keep the earliest of equals first, as the loop does.
+        best = sorted(rewarded, key=lambda row: -(row.reward or 0.0))
         first = [row for row in rewarded if row.round == 0]
-        if not first:
-            continue
-        # `max` and `min` keep the earliest of equals, as the loop does.
-        better = max(rewarded, key=lambda row: row.reward or 0.0)
-        worse = min(first, key=lambda row: row.reward or 0.0)
-        if better.reward != worse.reward:
-            yield Pair(run, better, worse)
+        if every:
+            found = [(one, other) for place, one in enumerate(best) for other in best[place + 1 :]]
+        else:
+            found = [(best[0], min(first, key=lambda row: row.reward or 0.0))] if first else []
+        found = [(better, worse) for better, worse in found if better.reward != worse.reward]
+        yield from (Pair(run, better, worse, len(found)) for better, worse in found)
 
 
 def export_jsonl(store: TraceStore, where: RunFilter | None, file: IO[str]) -> int:
@@ -65,7 +98,13 @@ def export_jsonl(store: TraceStore, where: RunFilter | None, file: IO[str]) -> i
     return count
 
 
-def export_pickapic(store: TraceStore, where: RunFilter | None, path: Path) -> int:
+def export_file(store: TraceStore, where: RunFilter | None, path: Path) -> int:
+    """`export_jsonl` into a file."""
+    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
+        return export_jsonl(store, where, file)
+
+
+def export_pickapic(store: TraceStore, where: RunFilter | None, path: Path, every: bool = False) -> int:
     """Write preference pairs as parquet, in the columns of pick-a-pic and some of our own for provenance.
 
     `jpg_0` and `jpg_1` hold the images' bytes as they were stored, which is PNG: readers of the schema open
@@ -74,7 +113,8 @@ def export_pickapic(store: TraceStore, where: RunFilter | None, path: Path) -> i
     Args:
         store: The log.
         where: Which runs.
-        path: A `.parquet` file, or a folder that gets `data/train-00000-of-00001.parquet`.
+        path: As for `write_parquet`.
+        every: As for `pairs`.
 
     Returns:
         The number of pairs.
@@ -84,82 +124,67 @@ def export_pickapic(store: TraceStore, where: RunFilter | None, path: Path) -> i
         OSError: An image is not there, or the disk refused; no file is left behind.
     """
     import pyarrow as pa
+
+    kinds = [(name.format(side), kind) for name, kind in _BOTH.items() for side in (0, 1)] + [*_ALONE.items()]
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in kinds])
+    rows = (_row(store, pair, number) for number, pair in enumerate(pairs(store, where, every)))
+    return write_parquet(
+        path, rows, schema, "no pairs: none of these runs has two candidates with different rewards"
+    )
+
+
+export_all_pairs = partial(export_pickapic, every=True)
+
+
+def write_parquet(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, nothing: str) -> int:
+    """Write rows, whole or not at all.
+
+    Args:
+        path: A `.parquet` file, or a folder that gets `data/train-00000-of-00001.parquet`, where
+            `datasets.load_dataset` finds it.
+        rows: The rows.
+        schema: Their columns.
+        nothing: What to say where there is none.
+
+    Returns:
+        Their number.
+
+    Raises:
+        UserError: There is none.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     target = path if path.suffix == ".parquet" else path / "data" / "train-00000-of-00001.parquet"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    schema, count, rows = _schema(), 0, []
-    try:
+    rows, count = iter(rows), 0
+    with replacing(target) as beside:
         with pq.ParquetWriter(beside, schema) as writer:
-            for count, pair in enumerate(pairs(store, where), start=1):
-                rows.append(_row(store, pair, count - 1))
-                if len(rows) == _GROUP:
-                    writer.write_table(pa.Table.from_pylist(rows, schema))
-                    rows.clear()
-            if rows:
-                writer.write_table(pa.Table.from_pylist(rows, schema))
+            while group := list(islice(rows, _GROUP)):
+                writer.write_table(pa.Table.from_pylist(group, schema))
+                count += len(group)
         if not count:
-            raise UserError("no pairs: none of these runs has two candidates with different rewards")
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+            raise UserError(nothing)
     return count
 
 
-def _jsonl_file(store: TraceStore, where: RunFilter | None, path: Path) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        return export_jsonl(store, where, file)
-
-
-#: Formats by name: what writes a file or folder, and what it counts.
-FORMATS: dict[str, tuple[Callable[[TraceStore, RunFilter | None, Path], int], str]] = {
-    "jsonl": (_jsonl_file, "event"),
-    "pickapic": (export_pickapic, "pair"),
-    "reflection": (export_reflection, "trajectory"),
-}
-
-
-def _schema() -> pa.Schema:
-    import pyarrow as pa
-
-    both = {
-        "image_{}_uid": pa.string(),
-        "image_{}_url": pa.string(),
-        "jpg_{}": pa.binary(),
-        "label_{}": pa.float64(),
-        "model_{}": pa.string(),
-        "prompt_{}": pa.string(),
-        "seed_{}": pa.uint64(),
-        "adapter_{}": pa.string(),
-        "round_{}": pa.int64(),
-        "index_{}": pa.int64(),
-        "reward_{}": pa.float64(),
-    }
-    alone = {
-        "are_different": pa.bool_(),
-        "best_image_uid": pa.string(),
-        "caption": pa.string(),
-        "created_at": pa.timestamp("ns"),
-        "has_label": pa.bool_(),
-        "ranking_id": pa.int64(),
-        "user_id": pa.int64(),
-        "num_example_per_prompt": pa.int64(),
-        "run_id": pa.string(),
-        "target_valence": pa.float64(),
-        "target_arousal": pa.float64(),
-        "target_category": pa.string(),
-        "reward_name": pa.string(),
-        "reward_version": pa.string(),
-    }
-    pairwise = {name.format(side): kind for name, kind in both.items() for side in (0, 1)}
-    return pa.schema([pa.field(name, kind) for name, kind in (pairwise | alone).items()])
+#: Columns of a pair by arrow type: those that either side has, then those of the pair.
+_BOTH = {
+    "image_{}_uid": "string", "image_{}_url": "string", "jpg_{}": "binary", "label_{}": "double",
+    "model_{}": "string", "prompt_{}": "string", "seed_{}": "uint64", "adapter_{}": "string", "round_{}": "int64",
+    "index_{}": "int64", "reward_{}": "double",
+}  # fmt: skip
+_ALONE = {
+    "are_different": "bool", "best_image_uid": "string", "caption": "string", "created_at": "timestamp[ns]",
+    "has_label": "bool", "ranking_id": "int64", "user_id": "int64", "num_example_per_prompt": "int64",
+    "run_id": "string", "target_valence": "double", "target_arousal": "double", "target_category": "string",
+    "reward_name": "string", "reward_version": "string",
+}  # fmt: skip
 
 
 def _row(store: TraceStore, pair: Pair, number: int) -> dict[str, Any]:
-    run, better, worse = pair
-    swapped = hashlib.sha256(run.run_id.encode()).digest()[0] % 2
+    run, better, worse, count = pair
+    told = run.run_id if count == 1 else f"{run.run_id} {better.sha256} {worse.sha256}"
+    swapped = hashlib.sha256(told.encode()).digest()[0] % 2
     row: dict[str, Any] = {
         "are_different": True,
         "best_image_uid": better.sha256,
@@ -168,7 +193,7 @@ def _row(store: TraceStore, pair: Pair, number: int) -> dict[str, Any]:
         "has_label": True,
         "ranking_id": number,
         "user_id": 0,
-        "num_example_per_prompt": 1,
+        "num_example_per_prompt": count,
         "run_id": run.run_id,
         "target_valence": run.valence,
         "target_arousal": run.arousal,

@@ -1,22 +1,51 @@
-"""Preference pairs from elsewhere into the log: parquet files in the pick-a-pic schema, ours or anybody's.
+"""What people said elsewhere into the log: preferences in the layouts of pick-a-pic and HPD, ratings of its pictures.
 
-Each row becomes a small finished run with two candidates, so that everything that reads the log (lists, the
-viewer, distillation) takes it without knowing where it came from. Reading a file twice adds nothing.
+A preference becomes a small finished run with its pictures as candidates, so that everything that reads the log
+(lists, the viewer, distillation) takes it without knowing where it came from. A rating becomes feedback on the runs
+that have the picture. Reading a file twice adds nothing.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...domain import EmotionTarget, RunStatus, StopReason, UserError
-from ...events import Event, ImageGenerated, Rewarded, RunFinished, RunStarted
+from ...domain import HIGH, LOW, EmotionTarget, RunStatus, StopReason, UserError
+from ...events import Event, HumanFeedback, ImageGenerated, Rewarded, RunFinished, RunStarted
 from ..store import TraceStore
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 _NEEDED = ("caption", "jpg_0", "jpg_1", "label_0")
+_AXES = ("valence", "arousal")
+
+
+def import_file(
+    store: TraceStore,
+    path: Path,
+    *,
+    target: EmotionTarget | None = None,
+    model: str | None = None,
+    scale: tuple[float, float] = (LOW, HIGH),
+) -> tuple[int, str]:
+    """Add a file of any layout: `.csv` holds ratings, `.json` is HPD's, all else pick-a-pic's.
+
+    Returns:
+        How many entries were added or known already, and what one is called.
+
+    Raises:
+        UserError: As the three functions below.
+    """
+    if path.suffix == ".csv":
+        return import_ratings(store, path, scale), "rating"
+    read = import_hpd if path.suffix == ".json" else import_pickapic
+    return read(store, path, target=target, model=model), "pair" if read is import_pickapic else "preference"
 
 
 def import_pickapic(
@@ -53,67 +82,172 @@ def import_pickapic(
         for batch in table.iter_batches(batch_size=32):
             for row in batch.to_pylist():
                 if row["label_0"] not in (0.5, None):
-                    store.append(*_events(store, row, target, model, file))
+                    given = {axis: row.get(f"target_{axis}") for axis in (*_AXES, "category")}
+                    own = any(value is not None for value in given.values())
+                    shots = [_shot(row, side, file) for side in (0, 1)]
+                    wanted = EmotionTarget(**given) if own else target
+                    store.append(*_events(store, file, row["caption"], wanted, shots, model))
                     count += 1
     return count
 
 
+def import_hpd(
+    store: TraceStore, path: Path, *, target: EmotionTarget | None = None, model: str | None = None
+) -> int:
+    """Add the preferences of an annotation file of HPD v2 (arXiv 2306.09341), whose pictures lie beside it.
+
+    `human_preference` is taken as a label, 1 for what was preferred; an averaged `rank`, of which less is better, as
+    its negative. Arguments, result and errors are those of `import_pickapic`.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        found = [(row, row.get("file_path") or row["image_path"], _values(row)) for row in rows]
+        captions = [str(row["prompt"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no annotation file of HPD ({error}): want a list of prompt, image_path, and "
+            "human_preference or rank"
+        ) from error
+    for (row, names, values), caption in zip(found, captions, strict=True):
+        name = "label" if "human_preference" in row else "rank"
+        shots = []
+        for place, value in zip(names, values, strict=True):
+            try:
+                picture = (path.parent / place).read_bytes()
+            except OSError as error:
+                raise UserError(f"{path} names a picture that cannot be read: {error}") from error
+            shots.append({"picture": picture, "reward": value, "name": name, "version": "1"})
+        store.append(*_events(store, path, caption, target, shots, model))
+    return len(found)
+
+
+def import_ratings(store: TraceStore, path: Path, scale: tuple[float, float] = (LOW, HIGH)) -> int:
+    """Add people's ratings of pictures of the log; of several for one picture the mean counts.
+
+    Args:
+        store: The log, open for writing.
+        path: CSV with `sha256` and any of `valence`, `arousal` and `rating`; an empty cell says nothing.
+        scale: The ends of the scale of valence and arousal, which are brought to ours from -3 to 3. `rating` is kept
+            as it is: only its order counts.
+
+    Returns:
+        Ratings read.
+
+    Raises:
+        UserError: No such file, an unknown column, a number beyond the scale, or a picture that no run has.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    unknown = set(rows.fieldnames or ()) - {"sha256", *_AXES, "rating"}
+    if unknown or "sha256" not in (rows.fieldnames or ()):
+        raise UserError(
+            f"{path}: the columns sha256, valence, arousal and rating are known, and sha256 is needed"
+        )
+    read: dict[str, dict[str, list[float]]] = {}
+    count = 0
+    for row in rows:
+        count += 1
+        for key, cell in row.items():
+            if key != "sha256" and cell:
+                value = _number(cell, scale if key in _AXES else None, f"{path}, line {rows.line_num}: {key}")
+                read.setdefault(row["sha256"], {}).setdefault(key, []).append(value)
+    runs: dict[str, dict[str, int]] = {}
+    for it in store.candidates():
+        if it.sha256 in read:
+            runs.setdefault(it.sha256, {}).setdefault(it.run_id, it.round)
+    if lost := sorted(read.keys() - runs):
+        raise UserError(f"{path} rates {lost[0]!r}, which no run of this log has")
+    file = hashlib.sha256(text.encode()).hexdigest()[:16]
+    for sha256, given in read.items():
+        means: dict[str, Any] = {key: sum(values) / len(values) for key, values in given.items()}
+        comment = f"mean of {max(map(len, given.values()))} from {path.name}"
+        said = {"sha256": sha256, "node": f"human rating {sha256} {file}", "comment": comment, **means}
+        store.append(*(HumanFeedback(run_id=run_id, round=it, **said) for run_id, it in runs[sha256].items()))
+    return count
+
+
+def _number(cell: str, scale: tuple[float, float] | None, where: str) -> float:
+    """A number of a cell; one on a scale as it stands on ours."""
+    low, high = scale or (float("-inf"), float("inf"))
+    try:
+        value = float(cell)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not (low <= value <= high and abs(value) < float("inf")):
+        raise UserError(
+            f"{where} {cell!r} is no number on the scale {low:g}..{high:g} (declare it: --scale 1..9)"
+        )
+    return value if scale is None else LOW + (value - low) / (high - low) * (HIGH - LOW)
+
+
+def _values(row: Mapping[str, Any]) -> list[float]:
+    if "human_preference" in row:
+        return [float(value) for value in row["human_preference"]]
+    return [-float(value) for value in row["rank"]]
+
+
+def _shot(row: Mapping[str, Any], side: int, file: Path) -> dict[str, Any]:
+    """One picture of a row of pick-a-pic, with what the row says of it."""
+    value = row[f"jpg_{side}"]
+    # `datasets` wraps images as {"bytes": …, "path": …}.
+    picture = value.get("bytes") if isinstance(value, Mapping) else value
+    if not isinstance(picture, bytes):
+        raise UserError(f"{file} has a row without the bytes of its pictures: export it with them")
+    label = float(row["label_0"]) if side == 0 else 1 - float(row["label_0"])
+    own = row.get("reward_name") is not None
+    said = {key: row.get(f"{key}_{side}") for key in ("round", "index", "prompt", "seed", "model", "adapter")}
+    return said | {
+        "picture": picture,
+        "reward": row[f"reward_{side}"] if own else label,
+        "name": row["reward_name"] if own else "label",
+        "version": (row.get("reward_version") or "1") if own else "1",
+    }
+
+
 def _events(
-    store: TraceStore, row: Mapping[str, Any], target: EmotionTarget | None, model: str | None, file: Path
+    store: TraceStore,
+    file: Path,
+    caption: str,
+    target: EmotionTarget | None,
+    shots: Sequence[Mapping[str, Any]],
+    model: str | None,
 ) -> Iterator[Event]:
-    pictures = [_bytes(row[f"jpg_{side}"], file) for side in (0, 1)]
-    digest = hashlib.sha256(row["caption"].encode() + b"\0".join(pictures)).hexdigest()
-    run_id = f"import-{digest[:24]}"
-    wanted = _target(row) or target
-    if wanted is None:
+    """A finished run whose candidates are the pictures."""
+    if target is None:
         raise UserError(
             f"{file} says no wanted emotion: give one for all its rows (--valence, --arousal, --emotion)"
         )
-    own = row.get("reward_name") is not None
-    yield RunStarted(run_id=run_id, prompt=row["caption"], target=wanted, seed=0)
-    rewards = []
-    for side, picture in enumerate(pictures):
-        width, height, sha256 = _put(store, picture, file)
-        label = float(row["label_0"]) if side == 0 else 1 - float(row["label_0"])
-        rewards.append(row[f"reward_{side}"] if own else label)
-        place = {"run_id": run_id, "round": row.get(f"round_{side}") or 0}
-        index = row.get(f"index_{side}")
-        place["index"] = side if index is None else index
+    digest = hashlib.sha256(caption.encode() + b"\0".join(shot["picture"] for shot in shots)).hexdigest()
+    run_id = f"import-{digest[:24]}"
+    yield RunStarted(run_id=run_id, prompt=caption, target=target, seed=0)
+    for number, shot in enumerate(shots):
+        image = _open(shot["picture"], file)
+        sha256, (width, height) = store.blobs.put_image(image), image.size
+        index = number if shot.get("index") is None else shot["index"]
+        place = {"run_id": run_id, "round": shot.get("round") or 0, "index": index}
         yield ImageGenerated(
-            **place, sha256=sha256, prompt=row.get(f"prompt_{side}") or row["caption"],
-            seed=row.get(f"seed_{side}"), model=model or row.get(f"model_{side}") or "unknown",
-            adapter=row.get(f"adapter_{side}"), steps=None, guidance=None, height=height, width=width,
+            **place, sha256=sha256, prompt=shot.get("prompt") or caption, seed=shot.get("seed"),
+            model=model or shot.get("model") or "unknown", adapter=shot.get("adapter"), steps=None, guidance=None,
+            height=height, width=width,
         )  # fmt: skip
         yield Rewarded(
-            **place, sha256=sha256, name=row["reward_name"] if own else "label",
-            version=(row.get("reward_version") or "1") if own else "1", value=rewards[-1],
-        )  # fmt: skip
+            **place, sha256=sha256, name=shot["name"], version=shot["version"], value=shot["reward"]
+        )
     yield RunFinished(
         run_id=run_id, status=RunStatus.COMPLETED, stop_reason=StopReason.ROUNDS_USED,
         best_gain=None, warnings=[f"imported from {file.name}"],
     )  # fmt: skip
 
 
-def _bytes(value: Any, file: Path) -> bytes:
-    # `datasets` wraps images as {"bytes": …, "path": …}.
-    found = value.get("bytes") if isinstance(value, Mapping) else value
-    if not isinstance(found, bytes):
-        raise UserError(f"{file} has a row without the bytes of its pictures: export it with them")
-    return found
-
-
-def _put(store: TraceStore, picture: bytes, file: Path) -> tuple[int, int, str]:
+def _open(picture: bytes, file: Path) -> Image:
     from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(picture)) as image:
             # People rated what their viewer showed, which is the picture as its EXIF turns it.
-            rgb = ImageOps.exif_transpose(image).convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{file} holds a picture that does not open: {error}") from error
-    return *rgb.size, store.blobs.put_image(rgb)
-
-
-def _target(row: Mapping[str, Any]) -> EmotionTarget | None:
-    named = {axis: row.get(f"target_{axis}") for axis in ("valence", "arousal", "category")}
-    return EmotionTarget(**named) if any(value is not None for value in named.values()) else None

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import uuid
 from pathlib import Path
 from typing import Any
 
 from ...domain import Critique, EmotionTarget, RunResult, UserError
+from ...files import replacing, write_atomic
 from ..rows import RunFilter
 from ..store import TraceStore
 
@@ -41,12 +40,8 @@ def export_reflection(store: TraceStore, where: RunFilter | None, path: Path) ->
         UserError: No chosen run makes a trajectory.
         OSError: An image is not there, or the disk refused.
     """
-    images = path / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    target = path / "trajectories.jsonl"
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     count = 0
-    try:
+    with replacing(path / "trajectories.jsonl") as beside:
         with beside.open("w", encoding="utf-8") as file:
             for row in reversed(store.runs(where)):
                 trajectory = _trajectory(store.run(row.run_id))
@@ -55,14 +50,11 @@ def export_reflection(store: TraceStore, where: RunFilter | None, path: Path) ->
                 for image in trajectory["images"]:
                     place = path / image["uri"]
                     if not place.exists():
-                        place.write_bytes(store.blobs.get_bytes(image["sha256"]))
+                        write_atomic(place, store.blobs.get_bytes(image["sha256"]))
                 file.write(json.dumps(trajectory, ensure_ascii=False) + "\n")
                 count += 1
         if not count:
             raise UserError("no trajectories: none of these runs has a critique in every round")
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
     return count
 
 
@@ -98,9 +90,6 @@ def _trajectory(run: RunResult) -> dict[str, Any] | None:
 
 
 def _say(target: EmotionTarget) -> str:
-    parts = [
-        f"{axis} {value:+.1f}"
-        for axis, value in zip(("valence", "arousal"), target.point, strict=True)
-        if value is not None
-    ]
+    named = zip(("valence", "arousal"), target.point, strict=True)
+    parts = [f"{axis} {value:+.1f}" for axis, value in named if value is not None]
     return ", ".join([*parts, *([target.category.value] if target.category else [])])

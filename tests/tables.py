@@ -1,8 +1,8 @@
 """Tables in the documentation come from committed JSON, never from a keyboard.
 
     emoloop eval loop --json > docs/results/loop.json
-    python -m emoloop.evals.readme            # fills the tables in README.md and docs/*.md
-    python -m emoloop.evals.readme --check    # exit 1 and the names of files that differ
+    python tests/tables.py            # fills the tables in README.md and docs/*.md
+    python tests/tables.py --check    # exit 1 and the names of files that differ
 
 A table stands between `<!-- results: SUITE KIND -->` and `<!-- /results -->`; KIND is arms, gain, cost or health.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .wording import LABELS, interval, number
+from emoloop.evals.wording import METRICS, interval, number, shown
 
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
@@ -73,16 +73,11 @@ def _row(cells: list[str]) -> str:
 
 
 def _columns(document: dict[str, Any], metrics: tuple[str, ...]) -> Iterator[str]:
-    shown = [key for key in metrics if any(key in arm["metrics"] for arm in document["arms"].values())]
-    yield _row(["arm", *(LABELS[key][0].replace("|", "\\|") for key in shown)])
-    yield _row(["---", *["---:"] * len(shown)])
+    columns = [key for key in metrics if any(key in arm["metrics"] for arm in document["arms"].values())]
+    yield _row(["arm", *(METRICS[key].label.replace("|", "\\|") for key in columns)])
+    yield _row(["---", *["---:"] * len(columns)])
     for name, arm in document["arms"].items():
-        cells = []
-        for key in shown:
-            found, digits = arm["metrics"].get(key), LABELS[key][1]
-            cells.append(
-                "–" if found is None else f"{number(found['value'], digits)} ({interval(found, digits)})"
-            )
+        cells = (shown(arm["metrics"].get(key), METRICS[key].digits) for key in columns)
         yield _row([f"`{name}`", *cells])
     yield ""
     yield _made(document)

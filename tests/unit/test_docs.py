@@ -1,0 +1,113 @@
+"""What the pages and files beside the code claim, where it can be held against the code without building the site."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from emoloop.graph.build import build_graph
+from emoloop.settings import Settings
+from emoloop.tools import presets
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+CONCEPTS = DOCS / "concepts.md"
+PAGES = sorted(DOCS.rglob("*.md"))
+GRAPH = re.compile(r"(<!-- graph -->\n\n).*?(\n<!-- /graph -->)", re.DOTALL)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def graph() -> str:
+    """The compiled graph as Mermaid, in a fence."""
+    drawn = build_graph(SimpleNamespace(settings=Settings.model_construct())).get_graph().draw_mermaid()
+    return f"```mermaid\n{drawn.strip().replace(chr(9), '  ')}\n```\n"
+
+
+def with_graph(text: str) -> str:
+    return GRAPH.sub(lambda found: found[1] + graph() + found[2], text)
+
+
+def test_the_picture_of_the_graph_is_current():
+    text = CONCEPTS.read_text(encoding="utf-8")
+    assert with_graph(text) == text, "run: python tests/unit/test_docs.py"
+
+
+def test_every_example_stands_on_a_page():
+    shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    files = [file.name for file in (ROOT / "examples").iterdir() if file.is_file()]
+    assert files and not [name for name in files if f"examples/{name}" not in shown]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_included_files_are_there(page):
+    for name in re.findall(r'--8<-- "(.+?)"', page.read_text(encoding="utf-8")):
+        assert (ROOT / name).is_file(), name
+
+
+def test_keys_of_a_models_defaults_are_explained():
+    text = (DOCS / "reference" / "emoloop-json.md").read_text(encoding="utf-8")
+    told = {
+        key
+        for line in text.splitlines()
+        if line.startswith("| `")
+        for key in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    assert told == presets._KNOWN
+
+
+def test_batch_keys_are_explained():
+    from emoloop.rl.objectives import base
+
+    text = (DOCS / "howto" / "objective.md").read_text(encoding="utf-8")
+    keys = re.findall(r"^    (\w+)  +(?:\(B|Cond|the same)", base.__doc__ or "", re.MULTILINE)
+    assert len(keys) > 9 and not [key for key in keys if f"`{key}`" not in text]
+
+
+def test_lanes_are_explained():
+    lanes = {mark.partition(":")[0] for mark in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert not [lane for lane in lanes if f"pytest -m {lane}`" not in text]
+
+
+def test_registries_stand_where_contributing_says():
+    for line in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"\| [\w ]+ \| `[^`]+` \| `([\w/]+\.py)`, `(\w+)`", line):
+            assert re.search(rf"^{match[2]}\b", (ROOT / match[1]).read_text(), re.MULTILINE), match[0]
+
+
+def test_containers_name_settings_that_exist_and_files_that_are_there():
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
+    environment = compose["services"]["emoloop"]["environment"]
+    for name in (name for name in environment if name.startswith("EMOLOOP_")):
+        section, _, key = name.removeprefix("EMOLOOP_").lower().partition("__")
+        assert key in getattr(Settings.model_fields[section].annotation, "model_fields", {}), name
+    assert set(compose["services"]["emoloop"]["depends_on"]) < set(compose["services"])
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    instructions = {
+        line.split()[0] for line in dockerfile.replace("\\\n", " ").splitlines() if line and line[0] != "#"
+    }
+    assert instructions <= {
+        "FROM",
+        "ARG",
+        "ENV",
+        "RUN",
+        "COPY",
+        "USER",
+        "WORKDIR",
+        "VOLUME",
+        "ENTRYPOINT",
+        "CMD",
+    }
+    ignored = {line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"}
+    packaged = {name.split(".")[1] for name in PROJECT["tool"]["setuptools"]["packages"] if "." in name}
+    assert not ignored & {*packaged, "README.md", "LICENSE", "NOTICE", "constraints.txt", "pyproject.toml"}
+    json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+
+
+if __name__ == "__main__":
+    CONCEPTS.write_text(with_graph(CONCEPTS.read_text(encoding="utf-8")), encoding="utf-8")
