@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from ..agents.critic import Critic
 from ..agents.rewriters import Rewriter
 from ..domain import Critique, EmotionTarget
-from ..graph.nodes import Parts
+from ..graph.parts import Parts
 from ..miniature import law, world
 from ..miniature.judge import LawJudge
 from ..miniature.world import Named, Parsed, Scene

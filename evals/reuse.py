@@ -24,7 +24,7 @@ from ..agents.critic import Critic, Reading
 from ..agents.rewriters import KEPT, Rewrite, Rewriter
 from ..domain import Critique, EmotionTarget, Round
 from ..events import EVENT, Critiqued, ImageGenerated, Rewritten
-from ..graph.nodes import Parts
+from ..graph.parts import Parts
 from ..tools.images.base import GeneratedImage, Generator, ImageRequest, UnknownWord, gather_images
 from ..traces.fold import hash_prompt
 from ..traces.schema import candidates, events, runs
