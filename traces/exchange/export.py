@@ -184,7 +184,7 @@ _ALONE = {
 
 
 def _row(store: TraceStore, pair: Pair, number: int) -> dict[str, Any]:
-    run, better, worse, count = pair
+    run, better, worse, count = pair.run, pair.better, pair.worse, pair.count
     told = run.run_id if count == 1 else f"{run.run_id} {better.sha256} {worse.sha256}"
     swapped = hashlib.sha256(told.encode()).digest()[0] % 2
     row: dict[str, Any] = {
