@@ -8,6 +8,7 @@ node decides follows from the log alone, which is why a resumed run picks what a
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 from typing import Any
@@ -75,8 +76,8 @@ class Nodes:
         seed = read_seed(state.get("seed"))
         asked = target.model_dump(mode="json", exclude_none=True)
         run_id, started = await self._find(runtime, prompt, target, seed)
-        if started is None:
-            started = RunStarted(
+        while started is None:
+            begun = RunStarted(
                 run_id=run_id,
                 prompt=prompt,
                 target=target,
@@ -84,13 +85,14 @@ class Nodes:
                 settings=self.parts.snapshot(options),
                 warnings=prompt_notes(self.parts.generator, prompt, []),
             )
-            await self._record(runtime, started)
-        else:
-            # A run keeps the options that it began with, whatever the settings say by now.
-            options = {
-                **options,
-                **{k: v for k, v in started.settings.get("loop", {}).items() if k in options},
-            }
+            [stands] = await self._record(runtime, begun)
+            assert isinstance(stands, RunStarted)
+            if asks_the_same(stands, prompt, target, seed):
+                started = stands
+            else:  # another request took the name at the same moment
+                run_id, started = await self._find(runtime, prompt, target, seed)
+        # A run keeps the options that it began with, whatever the settings say by now.
+        options |= {k: v for k, v in started.settings.get("loop", {}).items() if k in options}
         return {
             "run_id": run_id,
             "prompt": prompt,
@@ -116,6 +118,10 @@ class Nodes:
         thread = execution.thread_id if execution else None
         # A thread id may be a number or a UUID, as everywhere in LangGraph.
         base = read_run_id(new_run_id() if thread is None else str(thread))
+        # Inside another graph the thread is that graph's, and the namespace names the task that called us: the
+        # branches of a fan-out share the one and differ in the other.
+        if execution and (caller := execution.checkpoint_ns.rpartition("|")[0]):
+            base += f":{hashlib.sha256(caller.encode()).hexdigest()[:8]}"
         count = 1
         while True:
             run_id = base if count == 1 else f"{base}.{count}"
