@@ -310,22 +310,28 @@ class Nodes:
     # ---- review and rewrite
 
     async def review(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
-        """Wait for a person. The answer is a comment, or any of `prompt`, `comment` and `stop`."""
+        """Wait for a person. The answer is a comment, or any of `prompt`, `comment` and `stop`.
+
+        A wrong answer is asked again, with the reason as `wrong`.
+        """
         fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         if state["round"] + 1 in fold.rewrites:
             return {}  # answered before the run broke off
-        answer = interrupt(
-            {
-                "run_id": state["run_id"],
-                "events": fold.events,
-                "round": state["round"],
-                "prompt": state["prompt"],
-                "target": state["target"],
-                "tried": state["current"],
-                "best": state["best"],
-            }
-        )
-        given = read_review(answer)
+        question = {
+            "run_id": state["run_id"],
+            "events": fold.events,
+            "round": state["round"],
+            "prompt": state["prompt"],
+            "target": state["target"],
+            "tried": state["current"],
+            "best": state["best"],
+        }
+        given = None
+        while given is None:
+            try:
+                given = read_review(interrupt(question))
+            except UserError as error:  # the answer is saved, so the person is asked once more
+                question = {**question, "wrong": str(error)}
         if comment := given.get("comment") or "":
             best = state.get("best")
             await self._record(

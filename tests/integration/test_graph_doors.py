@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import pytest
 from emoloop.domain import UserError
-from emoloop.events import HumanFeedback, ImageGenerated, Rewritten, RunStarted
+from emoloop.events import ImageGenerated, RunStarted
 from emoloop.graph import dev
 from emoloop.graph.build import build_graph
 from emoloop.graph.loop import Loop, open_loop
@@ -129,3 +129,20 @@ async def test_requests_that_reach_a_server_first_and_together_open_one_loop(tmp
     finally:
         for loop in opened:
             await loop.__aexit__()
+
+
+# ---- people
+
+
+@pytest.mark.parametrize("wrong", [7, {"promt": "x"}, {"prompt": "x" * 9000}])
+async def test_a_wrong_answer_is_asked_again_with_the_reason(tmp_path, wrong):
+    async with make(tmp_path, review=True) as loop:
+        first = await loop.graph.ainvoke(request(), thread("t"))
+        for _ in range(2):
+            again = await loop.graph.ainvoke(Command(resume=wrong), thread("t"))
+            [asked] = [it.value for it in again["__interrupt__"]]
+            assert asked.pop("wrong")
+            assert asked == first["__interrupt__"][0].value
+            assert (await loop.review("t") or {}).get("wrong")
+        done = await loop.graph.ainvoke(Command(resume={"prompt": "a bright dog"}), thread("t"))
+        assert [done["status"], done["current"]] == ["completed", "a bright dog"]
