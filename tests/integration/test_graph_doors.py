@@ -146,3 +146,14 @@ async def test_a_wrong_answer_is_asked_again_with_the_reason(tmp_path, wrong):
             assert (await loop.review("t") or {}).get("wrong")
         done = await loop.graph.ainvoke(Command(resume={"prompt": "a bright dog"}), thread("t"))
         assert [done["status"], done["current"]] == ["completed", "a bright dog"]
+
+
+# ---- plain calls and savers
+
+
+@pytest.mark.parametrize("call", ["invoke", "stream"])
+def test_a_plain_call_says_what_to_use(tmp_path, call):
+    with make(tmp_path) as loop:
+        for graph in (loop.graph, loop.graph.with_config(tags=["mine"])):
+            with pytest.raises(UserError, match="`ainvoke`"):
+                getattr(graph, call)(request(), thread("t"))
