@@ -157,3 +157,16 @@ def test_a_plain_call_says_what_to_use(tmp_path, call):
         for graph in (loop.graph, loop.graph.with_config(tags=["mine"])):
             with pytest.raises(UserError, match="`ainvoke`"):
                 getattr(graph, call)(request(), thread("t"))
+
+
+async def test_a_saver_of_ones_own(tmp_path):
+    saver = InMemorySaver()
+    async with make(tmp_path, checkpointer=saver, review=True) as loop:
+        result = await loop.run("a dog", {"valence": 2})
+        assert saver.get_tuple(thread(result.run_id)) is not None
+        assert not (tmp_path / "home" / "checkpoints.db").exists()
+        state = loop.graph.get_state(thread(result.run_id))
+        assert state.next == ("review",) and state == await loop.graph.aget_state(thread(result.run_id))
+    async with make(tmp_path, checkpointer=saver, review=True) as loop:
+        done = await loop.resume(result.run_id, {"prompt": "a bright dog"})
+        assert done.rounds[1].prompt == "a bright dog"
