@@ -42,6 +42,7 @@ from ..events import (
 from ..tools.images.base import GenerationError, ImageRequest
 from ..traces.fold import Fold, Tried
 from . import policy
+from .edits import check_prompt_stands, follow
 from .parts import Parts, check_request, prompt_notes
 from .retry import ATTEMPTS, retryable
 from .state import (
@@ -93,13 +94,14 @@ class Nodes:
                 run_id, started = await self._find(runtime, prompt, target, seed)
         # A run keeps the options that it began with, whatever the settings say by now.
         options |= {k: v for k, v in started.settings.get("loop", {}).items() if k in options}
+        fold = await self.parts.recorder.fold(run_id, fresh=False)
         return {
             "run_id": run_id,
             "prompt": prompt,
             "target": asked,
             "options": {**options, "seed": started.seed},
             "round": 0,
-            "current": prompt,
+            "current": fold.prompt(0),
             "comment": "",
             "rounds": [],
             "best": None,
@@ -137,8 +139,10 @@ class Nodes:
 
     async def generate(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Make the round's pictures that are not there yet."""
-        number, prompt, options = state["round"], state["current"], state["options"]
-        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        number, options = state["round"], state["options"]
+        run_id, prompt, edits = await follow(self.parts.recorder, state)
+        await self._record(runtime, *edits)
+        fold = await self.parts.recorder.fold(run_id, fresh=False)
         node, target = _node("generate", fold), read_target(state["target"])
         row = fold.round(number)
         made = {index for index, tried in row.items() if tried.made}
@@ -156,7 +160,7 @@ class Nodes:
                 self.parts.generator,
                 request,
                 self.parts.recorder,
-                run_id=state["run_id"],
+                run_id=run_id,
                 round=number,
                 index=index,
                 node=node,
@@ -184,7 +188,7 @@ class Nodes:
             runtime,
             *(
                 GenerationFailed(
-                    run_id=state["run_id"],
+                    run_id=run_id,
                     round=number,
                     index=index,
                     node=node,
@@ -195,8 +199,9 @@ class Nodes:
                 for index, error in failed.items()
             ),
         )
-        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
-        return {"warnings": fold.warnings(), "stop_reason": None if made else StopReason.ERROR.value}
+        fold = await self.parts.recorder.fold(run_id, fresh=False)
+        stop = None if made else StopReason.ERROR.value
+        return {"run_id": run_id, "current": prompt, "warnings": fold.warnings(), "stop_reason": stop}
 
     # ---- critique
 
@@ -204,6 +209,7 @@ class Nodes:
         """Read the round's pictures, value them, and decide whether to go on."""
         number, options = state["round"], state["options"]
         fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        check_prompt_stands(state, fold)
         nodes = _node("critique", fold), _node("reward", fold)
         todo = [
             tried
@@ -315,6 +321,7 @@ class Nodes:
         A wrong answer is asked again, with the reason as `wrong`.
         """
         fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        check_prompt_stands(state, fold)
         if state["round"] + 1 in fold.rewrites:
             return {}  # answered before the run broke off
         question = {
@@ -364,6 +371,7 @@ class Nodes:
         # Before anything was painted, the rewrite is for round 0 itself.
         number = state["round"] + 1 if state["rounds"] else 0
         fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        check_prompt_stands(state, fold)
         event = fold.rewrites.get(number) or await self._write(state, runtime, number)
         warnings = (await self.parts.recorder.fold(state["run_id"], fresh=False)).warnings()
         return {"round": number, "current": event.prompt, "comment": "", "warnings": warnings}

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import pytest
 from emoloop.domain import UserError
-from emoloop.events import ImageGenerated, RunStarted
+from emoloop.events import ImageGenerated, Rewritten, RunStarted
 from emoloop.graph import dev
 from emoloop.graph.build import build_graph
 from emoloop.graph.loop import Loop, open_loop
+from emoloop.rl.data.chats import rewriter_turns
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, Send
@@ -170,3 +171,103 @@ async def test_a_saver_of_ones_own(tmp_path):
     async with make(tmp_path, checkpointer=saver, review=True) as loop:
         done = await loop.resume(result.run_id, {"prompt": "a bright dog"})
         assert done.rounds[1].prompt == "a bright dog"
+
+
+# ---- edits
+
+
+async def log(loop: Loop, run_id: str) -> list[Any]:
+    return await loop.recorder.events(run_id)
+
+
+def written(events: list[Any]) -> list[tuple[int, str, str]]:
+    return [(e.round, e.prompt, e.model) for e in events if isinstance(e, Rewritten)]
+
+
+def painted(events: list[Any], round: int) -> list[tuple[str, str]]:
+    return [(e.prompt, e.sha256) for e in events if isinstance(e, ImageGenerated) and e.round == round]
+
+
+async def checkpoint(loop: Loop, name: str, following: str, round: int) -> Any:
+    """Where the graph stood before a node."""
+    history = loop.graph.aget_state_history(thread(name))
+    [found] = [it async for it in history if it.next == (following,) and it.values["round"] == round]
+    return found.config
+
+
+@pytest.mark.parametrize("round", [0, 1])
+async def test_an_edited_prompt_is_painted_and_logged_as_a_humans(tmp_path, round):
+    async with make(tmp_path) as loop:
+        graph, where = loop.graph, thread("t")
+        await graph.ainvoke(request(), where, interrupt_before=["generate"])
+        if round:
+            await graph.ainvoke(None, where, interrupt_before=["generate"])
+        await graph.aupdate_state(where, {"current": "a  red house"})
+        if not round:  # what the person wrote outlives the saved state
+            await graph.ainvoke(None, where, interrupt_before=["critique"])
+            await loop.forget("t")
+            out = (await loop.resume("t")).model_dump()
+        else:
+            out = await graph.ainvoke(None, where)
+        events = await log(loop, "t")
+        assert out["run_id"] == "t" and out["rounds"][round]["prompt"] == "a red house"
+        assert {prompt for prompt, _ in painted(events, round)} == {"a red house"}
+        assert (round, "a red house", "human") in written(events)
+        result = await loop.recorder.result("t")
+        assert [it.prompt for it in result.rounds][round] == "a red house"
+        turns = list(rewriter_turns(result, events))
+        assert len(turns) == (1 if round == 0 else 0), (
+            "a model is not taught what a person wrote in its place"
+        )
+
+
+async def test_a_fork_that_disagrees_with_the_log_is_a_run_that_names_its_parent(tmp_path):
+    async with make(tmp_path, rounds=3) as loop:
+        first = await loop.graph.ainvoke(request(seed=1), thread("t"))
+        before = await log(loop, "t")
+        where = await checkpoint(loop, "t", "generate", 1)
+        edited: Any = await loop.graph.aupdate_state(where, {"current": "a red house"})
+        out = await loop.graph.ainvoke(None, edited)
+        events = await log(loop, out["run_id"])
+        assert out["run_id"] != "t" and await log(loop, "t") == before
+        assert events[0].settings["parent"] == {"run_id": "t", "round": 1}
+        assert painted(events, 0) == painted(before, 0)
+        assert {prompt for prompt, _ in painted(events, 1)} == {"a red house"}
+        assert written(events)[0] == (1, "a red house", "human")
+        result = await loop.recorder.result(out["run_id"])
+        assert [it["prompt"] for it in out["rounds"]] == [it.prompt for it in result.rounds]
+        assert (out["status"], out["best"]["image"]) == ("completed", str(result.best and result.best.path))
+        assert out["rounds"][0] == first["rounds"][0] and out["rounds"][1] != first["rounds"][1]
+        # The same edit again is the same fork, and the thread's next request a run of its own.
+        again: Any = await loop.graph.aupdate_state(where, {"current": "a red house"})
+        assert (await loop.graph.ainvoke(None, again))["run_id"] == out["run_id"]
+        assert await log(loop, out["run_id"]) == events
+        assert (await loop.graph.ainvoke(request("a cat"), thread("t")))["run_id"] == "t.2"
+
+
+async def test_a_step_done_again_without_an_edit_is_the_same_run(tmp_path):
+    async with make(tmp_path) as loop:
+        first = await loop.graph.ainvoke(request(), thread("t"))
+        before = await log(loop, "t")
+        out = await loop.graph.ainvoke(None, await checkpoint(loop, "t", "generate", 1))
+        assert out == first and await log(loop, "t") == before
+
+
+@pytest.mark.parametrize(
+    ("following", "edit", "said"),
+    [
+        ("generate", {"target": {"valence": -2}}, "new request"),
+        ("generate", {"prompt": "a cat"}, "new request"),
+        ("generate", {"current": " "}, "empty"),
+        ("critique", {"target": {"valence": -2}}, "new request"),
+        ("critique", {"current": "a cat"}, "as_node='rewrite'"),
+    ],
+)
+async def test_an_edit_that_cannot_be_followed_is_refused(tmp_path, following, edit, said):
+    async with make(tmp_path) as loop:
+        await loop.graph.ainvoke(request(), thread("t"))
+        before = await log(loop, "t")
+        where: Any = await loop.graph.aupdate_state(await checkpoint(loop, "t", following, 1), edit)
+        with pytest.raises(UserError, match=said):
+            await loop.graph.ainvoke(None, where)
+        assert await log(loop, "t") == before
