@@ -230,7 +230,8 @@ def content(event: Event, before: Sequence[Event], picture: Callable[[str], Part
                 return _messages(asked, [_text(event.critique.model_dump_json(exclude_none=True))])
             return _messages(asked, [_text(event.critique.raw)] if event.critique.raw else [], "error")
         case Rewritten():
-            said = json.dumps(event.model_dump(include={"why", "changes", "prompt"}), ensure_ascii=False)
+            answer = {"why": event.why, "changes": event.changes, "prompt": event.prompt}
+            said = json.dumps(answer, ensure_ascii=False)
             asked = [_text("\n".join([*_request(before), *_tried(before, event.round)]))]
             return _messages(asked, [] if problem(event) else [_text(said)])
         case HumanFeedback() if event.comment:

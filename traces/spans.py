@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 #: An agent's work in one round: its name and the round.
 Turn = tuple[str, int]
 
-_BATCH = 512
+#: Spans that are given to the exporter at once, and characters of one request: collectors take a few megabytes.
+_BATCH, _REQUEST = 512, 4_000_000
 
 
 class SpanSubscriber:
@@ -133,8 +134,29 @@ def open_exporter(settings: TraceSettings) -> SpanExporter:
     if url is None:
         raise UserError("no OTLP endpoint: set EMOLOOP_TRACES__OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT")
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import SpanExportResult
 
-    return OTLPSpanExporter(endpoint=url)
+    class Exporter(OTLPSpanExporter):
+        """As its base, in requests that receivers take: with pictures in them, a batch soon is too large for any."""
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            results = (super(Exporter, self).export(portion) for portion in _portions(spans))
+            return next(
+                (it for it in results if it is not SpanExportResult.SUCCESS), SpanExportResult.SUCCESS
+            )
+
+    return Exporter(endpoint=url)
+
+
+def _portions(spans: Sequence[ReadableSpan]) -> Iterator[Sequence[ReadableSpan]]:
+    start, size = 0, 0
+    for number, span in enumerate(spans):
+        own = sum(len(value) for value in (span.attributes or {}).values() if isinstance(value, str))
+        if number > start and size + own > _REQUEST:
+            yield spans[start:number]
+            start, size = number, 0
+        size += own
+    yield spans[start:]
 
 
 def replay(

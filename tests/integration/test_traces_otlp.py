@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import gzip
+import json
+import random
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from emoloop.domain import EmotionTarget
-from emoloop.events import RunStarted
+from emoloop.domain import Critique, EmotionTarget
+from emoloop.events import Critiqued, ImageGenerated, RunStarted
 from emoloop.settings import Settings
 from emoloop.traces.recorder import open_recorder
 from emoloop.traces.spans import open_exporter, replay
 from emoloop.traces.store import open_store
+from google.protobuf.json_format import MessageToDict
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 
 @pytest.fixture
 def collector():
-    """(base address, spans received so far)."""
+    """(base address, spans received so far); refuses what is larger than common receivers take."""
     spans = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -26,6 +29,9 @@ def collector():
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
+            if len(body) > 8_000_000:
+                self.send_error(413)
+                return
             for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                 names = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
                 for scope in resource.scope_spans:
@@ -62,3 +68,22 @@ async def test_live_and_replayed_spans_arrive(collector, tmp_path, monkeypatch):
     _, service, span = spans[1]
     assert (service, span.name) == ("emoloop", "invoke_workflow emoloop")
     assert span.start_time_unix_nano // 1000 == round(started.time.timestamp() * 1_000_000)
+
+
+async def test_spans_with_pictures_arrive_whatever_their_size(collector, tmp_path):
+    """40 pictures of 300 kB, each with its picture on two spans: 32 MB, more than a receiver takes at once."""
+    address, spans = collector
+    settings = Settings(home=tmp_path, traces={"otlp_endpoint": address, "capture_content": True})
+    made = {"prompt": "p", "seed": 1, "model": "tiny", "height": 8, "width": 8}
+    read = {"critique": Critique(valence=1, arousal=0, alignment=1), "model": "lvlm", "prompt_version": "1"}
+    async with open_recorder(settings) as recorder:
+        put = recorder.store.blobs.put_bytes
+        pictures = [put(random.Random(index).randbytes(300_000), "png") for index in range(40)]
+        events = [RunStarted(run_id="one", prompt="p", target=EmotionTarget(valence=1.0), seed=1)]
+        for index, sha256 in enumerate(pictures):
+            place = {"run_id": "one", "index": index, "sha256": sha256}
+            events += [ImageGenerated(**place, **made), Critiqued(**place, **read)]
+        await recorder.record(*events)
+    shown = [json.dumps(MessageToDict(span)) for _, _, span in spans]
+    assert len(shown) == 1 + 2 + 80
+    assert sum("blob" in span for span in shown) == 80
