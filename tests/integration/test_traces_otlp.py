@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import gzip
 import json
 import random
@@ -11,12 +12,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from emoloop.domain import Critique, EmotionTarget
 from emoloop.events import Critiqued, ImageGenerated, RunStarted
+from emoloop.graph.loop import open_loop
 from emoloop.settings import Settings
 from emoloop.traces.recorder import open_recorder
 from emoloop.traces.spans import open_exporter, replay
 from emoloop.traces.store import open_store
 from google.protobuf.json_format import MessageToDict
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import get_current_span
+from painter import Painter
+from scripted import Scripted
 
 
 @pytest.fixture
@@ -87,3 +93,44 @@ async def test_spans_with_pictures_arrive_whatever_their_size(collector, tmp_pat
     shown = [json.dumps(MessageToDict(span)) for _, _, span in spans]
     assert len(shown) == 1 + 2 + 80
     assert sum("blob" in span for span in shown) == 80
+
+
+async def test_the_hosts_context_is_untouched_and_each_run_has_its_own_trace(collector, tmp_path):
+    address, spans = collector
+    target = EmotionTarget(valence=1.0)
+    loop = open_loop(
+        generator=Painter(),
+        lvlm=Scripted(),
+        home=str(tmp_path),
+        traces={"otlp_endpoint": address},
+        loop={"rounds": 2, "images": 2},
+    )
+    tracer = TracerProvider().get_tracer("host")
+    async with loop:
+        with tracer.start_as_current_span("host") as host:
+            before = dict(contextvars.copy_context())
+            async for _ in loop.stream("a dog", target, seed=1, run_id="left"):
+                assert get_current_span() is host
+                break
+            assert dict(contextvars.copy_context()) == before
+            with pytest.raises(ZeroDivisionError):
+                await loop.run("a dog", target, seed=1, run_id="raised", on_event=lambda _: 1 / 0)
+            assert dict(contextvars.copy_context()) == before
+            streams = [loop.stream("a dog", target, seed=1, run_id=name) for name in ("one", "two")]
+            for _ in range(5):
+                for stream in streams:
+                    await anext(stream)
+                    assert dict(contextvars.copy_context()) == before
+            for stream in streams:
+                await stream.aclose()
+            assert dict(contextvars.copy_context()) == before
+            await loop.run("a dog", target, seed=1, run_id="after")
+    traces = {}
+    for _, _, span in spans:
+        [run] = [it.value.string_value for it in span.attributes if it.key == "gen_ai.conversation.id"]
+        traces.setdefault(run, set()).add(span.trace_id)
+    assert set(traces) == {"left", "raised", "one", "two", "after"}
+    assert len(set.union(*traces.values())) == 5
+    assert host.get_span_context().trace_id.to_bytes(16, "big") not in set.union(*traces.values())
+    roots = [span for _, _, span in spans if not span.parent_span_id]
+    assert len(roots) == 5
