@@ -136,6 +136,8 @@ class TraceSettings(_Section):
     picture_bytes: int = Field(default=1_000_000, ge=0)
     #: OTLP endpoint; None takes OTEL_EXPORTER_OTLP_ENDPOINT; without either there are no spans.
     otlp_endpoint: str | None = None
+    #: Full URL for metrics beside the spans; None takes OTEL_EXPORTER_OTLP_METRICS_ENDPOINT; without either none.
+    metrics_endpoint: str | None = None
 
 
 class Settings(BaseSettings):

@@ -8,11 +8,12 @@ the prompt file that `emoloop.prompt_version` names.
 from __future__ import annotations
 
 import json
+import os
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..domain import Critique, EmotionTarget, Missing, RunStatus
 from ..events import (
@@ -28,6 +29,9 @@ from ..events import (
 )
 from .blobs import BlobStore
 from .fold import Fold
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.resources import Resource
 
 #: The conventions that the names were taken from.
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.0"
@@ -66,6 +70,21 @@ def flatten(attributes: Mapping[str, Any], capture_content: bool) -> dict[str, A
             value = json.dumps(value, ensure_ascii=False, default=str)
         flat[key] = value
     return flat
+
+
+def defaults(name: str) -> dict[str, str]:
+    """What the span of any name has."""
+    return {"gen_ai.operation.name": operation(name), "gen_ai.provider.name": "emoloop"}
+
+
+def resource() -> Resource:
+    """Who sends: "emoloop", unless OpenTelemetry's own variables name the service."""
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+
+    named = "OTEL_SERVICE_NAME" in os.environ or SERVICE_NAME in os.environ.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    )
+    return Resource.create({} if named else {SERVICE_NAME: "emoloop"})
 
 
 # ---- attributes

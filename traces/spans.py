@@ -30,9 +30,9 @@ from ..settings import Settings, TraceSettings
 from . import genai
 from .blobs import BlobStore
 from .database import StoreError
+from .metrics import Metrics, open_metrics
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
     from opentelemetry.sdk.trace.export import SpanExporter
 
@@ -56,19 +56,29 @@ class SpanSubscriber:
         store: The log, for the beginning of a run that another process began.
         capture_content: Whether attributes in `genai.CONTENT` may pass.
         picture_bytes: As for `spans_of`.
+        metrics: Gets the same events, and is closed with this.
     """
 
     def __init__(
-        self, processor: SpanProcessor, store: TraceStore, *, capture_content: bool, picture_bytes: int = 0
+        self,
+        processor: SpanProcessor,
+        store: TraceStore,
+        *,
+        capture_content: bool,
+        picture_bytes: int = 0,
+        metrics: Metrics | None = None,
     ) -> None:
         self._processor = processor
         self._store = store
+        self._metrics = metrics
         self._spans = partial(spans_of, capture_content=capture_content, picture_bytes=picture_bytes)
         self._logs: dict[str, list[Event]] = {}
         self._unsent: dict[str, dict[Turn, None]] = {}
 
     def __call__(self, events: Sequence[Event]) -> None:
         """Take the events of a commit."""
+        if self._metrics is not None:
+            self._metrics(events)
         for event in events:
             if event.run_id not in self._logs:
                 known = self._store.events(event.run_id) if event.seq > 0 else []
@@ -86,6 +96,8 @@ class SpanSubscriber:
         for run_id in list(self._logs):
             self._send(run_id, list(self._unsent[run_id]), root=True)
         self._processor.shutdown()
+        if self._metrics is not None:
+            self._metrics.close()
 
     def _send(self, run_id: str, turns: list[Turn], *, root: bool) -> None:
         log = self._logs[run_id]
@@ -98,7 +110,10 @@ class SpanSubscriber:
 
 
 def open_spans(settings: Settings, store: TraceStore) -> SpanSubscriber | None:
-    """Live spans, if an endpoint is set in `traces.otlp_endpoint` or in OpenTelemetry's own variables."""
+    """Live spans, if an endpoint is set in `traces.otlp_endpoint` or in OpenTelemetry's own variables.
+
+    Metrics go along if an endpoint is set for them.
+    """
     if endpoint(settings.traces) is None:
         return None
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -106,7 +121,11 @@ def open_spans(settings: Settings, store: TraceStore) -> SpanSubscriber | None:
     processor = BatchSpanProcessor(open_exporter(settings.traces))
     chosen = settings.traces
     return SpanSubscriber(
-        processor, store, capture_content=chosen.capture_content, picture_bytes=chosen.picture_bytes
+        processor,
+        store,
+        capture_content=chosen.capture_content,
+        picture_bytes=chosen.picture_bytes,
+        metrics=open_metrics(chosen),
     )
 
 
@@ -278,15 +297,6 @@ def _begin(event: Event) -> datetime:
     return event.time - timedelta(seconds=getattr(event, "seconds", None) or 0.0)
 
 
-def _resource() -> Resource:
-    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-
-    named = "OTEL_SERVICE_NAME" in os.environ or SERVICE_NAME in os.environ.get(
-        "OTEL_RESOURCE_ATTRIBUTES", ""
-    )
-    return Resource.create({} if named else {SERVICE_NAME: "emoloop"})
-
-
 class _Builder:
     """Makes finished spans whose ids follow from the run's id and their place in it."""
 
@@ -296,7 +306,7 @@ class _Builder:
         self.spans: list[ReadableSpan] = []
         self._run_id = run_id
         self._capture = capture_content
-        self._resource = _resource()
+        self._resource = genai.resource()
         self._scope = InstrumentationScope("emoloop", schema_url=genai.SCHEMA_URL)
 
     def span(
@@ -321,13 +331,7 @@ class _Builder:
             is_remote=False,
             trace_flags=TraceFlags(TraceFlags.SAMPLED),
         )
-        operation = genai.operation(name)
-        given = {
-            "gen_ai.operation.name": operation,
-            "gen_ai.provider.name": "emoloop",
-            "gen_ai.conversation.id": self._run_id,
-            **attributes,
-        }
+        given = {**genai.defaults(name), "gen_ai.conversation.id": self._run_id, **attributes}
         failed = given.get("error.type") is not None
         self.spans.append(
             ReadableSpan(
@@ -342,7 +346,7 @@ class _Builder:
                     )
                     for found, time in results
                 ],
-                kind=SpanKind.CLIENT if operation in genai.CLIENT else SpanKind.INTERNAL,
+                kind=SpanKind.CLIENT if genai.operation(name) in genai.CLIENT else SpanKind.INTERNAL,
                 status=Status(StatusCode.ERROR, problem) if failed else Status(),
                 start_time=_nanoseconds(start),
                 end_time=_nanoseconds(end),

@@ -18,6 +18,7 @@ from emoloop.traces.recorder import open_recorder
 from emoloop.traces.spans import open_exporter, replay
 from emoloop.traces.store import open_store
 from google.protobuf.json_format import MessageToDict
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import get_current_span
@@ -27,8 +28,8 @@ from scripted import Scripted
 
 @pytest.fixture
 def collector():
-    """(base address, spans received so far); refuses what is larger than common receivers take."""
-    spans = []
+    """(base address, spans and metrics received so far); refuses what is larger than common receivers take."""
+    spans, metrics = [], []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -38,6 +39,10 @@ def collector():
             if len(body) > 8_000_000:
                 self.send_error(413)
                 return
+            if self.path == "/v1/metrics":
+                found = MessageToDict(ExportMetricsServiceRequest.FromString(body))["resourceMetrics"]
+                metrics.extend(it for resource in found for it in resource["scopeMetrics"][0]["metrics"])
+                body = b""
             for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                 names = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
                 for scope in resource.scope_spans:
@@ -51,7 +56,7 @@ def collector():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", spans
+    yield f"http://127.0.0.1:{server.server_address[1]}", spans, metrics
     server.shutdown()
     server.server_close()
     thread.join()
@@ -59,7 +64,7 @@ def collector():
 
 async def test_live_and_replayed_spans_arrive(collector, tmp_path, monkeypatch):
     monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
-    address, spans = collector
+    address, spans, _ = collector
     settings = Settings(home=tmp_path, traces={"otlp_endpoint": address})
     async with open_recorder(settings) as recorder:
         await recorder.record(RunStarted(run_id="one", prompt="p", target=EmotionTarget(valence=1.0), seed=1))
@@ -78,7 +83,7 @@ async def test_live_and_replayed_spans_arrive(collector, tmp_path, monkeypatch):
 
 async def test_spans_with_pictures_arrive_whatever_their_size(collector, tmp_path):
     """40 pictures of 300 kB, each with its picture on two spans: 32 MB, more than a receiver takes at once."""
-    address, spans = collector
+    address, spans, _ = collector
     settings = Settings(home=tmp_path, traces={"otlp_endpoint": address, "capture_content": True})
     made = {"prompt": "p", "seed": 1, "model": "tiny", "height": 8, "width": 8}
     read = {"critique": Critique(valence=1, arousal=0, alignment=1), "model": "lvlm", "prompt_version": "1"}
@@ -96,7 +101,7 @@ async def test_spans_with_pictures_arrive_whatever_their_size(collector, tmp_pat
 
 
 async def test_the_hosts_context_is_untouched_and_each_run_has_its_own_trace(collector, tmp_path):
-    address, spans = collector
+    address, spans, _ = collector
     target = EmotionTarget(valence=1.0)
     loop = open_loop(
         generator=Painter(),
@@ -134,3 +139,18 @@ async def test_the_hosts_context_is_untouched_and_each_run_has_its_own_trace(col
     assert host.get_span_context().trace_id.to_bytes(16, "big") not in set.union(*traces.values())
     roots = [span for _, _, span in spans if not span.parent_span_id]
     assert len(roots) == 5
+
+
+async def test_metrics_go_to_their_own_endpoint(collector, tmp_path):
+    address, _, metrics = collector
+    traces = {"otlp_endpoint": address, "metrics_endpoint": f"{address}/v1/metrics"}
+    loop = {"rounds": 2, "images": 2}
+    async with open_loop(
+        generator=Painter(), lvlm=Scripted(), home=str(tmp_path), traces=traces, loop=loop
+    ) as it:
+        await it.run("a dog", EmotionTarget(valence=1.0), seed=1)
+    counts = {metric["name"]: 0 for metric in metrics}
+    for metric in metrics:
+        counts[metric["name"]] += sum(int(point["count"]) for point in metric["histogram"]["dataPoints"])
+    # Two rounds of two pictures, each read once, and a rewrite; tokens in and out of the five chats.
+    assert counts == {"gen_ai.client.operation.duration": 9, "gen_ai.client.token.usage": 10}

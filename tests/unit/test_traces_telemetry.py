@@ -21,9 +21,11 @@ from emoloop.events import (
 from emoloop.settings import Settings, TraceSettings
 from emoloop.traces.blobs import BlobStore
 from emoloop.traces.database import StoreError
+from emoloop.traces.metrics import Metrics
 from emoloop.traces.recorder import StoreRecorder, open_recorder
 from emoloop.traces.spans import SpanSubscriber, endpoint, open_exporter, replay, spans_of
 from emoloop.traces.store import open_store
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode, get_current_span
@@ -345,3 +347,22 @@ async def test_without_an_endpoint_there_are_no_spans(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     async with open_recorder(Settings(home=tmp_path)) as recorder:
         assert recorder.store.subscribers == []
+
+
+def test_metrics_are_of_the_calls_alone(events):
+    reader = InMemoryMetricReader()
+    metrics = Metrics(reader)
+    failed = events[7].model_copy(update={"seconds": 2.0, "usage": {}})
+    metrics([*events[:7], failed, *events[8:]])
+    data = json.loads(reader.get_metrics_data().to_json())
+    [scope] = data["resource_metrics"][0]["scope_metrics"]
+    points = {(metric["name"], metric["unit"]): metric["data"]["data_points"] for metric in scope["metrics"]}
+    seconds, tokens = (
+        points["gen_ai.client.operation.duration", "s"],
+        points["gen_ai.client.token.usage", "{token}"],
+    )
+    about = [(p["attributes"]["gen_ai.operation.name"], p["attributes"].get("error.type")) for p in seconds]
+    assert about == [("generate_content", None), ("chat", None), ("chat", "missing_critique")]
+    assert [(p["count"], p["sum"]) for p in seconds] == [(2, 3.0), (2, 1.5), (1, 2.0)]
+    assert {p["attributes"]["gen_ai.token.type"]: p["sum"] for p in tokens} == {"input": 5, "output": 2}
+    metrics.close()
