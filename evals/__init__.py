@@ -1,1 +1,1 @@
-"""TODO."""
+"""Whether it works: suites of requests, arms of equal budget, judges that give no reward, and reports."""
