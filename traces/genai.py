@@ -274,6 +274,8 @@ def _words(target: EmotionTarget) -> str:
 def _tried(before: Sequence[Event], number: int) -> Iterator[str]:
     """What a rewriter may look at: each round's prompt with what was read, and a person's words on the last."""
     fold = Fold(before[0].run_id, before) if before else Fold("")
+    if fold.started and fold.started.settings.get("loop", {}).get("rewriter") == "one_shot":
+        return  # it is shown no round
     for tried, round in zip(fold.numbers, fold.rounds(), strict=True):
         read = [it.critique for it in round.candidates if isinstance(it.critique, Critique)]
         if read and tried < number:

@@ -174,6 +174,9 @@ def test_each_call_has_its_question_and_its_answer(events, blobs):
         f"round 0: {SECRET}",
         "read: valence 1.50, arousal -0.50, reward 0.80",
     ]
+    blind = events[0].model_copy(update={"settings": {"loop": {"rewriter": "one_shot"}}})
+    *_, unseen = spans_of([blind, *events[1:6]], blobs, capture_content=True)
+    assert said(unseen, "input")[0][0]["content"] == f"prompt: {SECRET}\ntarget: valence 2.0"
     [answer], reason = said(rewritten, "output")
     assert (json.loads(answer["content"])["prompt"], reason) == (SECRET, "stop")
     [root] = by_name["invoke_workflow emoloop"]
