@@ -87,14 +87,15 @@ def _train(
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} s/step"), TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=False) as progress:
         name = config.objective["name"]
-        task = progress.add_task(f"distil {name}", total=config.train.steps, loss=float("nan"), rate=0.0)
+        task = progress.add_task(f"distill {name}", total=config.train.steps, figures="")
 
         def watch(step: int, steps: int, figures: dict[str, float]) -> None:
-            progress.update(task, completed=step, total=steps, loss=figures["loss"], rate=figures["seconds"])
+            shown = f"loss {figures['loss']:.4f}  {figures['seconds']:.2f} s/step"
+            progress.update(task, completed=step, total=steps, figures=shown)
 
         result = run(
             settings, config, out, where, resume=resume, watch=watch,
