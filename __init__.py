@@ -36,7 +36,8 @@ if TYPE_CHECKING:
         RunFinished,
         RunStarted,
     )
-    from .graph.loop import Loop, RunKeywords, RunOptions, open_loop
+    from .graph.loop import Loop, open_loop
+    from .graph.options import RunKeywords, RunOptions
     from .rl.distill import Distilled
     from .settings import Settings, SettingsOverrides, load_settings
     from .tools.diffusion.apply import Applied, apply
@@ -60,7 +61,8 @@ _MODULES = {
     "RunResult RunStatus StopReason UserError",
     ".events": "Critiqued Event GenerationFailed HumanFeedback ImageGenerated "
     "Rewarded Rewritten RunFinished RunStarted",
-    ".graph.loop": "Loop RunKeywords RunOptions open_loop",
+    ".graph.loop": "Loop open_loop",
+    ".graph.options": "RunKeywords RunOptions",
     ".rl.distill": "Distilled",
     ".settings": "Settings SettingsOverrides load_settings",
     ".tools.diffusion.apply": "Applied apply",

@@ -25,7 +25,7 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, StateSnapshot
 from pydantic import BaseModel
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import Unpack
 
 from ..agents.ask import one_line
 from ..domain import Critique, EmotionTarget, RunResult, RunStatus, UserError
@@ -47,6 +47,7 @@ from ..traces.fold import Fold
 from ..traces.recorder import StoreRecorder
 from .build import build_graph
 from .checkpoint import open_checkpointer
+from .options import OnEvent, ResumeKeywords, Reviewer, RunKeywords, RunOptions
 from .parts import Parts, check_request, open_parts
 from .state import Context, RunInput, State, asks_the_same, new_run_id, read_review, read_run_id, read_seed
 
@@ -60,37 +61,6 @@ T = TypeVar("T")
 
 #: Begins nothing: the run waits for an answer that was not given.
 _WAIT = object()
-
-
-class RunOptions(TypedDict, total=False):
-    """What one run may have of its own, over the settings; None leaves one as it is."""
-
-    rounds: int | None
-    images: int | None
-    tolerance: float | None
-    patience: int | None
-    review: bool | None
-
-
-#: Gets each event of a run as it is committed; may be a coroutine function.
-OnEvent = Callable[[Event], object]
-
-#: Answers a review: a comment, or an object with `prompt`, `comment`, `stop`; may be a coroutine function.
-Reviewer = Callable[[dict[str, Any]], Any]
-
-
-class ResumeKeywords(TypedDict, total=False):
-    """All keywords of `Loop.resume`."""
-
-    on_event: OnEvent | None
-    reviewer: Reviewer | None
-
-
-class RunKeywords(RunOptions, ResumeKeywords, total=False):
-    """All keywords of `Loop.run`."""
-
-    seed: int | None
-    run_id: str | None
 
 
 _OPEN = "this loop is open already: open another, or use this one for many runs at a time"
@@ -253,7 +223,7 @@ class Loop:
             on_event: Called with each event of `stream`.
             reviewer: Answers reviews (`review=True`); without one, the run returns with status INTERRUPTED
                 and waits for `resume`.
-            **options: `rounds`, `images`, `tolerance`, `patience`, `review`, over the settings.
+            **options: Those of `RunOptions`, over the settings.
 
         Returns:
             The result; look at `status`. A run in which a round got no critique at all, or no image, is

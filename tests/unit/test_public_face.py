@@ -61,7 +61,7 @@ def test_keywords_of_runs_stay(name):
     assert {"self"} < given
     if name != "Loop.resume":
         assert {"prompt", "target", "seed", "run_id", "options"} <= given
-    assert set(emoloop.RunOptions.__annotations__) == {"rounds", "images", "tolerance", "patience", "review"}
+    assert set(emoloop.RunOptions.__annotations__) == set(emoloop.graph.state.Context.__annotations__)
 
 
 def test_no_public_signature_takes_anything():
