@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .domain import UserError
+from .rl.config import PRESETS, load_config
 from .settings import (
     GeneratorSettings,
     LVLMSettings,
@@ -20,6 +21,7 @@ from .settings import (
     load_settings,
     lvlm_settings,
 )
+from .tools.presets import GENERATORS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -82,7 +84,6 @@ def distill(
         UserError: Wrong input, before anything is trained.
         Failure: Training broke off; the last good checkpoint is intact.
     """
-    from .rl.config import load_config
     from .rl.distill import distill as run
     from .traces.rows import RunFilter
 
@@ -175,9 +176,6 @@ def preset_for(model: str, config: Path | None) -> str | None:
     Raises:
         UserError: None fits, and there is no file either.
     """
-    from .rl.config import PRESETS
-    from .tools.presets import GENERATORS
-
     known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     name = next((name for name, it in GENERATORS.items() if model in (name, str(it.model))), model)
     if name in known:

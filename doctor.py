@@ -22,6 +22,7 @@ from .files import check_writable
 from .settings import SECRETS, Settings, load_settings
 from .tools import presets
 from .tools.urls import base_urls, is_local, redact
+from .tools.vllm.server import find_python
 
 State = Literal["ok", "missing", "optional"]
 
@@ -192,8 +193,6 @@ def _lvlm(settings: Settings) -> Iterator[Check]:
 
 
 def _vllm(setting: str | None, absent: State) -> Check:
-    from .tools.vllm.server import find_python
-
     remedy = (
         "`emoloop lvlm install` (CPU), or the extra vllm in an environment of its own and lvlm.vllm_python"
     )

@@ -24,6 +24,7 @@ from .arms import load_arm
 from .document import Options, Plan, describe
 from .judges import conflict, load_judge, reward_sources
 from .records import Outcome
+from .report import write_report
 from .runner import run, settings_of
 from .suites import load_suite
 
@@ -86,8 +87,6 @@ def evaluate(
         UserError: As `plan`; or `out` cannot be written.
         Failure: An arm answered nothing at all; what is made is kept.
     """
-    from .report import write_report
-
     ready = plan(options)
     try:
         out.mkdir(parents=True, exist_ok=True)

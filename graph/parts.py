@@ -18,6 +18,7 @@ from ..settings import Settings
 from ..tools import presets
 from ..tools.images.base import Generator, unread_text
 from ..tools.images.load import load_generator
+from ..tools.lvlm.load import load_lvlm
 from ..tools.reward import Reward, load_reward
 from ..tools.urls import public
 from ..traces.recorder import StoreRecorder, open_recorder
@@ -120,8 +121,6 @@ def _load_generator(spec: Any, settings: Settings) -> Generator:
 
 
 def _load_lvlm(settings: Settings) -> Any:
-    from ..tools.lvlm.load import load_lvlm
-
     if settings.lvlm.samples > 1 and settings.lvlm.temperature == 0:
         raise UserError(
             "setting lvlm.samples above 1 needs lvlm.temperature above 0: equal answers tell nothing"
