@@ -79,17 +79,12 @@ def _train(
     settings: Settings, config: DistillConfig, out: Path, where: RunFilter, resume: bool, as_json: bool
 ) -> None:
     from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..rl.distill import distill as run
 
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} s/step"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=False) as progress:
+    rate = "loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} s/step"
+    with opt.bars(console, opt.COUNT, rate) as progress:
         name = config.objective["name"]
         task = progress.add_task(f"distil {name}", total=config.train.steps, loss=float("nan"), rate=0.0)
 
@@ -98,13 +93,11 @@ def _train(
 
         result = run(
             settings, config, out, where, resume=resume, watch=watch,
-            warn=lambda note: console.print(f"[yellow]note:[/yellow] {escape(note)}"),
+            warn=lambda note: opt.say(console, f"note: {note}", "yellow"),
         )  # fmt: skip
     outcome = result.outcome
     if outcome.flags:
-        console.print(
-            "guards fell while the reward rose:", "; ".join(outcome.flags), style="yellow", markup=False
-        )
+        opt.say(console, f"guards fell while the reward rose: {'; '.join(outcome.flags)}", "yellow")
     if as_json:
         document = {
             "folder": str(result.folder),
@@ -115,14 +108,12 @@ def _train(
             "data": result.statistics,
             "figures": result.figures,
         }
-        opt.print_json(document, indent=2)
+        opt.print_json(document)
     elif outcome.reason == "interrupted":
-        console.print(f"interrupted at step {outcome.steps}; go on with --resume")
+        opt.say(console, f"interrupted at step {outcome.steps}; go on with --resume")
     else:
-        console.print(
-            f"{outcome.reason} after {outcome.steps} steps; use it: emoloop run … --adapter {out}",
-            markup=False,
-        )
+        done = f"{outcome.reason} after {outcome.steps} steps"
+        opt.say(console, f"{done}; use it: emoloop run … --adapter {out}")
     if outcome.reason == "interrupted":
         raise typer.Exit(130)
 
@@ -149,7 +140,7 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
                 "data": statistics.model_dump(mode="json"),
                 "config": config.model_dump(mode="json"),
             }
-            opt.print_json(document, indent=2)
+            opt.print_json(document)
             return
         console = Console()
         base = dataset.base

@@ -91,10 +91,8 @@ def export(
             export_jsonl(store, wanted, sys.stdout)
             return
         count = write(store, wanted, out)
-    if as_json:
-        opt.print_json({"format": format, "out": str(out), "count": count})
-    else:
-        _say(f"{_many(count, noun)} in {out}")
+    told = {"format": format, "out": str(out), "count": count}
+    opt.tell(told, as_json, lambda: _say(f"{_many(count, noun)} in {out}"))
 
 
 @app.command(cls=opt.Filtered)
@@ -116,10 +114,9 @@ def rm(
                 _say(f"{row.run_id}  {row.images} images  {row.prompt[:60]}{going}")
             typer.confirm(f"Delete {_many(len(rows), 'run')}?", abort=True, err=True)
         events, files = store.remove(*(row.run_id for row in rows))
-    if as_json:
-        opt.print_json({"removed": [row.run_id for row in rows], "events": events, "files": files})
-    else:
-        _say(f"deleted {_many(len(rows), 'run')}, {_many(events, 'event')}, {_many(files, 'file')}")
+    told = {"removed": [row.run_id for row in rows], "events": events, "files": files}
+    gone = f"{_many(len(rows), 'run')}, {_many(events, 'event')}, {_many(files, 'file')}"
+    opt.tell(told, as_json, lambda: _say(f"deleted {gone}"))
 
 
 @app.command(cls=opt.Filtered)
@@ -146,10 +143,8 @@ def replay(
                 )
         finally:
             exporter.shutdown()
-    if as_json:
-        opt.print_json({"runs": [row.run_id for row in rows], "spans": spans})
-    else:
-        _say(f"sent {_many(spans, 'span')} of {_many(len(rows), 'run')}")
+    told = {"runs": [row.run_id for row in rows], "spans": spans}
+    opt.tell(told, as_json, lambda: _say(f"sent {_many(spans, 'span')} of {_many(len(rows), 'run')}"))
 
 
 @app.command("import")
