@@ -126,6 +126,7 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
     from ..rl.distill import objective_of
     from ..rl.rollouts import LogRollouts
     from ..traces.store import open_store
+    from .traces_view import target_text
 
     _, source = objective_of(config)
     with open_store(settings, read_only=True) as store:
@@ -162,12 +163,7 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
             _bars(console, title, histogram.edges, histogram.counts)
         console.print("examples:")
         for it in examples.fetch(range(min(5, len(examples)))):
-            numbers = [
-                f"{axis} {value:+.1f}"
-                for axis, value in zip("VA", it.target.point, strict=True)
-                if value is not None
-            ]
-            line = f"  {it.prompt!r} → {' '.join(numbers)}"
+            line = f"  {it.prompt!r} → {target_text(it.target)}"
             if it.refined is not None:
                 line += f"  refined {it.refined!r}  gain {it.advantage:+.2f}"
             if it.kind is not None:

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field, ValidationError
 from safetensors.torch import load_file
 
-from ..domain import PROTOTYPES, Critique, Emotion, EmotionTarget, Score, UserError
+from ..domain import PROTOTYPES, Critique, Emotion, EmotionTarget, Score, UserError, first_line
 from ..settings import Settings
 from ..tools.registry import resolve
 from ..tools.threads import apart
@@ -326,7 +326,7 @@ class ClipHeadJudge:
             self.model = CLIPModel.from_pretrained(encoder).to(device).eval()  # pyright: ignore[reportArgumentType]
             self.processor = AutoProcessor.from_pretrained(encoder)
         except (OSError, ValueError) as error:
-            raise UserError(f"CLIP encoder {encoder!r}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"CLIP encoder {encoder!r}: {first_line(error)}") from error
         takes: Any = self.model.config.projection_dim
         self.head = _load_head(head, takes, (2, 8)).to(device)
         self.aesthetic = _load_head(aesthetic, takes, (1,)).to(device) if aesthetic else None

@@ -22,7 +22,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..domain import UserError
+from ..domain import UserError, first_line
 from ..tools.diffusion.families import Conditioning, Family
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ class Policy:
         except ValueError as error:
             raise UserError(
                 f"the LoRA binds no layer of {type(module).__name__}: policy.targets "
-                f"{sorted(config.target_modules)} name none ({str(error).splitlines()[0][:120]})"
+                f"{sorted(config.target_modules)} name none ({first_line(error)[:120]})"
             ) from error
         self._layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
         # Adding an adapter makes peft train that one and freeze the others.
