@@ -215,24 +215,23 @@ class _Rating(Reading):
 _RATED = ("valence", "arousal", "category", "alignment")
 
 
-def _rating(row: dict[str, Any]) -> Reading:
+def _rating(row: dict[str, Any], where: str) -> Reading:
     """Read a line.
 
     Raises:
-        ValueError: A value that is none, in words.
+        UserError: A value that is none.
     """
     if not (row.get("sha256") or "").strip():
-        raise ValueError("no sha256")
+        raise UserError(f"{where}: no sha256")
     if "" in row:
-        raise ValueError("more values than columns")
+        raise UserError(f"{where}: more values than columns")
     try:
         said = {key: (row.get(key) or "").strip().lower() or None for key in _RATED}
         return _Rating.model_validate(said)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(
-            f"{first['loc'][0]} {first['input']} lies outside its scale: {first['msg']}"
-        ) from error
+        wrong = f"{first['loc'][0]} {first['input']} lies outside its scale: {first['msg']}"
+        raise UserError(f"{where}: {wrong}") from error
 
 
 class HumanJudge:
@@ -268,10 +267,7 @@ class HumanJudge:
                 known = ", ".join(_RATED)
                 raise UserError(f"{path}, line 1: unknown column {unknown[0]!r}: known are sha256, {known}")
             for row in rows:
-                try:
-                    rating = _rating(row)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {rows.line_num}: {error}") from error
+                rating = _rating(row, f"{path}, line {rows.line_num}")
                 self.ratings.setdefault(row["sha256"].strip(), []).append(rating)
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as CSV UTF-8") from error
@@ -344,7 +340,6 @@ class ClipHeadJudge:
         return await _in_batches(self._read, items, self.batch)
 
     def _read(self, items: Sequence[Item]) -> list[Reading | None]:
-
         with torch.inference_mode():
             inputs = self.processor(
                 text=[*(item.prompt for item in items), "Good photo.", "Bad photo."],
@@ -400,7 +395,6 @@ def _load_head(path: Path, takes: int, outputs: tuple[int, ...]) -> torch.nn.Seq
 
 
 def _affect(hidden: torch.Tensor) -> tuple[torch.Tensor, list[Emotion | None]]:
-
     if hidden.shape[-1] == 2:
         return hidden.clamp(-3, 3), [None] * len(hidden)
     order = list(Emotion)
@@ -420,10 +414,7 @@ def _lvlm(argument: str, settings: Settings) -> Judge:
 
     ours = settings.lvlm.model_copy(update={"model": argument} if argument else {})
     # A model that was trained on a prompt of its own knows no other, and that one tells it the target.
-    try:
-        prompt = presets.defaults(ours.model, "lvlm").get("critic_prompt")
-    except UserError:
-        prompt = None
+    prompt = presets.defaults_if_known(ours.model).get("critic_prompt")
     critic = Critic(
         load_lvlm(ours), prompt or str(Path(__file__).parent / "prompts" / "judge.yaml"), ours.samples
     )
