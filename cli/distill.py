@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +13,6 @@ from ..domain import UserError
 from . import options as opt
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..rl.config import DistillConfig
     from ..settings import Settings
     from ..traces.rows import RunFilter
@@ -143,25 +143,26 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
             }
             opt.print_json(document)
             return
-        console = Console()
+        say = partial(opt.say, Console())
         base = dataset.base
-        console.print(f"{statistics.runs} runs of {statistics.prompts} prompts, {statistics.images} "
-                      f"images by {base.model}; {statistics.rewarded} rewards ({dataset.reward[0]} "
-                      f"v{dataset.reward[1]}), {statistics.missing} missing", markup=False)  # fmt: skip
+        say(
+            f"{statistics.runs} runs of {statistics.prompts} prompts, {statistics.images} images by {base.model}; "
+            f"{statistics.rewarded} rewards ({dataset.reward[0]} v{dataset.reward[1]}), {statistics.missing} missing"
+        )
         for name, counts in statistics.sources.items():
             mark = " ← this objective" if name == source else ""
-            console.print(f"  {name:12} {counts['train']:>8} train {counts['held_out']:>8} held out{mark}")
+            say(f"  {name:12} {counts['train']:>8} train {counts['held_out']:>8} held out{mark}")
         if statistics.dropped:
             why = ", ".join(f"{count} × {reason}" for reason, count in statistics.dropped.items())
-            console.print(f"no pair from: {why}", markup=False)
+            say(f"no pair from: {why}")
         if statistics.phrasebook:
-            console.print(f"phrases (readings expected within {max(statistics.reader_error or (0, 0)):.2f}):")
+            say(f"phrases (readings expected within {max(statistics.reader_error or (0, 0)):.2f}):")
             for phrase, count in statistics.phrasebook.items():
-                console.print(f"  {count:6} × {phrase}", markup=False, highlight=False)
+                say(f"  {count:6} × {phrase}")
         for title, histogram in (("gain", statistics.gains), ("reward", statistics.rewards),
                                  ("valence", statistics.valence), ("arousal", statistics.arousal)):  # fmt: skip
-            _bars(console, title, histogram.edges, histogram.counts)
-        console.print("examples:")
+            _bars(say, title, histogram.edges, histogram.counts)
+        say("examples:")
         for it in examples.fetch(range(min(5, len(examples)))):
             line = f"  {it.prompt!r} → {target_text(it.target)}"
             if it.refined is not None:
@@ -170,14 +171,14 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
                 line += f"  {it.kind}: {str(it.winner)[:10]} over {str(it.loser)[:10]}"
             if it.reward is not None:
                 line += f"  reward {it.reward:+.2f} in a group of {len(it.rewards)}"
-            console.print(line, markup=False, highlight=False)
-        console.print(f"data hash {statistics.data_hash[:16]}")
+            say(line)
+        say(f"data hash {statistics.data_hash[:16]}")
 
 
-def _bars(console: Console, title: str, edges: list[float], counts: list[int]) -> None:
+def _bars(say: Callable[[str], None], title: str, edges: list[float], counts: list[int]) -> None:
     if not any(counts):
         return
     levels = " ▁▂▃▄▅▆▇█"
     top = max(counts)
     bars = "".join(levels[-(-count * 8 // top)] for count in counts)
-    console.print(f"  {title:8} {edges[0]:+.1f} {bars} {edges[-1]:+.1f}", markup=False, highlight=False)
+    say(f"  {title:8} {edges[0]:+.1f} {bars} {edges[-1]:+.1f}")

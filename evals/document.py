@@ -9,19 +9,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..settings import Settings, merged
 from ..tools.fingerprint import versions
 from ..tools.urls import public
 from . import analysis
-from .judges import training
+from .arms import Arm
+from .judges import Judge, training
 from .records import Outcome, Row
 from .suites import Suite
-
-if TYPE_CHECKING:
-    from .arms import Arm
-    from .judges import Judge
 
 _LIBRARIES = ("emoloop", "torch", "diffusers", "transformers", "peft", "langgraph", "numpy", "scipy")
 

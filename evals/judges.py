@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from PIL.Image import Image
 from pydantic import Field, ValidationError
 from safetensors.torch import load_file
 
@@ -27,13 +28,9 @@ from ..domain import PROTOTYPES, Critique, Emotion, EmotionTarget, Score, UserEr
 from ..settings import Settings
 from ..tools.registry import resolve
 from ..tools.threads import apart
+from ..traces.blobs import BlobStore
 from .metrics import mean
 from .records import Reading
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from ..traces.blobs import BlobStore
 
 
 @dataclass(frozen=True)
