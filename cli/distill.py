@@ -159,9 +159,9 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
             say(f"phrases (readings expected within {max(statistics.reader_error or (0, 0)):.2f}):")
             for phrase, count in statistics.phrasebook.items():
                 say(f"  {count:6} × {phrase}")
-        for title, histogram in (("gain", statistics.gains), ("reward", statistics.rewards),
-                                 ("valence", statistics.valence), ("arousal", statistics.arousal)):  # fmt: skip
-            _bars(say, title, histogram.edges, histogram.counts)
+        for name in ("gains", "rewards", "valence", "arousal"):
+            histogram = getattr(statistics, name)
+            _bars(say, name.removesuffix("s"), histogram.edges, histogram.counts)
         say("examples:")
         for it in examples.fetch(range(min(5, len(examples)))):
             line = f"  {it.prompt!r} → {target_text(it.target)}"

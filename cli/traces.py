@@ -48,18 +48,14 @@ def list_(where: opt.Where = None, home: opt.Home = None, as_json: opt.AsJson = 
 @app.command()
 def show(run: Run, home: opt.Home = None, as_json: opt.AsJson = False) -> None:
     """Show a run: its rounds, prompts, critiques and rewards."""
+    from rich.console import Console
+
     from ..traces.fold import result_json
+    from .traces_view import show_run
 
     with _store(home) as store:
         result = store.run(store.resolve(run))
-    if as_json:
-        opt.print_json(result_json(result))
-        return
-    from rich.console import Console
-
-    from .traces_view import show_run
-
-    show_run(Console(), result)
+    opt.tell(result_json(result), as_json, lambda: show_run(Console(), result))
 
 
 @app.command(cls=opt.Filtered)

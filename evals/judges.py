@@ -32,6 +32,9 @@ from ..traces.blobs import BlobStore
 from .metrics import mean
 from .records import Reading
 
+#: What people and LVLMs say of a picture.
+_RATED = ("valence", "arousal", "category", "alignment")
+
 
 @dataclass(frozen=True)
 class Item:
@@ -192,12 +195,7 @@ class LVLMJudge:
             critique = await self.critic.critique(image, item.prompt, item.target)
         if not isinstance(critique, Critique):
             return None
-        return Reading(
-            valence=critique.valence,
-            arousal=critique.arousal,
-            category=critique.category,
-            alignment=critique.alignment,
-        )
+        return Reading.model_validate(critique.model_dump(include=set(_RATED)))
 
 
 class _Rating(Reading):
@@ -206,10 +204,6 @@ class _Rating(Reading):
     valence: Score | None = None
     arousal: Score | None = None
     alignment: Annotated[float, Field(ge=0, le=1)] | None = None
-
-
-#: Columns of ratings that are read.
-_RATED = ("valence", "arousal", "category", "alignment")
 
 
 def _rating(row: dict[str, Any], where: str) -> Reading:
@@ -281,12 +275,9 @@ class HumanJudge:
             return None
         named = [rating.category for rating in ratings if rating.category]
         top = max(set(named), key=named.count) if named else None
-        return Reading(
-            valence=mean(rating.valence for rating in ratings),
-            arousal=mean(rating.arousal for rating in ratings),
-            alignment=mean(rating.alignment for rating in ratings),
-            category=top if top and named.count(top) * 2 > len(named) else None,
-        )
+        axes = ("valence", "arousal", "alignment")
+        means: dict[str, Any] = {axis: mean(getattr(rating, axis) for rating in ratings) for axis in axes}
+        return Reading(**means, category=top if top and named.count(top) * 2 > len(named) else None)
 
 
 class ClipHeadJudge:
