@@ -1,1 +1,1 @@
-"""Evaluation: suites, arms and judges, and the reports and benchmarks that are made with them."""
+"""Whether it works: suites of requests, arms of equal budget, judges that give no reward, and reports."""

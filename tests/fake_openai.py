@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         server = self.server
         server.keys.append(self.headers["authorization"])
-        if self.path != "/v1/chat/completions":
+        if self.path not in ("/v1/chat/completions", "/tokenize"):
             return self.reply(404, {}, b'{"detail": "Not Found"}')
         with server.guard:
             number = len(server.requests)
