@@ -98,13 +98,13 @@ def _packages(settings: Settings) -> Iterator[Check]:
             found = requirement.name + (f" {installed} (wanted {requirement.specifier})" if installed else "")
             unmet.setdefault(extra[1] if extra else "", []).append(found)
     if wrong := unmet.pop("", None):
-        remedy = "pip install -e . -c constraints.txt"
+        remedy = "pip install emoloop"
         yield Check("packages", "missing", f"not as needed: {', '.join(wrong)}", remedy)
     else:
         main = ("torch", "diffusers", "transformers", "langgraph")
         yield Check("packages", "ok", ", ".join(f"{name} {version(name)}" for name in main))
     for extra, problems in unmet.items():
-        remedy = "see docs/serving.md" if extra == "vllm" else f"pip install -e '.[{extra}]'"
+        remedy = "see docs/serving.md" if extra == "vllm" else f"pip install 'emoloop[{extra}]'"
         yield Check(f"extra {extra}", "optional", f"not installed: {', '.join(problems)}", remedy)
 
 

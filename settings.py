@@ -132,8 +132,12 @@ class TraceSettings(_Section):
     database_url: str | None = None
     #: Put prompts and answers on spans (off: spans carry numbers and names only).
     capture_content: bool = False
+    #: Bytes of a picture that goes along with content; of a larger one its `file:` address does.
+    picture_bytes: int = Field(default=1_000_000, ge=0)
     #: OTLP endpoint; None takes OTEL_EXPORTER_OTLP_ENDPOINT; without either there are no spans.
     otlp_endpoint: str | None = None
+    #: Full URL for metrics beside the spans; None takes OTEL_EXPORTER_OTLP_METRICS_ENDPOINT; without either none.
+    metrics_endpoint: str | None = None
 
 
 class Settings(BaseSettings):

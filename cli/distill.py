@@ -83,13 +83,13 @@ def _train(
     from ..rl.distill import distill as run
 
     console = Console(stderr=True)
-    rate = "loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} s/step"
-    with opt.bars(console, opt.COUNT, rate) as progress:
+    with opt.bars(console, opt.COUNT, "{task.fields[figures]}") as progress:
         name = config.objective["name"]
-        task = progress.add_task(f"distil {name}", total=config.train.steps, loss=float("nan"), rate=0.0)
+        task = progress.add_task(f"distill {name}", total=config.train.steps, figures="")
 
         def watch(step: int, steps: int, figures: dict[str, float]) -> None:
-            progress.update(task, completed=step, total=steps, loss=figures["loss"], rate=figures["seconds"])
+            shown = f"loss {figures['loss']:.4f}  {figures['seconds']:.2f} s/step"
+            progress.update(task, completed=step, total=steps, figures=shown)
 
         result = run(
             settings, config, out, where, resume=resume, watch=watch,

@@ -135,7 +135,11 @@ def replay(
             for row in rows:
                 events = store.events(row.run_id)
                 spans += telemetry.replay(
-                    events, exporter, store.blobs, capture_content=settings.traces.capture_content
+                    events,
+                    exporter,
+                    store.blobs,
+                    capture_content=settings.traces.capture_content,
+                    picture_bytes=settings.traces.picture_bytes,
                 )
         finally:
             exporter.shutdown()

@@ -55,8 +55,8 @@ class RunView:
                 self._bar.update(self._task, total=self._of("rounds") * self._of("images") * 2)
                 self._line(
                     f"[bold]{escape(event.prompt)}[/]  →  {target_text(event.target)}",
-                    f"[dim]run {event.run_id} · seed {event.seed} · up to {self._of('rounds')} rounds of "
-                    f"{self._of('images')} images[/]",
+                    f"[dim]run {event.run_id} · seed {event.seed} · up to "
+                    f"{_count(self._of('rounds'), 'round')} of {_count(self._of('images'), 'image')}[/]",
                 )
                 if not event.settings.get("loop", {}).get("rewrite_first"):
                     self._begin(0, event.prompt)
@@ -116,6 +116,10 @@ class RunView:
             self._bar.console.print(line, highlight=False, soft_wrap=not self.console.is_terminal)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def show_result(console: Console, result: RunResult, files: dict[str, str], seconds: float) -> None:
     """Print how a run ended and what it left."""
 
@@ -125,8 +129,7 @@ def show_result(console: Console, result: RunResult, files: dict[str, str], seco
     line("")
     reason = result.stop_reason.value.replace("_", " ") if result.stop_reason else result.status.value
     colour = "green" if result.status is RunStatus.COMPLETED else "red"
-    rounds = len(result.rounds)
-    line(f"[{colour}]{reason}[/] after {rounds} round{'s' if rounds != 1 else ''}, {seconds:.0f} s")
+    line(f"[{colour}]{reason}[/] after {_count(len(result.rounds), 'round')}, {seconds:.0f} s")
     if result.best is not None:
         line(f"best   {_best(result.best)}")
     if result.gain is not None and result.best_gain is not None:

@@ -12,11 +12,22 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
+from ..domain import UserError
 from ..settings import LoopSettings
 from .nodes import Nodes
 from .parts import Parts
 from .retry import retry_policy
 from .state import Context, RunInput, State
+
+
+class _AsyncGraph(CompiledStateGraph[State, Context, RunInput, State]):
+    """A compiled graph that says what to call in place of `invoke` and `stream`: its nodes are coroutines."""
+
+    def stream(self, *_: Any, **__: Any) -> Any:
+        raise UserError(
+            "the loop's graph is async: use `ainvoke` or `astream`; `loop.run_sync(…)` works without asyncio"
+        )
+
 
 #: generate, critique, review, rewrite.
 _STEPS_PER_ROUND = 4
@@ -53,6 +64,7 @@ def build_graph(
     graph.add_edge("rewrite", "generate")
     graph.add_edge("finish", END)
     compiled: Any = graph.compile(checkpointer=checkpointer, name="emoloop")
+    compiled.__class__ = _AsyncGraph
     return compiled.with_config(recursion_limit=_STEPS_PER_ROUND * _most_rounds() + 3)
 
 

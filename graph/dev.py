@@ -17,12 +17,16 @@ from .loop import Loop, open_loop
 _opening: asyncio.Task[Loop] | None = None
 
 
+async def _open() -> Loop:
+    return await (await asyncio.to_thread(open_loop)).__aenter__()
+
+
 async def graph() -> CompiledStateGraph[Any, Any, Any, Any]:
     """The compiled loop; the server closes with its process, and so do the models."""
     global _opening
     if _opening is None or (_opening.done() and (_opening.cancelled() or _opening.exception() is not None)):
-        loop = await asyncio.to_thread(open_loop)
-        _opening = asyncio.create_task(loop.__aenter__())
+        # No await before this: requests that arrive together wait for the same loop.
+        _opening = asyncio.create_task(_open())
     # Shielded: a request that is given up must not take the models of the others with it.
     opened = await asyncio.shield(_opening)
     return build_graph(opened.parts)

@@ -108,6 +108,7 @@ def open_loop(
     | None = None,
     lvlm: str | Path | Mapping[str, Any] | LVLMSettings | BaseChatModel | None = None,
     reward: str | Callable[[Critique, EmotionTarget], Any] | type[Any] | None = None,
+    checkpointer: BaseCheckpointSaver[Any] | None = None,
     **overrides: Unpack[SettingsOverrides],
 ) -> Loop:
     """A loop, to be entered with `async with` or `with`.
@@ -118,6 +119,8 @@ def open_loop(
         lvlm: A preset, folder or hub id, the URL of a vLLM server; settings; any LangChain chat model that
             takes images.
         reward: A name, a dotted path or a callable `(critique, target) -> float`, plain or async.
+        checkpointer: Where the graph's states are saved, opened and closed by the caller; by default a file in the
+            home, or the log's PostgreSQL.
         **overrides: Any other setting: `home="runs"`, `loop={"rounds": 2}`.
 
     Raises:
@@ -139,7 +142,7 @@ def open_loop(
         given = merged(given, {"loop": {"reward": reward}})
     else:
         objects["reward"] = reward
-    return Loop(load_settings(given, settings), **objects)
+    return Loop(load_settings(given, settings), checkpointer=checkpointer, **objects)
 
 
 class Loop:
@@ -154,9 +157,16 @@ class Loop:
     graph: CompiledStateGraph[State, Context, RunInput, State]
 
     def __init__(
-        self, settings: Settings, *, generator: Any = None, lvlm: Any = None, reward: Any = None
+        self,
+        settings: Settings,
+        *,
+        generator: Any = None,
+        lvlm: Any = None,
+        reward: Any = None,
+        checkpointer: BaseCheckpointSaver[Any] | None = None,
     ) -> None:
         self.settings = settings
+        self._checkpointer = checkpointer
         self._given = {"generator": generator, "lvlm": lvlm, "reward": reward}
         self._parts: Parts | None = None
         self._stack: AsyncExitStack | None = None
@@ -178,7 +188,7 @@ class Loop:
         await asyncio.to_thread(check_writable, self.settings.home, "home", "set another with EMOLOOP_HOME")
         async with AsyncExitStack() as stack:
             self._parts = await open_parts(self.settings, self._given, stack)
-            saver = await stack.enter_async_context(open_checkpointer(self.settings))
+            saver = self._checkpointer or await stack.enter_async_context(open_checkpointer(self.settings))
             self.graph = build_graph(self._parts, saver)
             self._stack = stack.pop_all()
         self._event_loop = asyncio.get_running_loop()

@@ -8,6 +8,7 @@ node decides follows from the log alone, which is why a resumed run picks what a
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 from typing import Any
@@ -41,6 +42,7 @@ from ..events import (
 from ..tools.images.base import GenerationError, ImageRequest
 from ..traces.fold import Fold, Tried
 from . import policy
+from .edits import check_prompt_stands, follow
 from .parts import Parts, check_request, prompt_notes
 from .retry import ATTEMPTS, retryable
 from .state import (
@@ -75,8 +77,8 @@ class Nodes:
         seed = read_seed(state.get("seed"))
         asked = target.model_dump(mode="json", exclude_none=True)
         run_id, started = await self._find(runtime, prompt, target, seed)
-        if started is None:
-            started = RunStarted(
+        while started is None:
+            begun = RunStarted(
                 run_id=run_id,
                 prompt=prompt,
                 target=target,
@@ -84,20 +86,22 @@ class Nodes:
                 settings=self.parts.snapshot(options),
                 warnings=prompt_notes(self.parts.generator, prompt, []),
             )
-            await self._record(runtime, started)
-        else:
-            # A run keeps the options that it began with, whatever the settings say by now.
-            options = {
-                **options,
-                **{k: v for k, v in started.settings.get("loop", {}).items() if k in options},
-            }
+            [stands] = await self._record(runtime, begun)
+            assert isinstance(stands, RunStarted)
+            if asks_the_same(stands, prompt, target, seed):
+                started = stands
+            else:  # another request took the name at the same moment
+                run_id, started = await self._find(runtime, prompt, target, seed)
+        # A run keeps the options that it began with, whatever the settings say by now.
+        options |= {k: v for k, v in started.settings.get("loop", {}).items() if k in options}
+        fold = await self.parts.recorder.fold(run_id, fresh=False)
         return {
             "run_id": run_id,
             "prompt": prompt,
             "target": asked,
             "options": {**options, "seed": started.seed},
             "round": 0,
-            "current": prompt,
+            "current": fold.prompt(0),
             "comment": "",
             "rounds": [],
             "best": None,
@@ -116,6 +120,10 @@ class Nodes:
         thread = execution.thread_id if execution else None
         # A thread id may be a number or a UUID, as everywhere in LangGraph.
         base = read_run_id(new_run_id() if thread is None else str(thread))
+        # Inside another graph the thread is that graph's, and the namespace names the task that called us: the
+        # branches of a fan-out share the one and differ in the other.
+        if execution and (caller := execution.checkpoint_ns.rpartition("|")[0]):
+            base += f":{hashlib.sha256(caller.encode()).hexdigest()[:8]}"
         count = 1
         while True:
             run_id = base if count == 1 else f"{base}.{count}"
@@ -131,8 +139,10 @@ class Nodes:
 
     async def generate(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Make the round's pictures that are not there yet."""
-        number, prompt, options = state["round"], state["current"], state["options"]
-        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        number, options = state["round"], state["options"]
+        run_id, prompt, edits = await follow(self.parts.recorder, state)
+        await self._record(runtime, *edits)
+        fold = await self.parts.recorder.fold(run_id, fresh=False)
         node, target = _node("generate", fold), read_target(state["target"])
         row = fold.round(number)
         made = {index for index, tried in row.items() if tried.made}
@@ -150,7 +160,7 @@ class Nodes:
                 self.parts.generator,
                 request,
                 self.parts.recorder,
-                run_id=state["run_id"],
+                run_id=run_id,
                 round=number,
                 index=index,
                 node=node,
@@ -178,7 +188,7 @@ class Nodes:
             runtime,
             *(
                 GenerationFailed(
-                    run_id=state["run_id"],
+                    run_id=run_id,
                     round=number,
                     index=index,
                     node=node,
@@ -189,8 +199,9 @@ class Nodes:
                 for index, error in failed.items()
             ),
         )
-        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
-        return {"warnings": fold.warnings(), "stop_reason": None if made else StopReason.ERROR.value}
+        fold = await self.parts.recorder.fold(run_id, fresh=False)
+        stop = None if made else StopReason.ERROR.value
+        return {"run_id": run_id, "current": prompt, "warnings": fold.warnings(), "stop_reason": stop}
 
     # ---- critique
 
@@ -198,6 +209,7 @@ class Nodes:
         """Read the round's pictures, value them, and decide whether to go on."""
         number, options = state["round"], state["options"]
         fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        check_prompt_stands(state, fold)
         nodes = _node("critique", fold), _node("reward", fold)
         todo = [
             tried
@@ -304,22 +316,29 @@ class Nodes:
     # ---- review and rewrite
 
     async def review(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
-        """Wait for a person. The answer is a comment, or any of `prompt`, `comment` and `stop`."""
+        """Wait for a person. The answer is a comment, or any of `prompt`, `comment` and `stop`.
+
+        A wrong answer is asked again, with the reason as `wrong`.
+        """
         fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        check_prompt_stands(state, fold)
         if state["round"] + 1 in fold.rewrites:
             return {}  # answered before the run broke off
-        answer = interrupt(
-            {
-                "run_id": state["run_id"],
-                "events": fold.events,
-                "round": state["round"],
-                "prompt": state["prompt"],
-                "target": state["target"],
-                "tried": state["current"],
-                "best": state["best"],
-            }
-        )
-        given = read_review(answer)
+        question = {
+            "run_id": state["run_id"],
+            "events": fold.events,
+            "round": state["round"],
+            "prompt": state["prompt"],
+            "target": state["target"],
+            "tried": state["current"],
+            "best": state["best"],
+        }
+        given = None
+        while given is None:
+            try:
+                given = read_review(interrupt(question))
+            except UserError as error:  # the answer is saved, so the person is asked once more
+                question = {**question, "wrong": str(error)}
         if comment := given.get("comment") or "":
             best = state.get("best")
             await self._record(
@@ -352,6 +371,7 @@ class Nodes:
         # Before anything was painted, the rewrite is for round 0 itself.
         number = state["round"] + 1 if state["rounds"] else 0
         fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        check_prompt_stands(state, fold)
         event = fold.rewrites.get(number) or await self._write(state, runtime, number)
         warnings = (await self.parts.recorder.fold(state["run_id"], fresh=False)).warnings()
         return {"round": number, "current": event.prompt, "comment": "", "warnings": warnings}

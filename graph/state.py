@@ -51,7 +51,8 @@ class State(TypedDict):
         prompt: The neutral prompt.
         target: The wanted emotion.
         seed: As asked for; gone after the first step, so that the next run of a thread draws its own.
-        run_id: The run's name in the log: the thread id, with a number from the thread's second run on.
+        run_id: The run's name in the log: the thread id, inside another graph with the calling task's digest, and
+            with a number from the thread's second run on.
         options: What the run goes by: seed, rounds, images, tolerance, patience, review,
             rewriter, rewrite_first, exhaust.
         round: The current round.

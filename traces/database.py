@@ -55,7 +55,13 @@ def open_database(settings: Settings, home: Path, *, read_only: bool) -> Engine:
         for folder in {home, Path(str(url.database)).parent} if local else {home}:
             check_writable(folder, "the log's folder", "EMOLOOP_HOME chooses another home")
             # What a home holds is its owner's: prompts, pictures, comments.
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                # Permissions do not say everything: a file system may refuse even root.
+                raise UserError(
+                    f"cannot make the log's folder {folder}: {error.strerror} (EMOLOOP_HOME chooses another home)"
+                ) from error
     engine = _sqlite(url, read_only) if local else _server(url)
     try:
         _prepare(engine, read_only)

@@ -132,7 +132,9 @@ class Fold:
                 self._reward(self._at(event), event)
             case Rewritten():
                 self._reopen()
-                self.rewrites.setdefault(event.round, event)
+                # A person's edit of what a model wrote stands in its place.
+                if event.model == "human" or event.round not in self.rewrites:
+                    self.rewrites[event.round] = event
             case RunFinished():
                 self.finished = event
                 self.failures += event.status is not RunStatus.COMPLETED

@@ -1,9 +1,8 @@
 """OpenTelemetry spans: a projection of committed events, off unless an OTLP endpoint is configured.
 
 Live spans and replayed ones come from the same function over the same events, so they are equal: ids, parents,
-times, content. Names follow the GenAI semantic conventions (`gen_ai.*`, still in development; the strings live here
-because their Python constants are private). Spans are for looking at: the batch processor drops them under load, so
-nothing is ever computed from them.
+times, content. `genai` says what an event is in the GenAI semantic conventions; here are the tree and the sending.
+Spans are for looking at: the batch processor drops them under load, so nothing is ever computed from them.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..domain import Critique, UserError
+from ..domain import UserError
 from ..events import (
     Critiqued,
     Event,
@@ -25,44 +25,24 @@ from ..events import (
     Rewarded,
     Rewritten,
     RunFinished,
-    RunStarted,
 )
 from ..settings import Settings, TraceSettings
+from . import genai
 from .blobs import BlobStore
 from .database import StoreError
+from .metrics import Metrics, open_metrics
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
     from opentelemetry.sdk.trace.export import SpanExporter
 
     from .store import TraceStore
 
-#: The conventions that the names were taken from.
-SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.0"
-
-#: Attributes that hold what people and models wrote; dropped unless `traces.capture_content`.
-CONTENT = frozenset(
-    {
-        "gen_ai.input.messages",
-        "gen_ai.output.messages",
-        "gen_ai.system_instructions",
-        "gen_ai.tool.definitions",
-        "gen_ai.evaluation.explanation",
-        "emoloop.prompt",
-    }
-)
-
-#: Calls that leave the agent for a model; everything else happens inside.
-_CLIENT = frozenset({"chat", "generate_content", "embeddings"})
-
 #: An agent's work in one round: its name and the round.
 Turn = tuple[str, int]
 
-#: Characters of one attribute; OpenTelemetry's own default is no limit.
-_LONGEST = 32_768
-
-_BATCH = 512
+#: Spans that are given to the exporter at once, and characters of one request: collectors take a few megabytes.
+_BATCH, _REQUEST = 512, 4_000_000
 
 
 class SpanSubscriber:
@@ -74,18 +54,31 @@ class SpanSubscriber:
     Args:
         processor: Where spans go.
         store: The log, for the beginning of a run that another process began.
-        capture_content: Whether attributes in `CONTENT` may pass.
+        capture_content: Whether attributes in `genai.CONTENT` may pass.
+        picture_bytes: As for `spans_of`.
+        metrics: Gets the same events, and is closed with this.
     """
 
-    def __init__(self, processor: SpanProcessor, store: TraceStore, *, capture_content: bool) -> None:
+    def __init__(
+        self,
+        processor: SpanProcessor,
+        store: TraceStore,
+        *,
+        capture_content: bool,
+        picture_bytes: int = 0,
+        metrics: Metrics | None = None,
+    ) -> None:
         self._processor = processor
         self._store = store
-        self._capture = capture_content
+        self._metrics = metrics
+        self._spans = partial(spans_of, capture_content=capture_content, picture_bytes=picture_bytes)
         self._logs: dict[str, list[Event]] = {}
         self._unsent: dict[str, dict[Turn, None]] = {}
 
     def __call__(self, events: Sequence[Event]) -> None:
         """Take the events of a commit."""
+        if self._metrics is not None:
+            self._metrics(events)
         for event in events:
             if event.run_id not in self._logs:
                 known = self._store.events(event.run_id) if event.seq > 0 else []
@@ -103,10 +96,12 @@ class SpanSubscriber:
         for run_id in list(self._logs):
             self._send(run_id, list(self._unsent[run_id]), root=True)
         self._processor.shutdown()
+        if self._metrics is not None:
+            self._metrics.close()
 
     def _send(self, run_id: str, turns: list[Turn], *, root: bool) -> None:
         log = self._logs[run_id]
-        for span in spans_of(log, self._store.blobs, capture_content=self._capture, only=turns, root=root):
+        for span in self._spans(log, self._store.blobs, only=turns, root=root):
             self._processor.on_end(span)
         for turn in turns:
             self._unsent[run_id].pop(turn, None)
@@ -115,13 +110,23 @@ class SpanSubscriber:
 
 
 def open_spans(settings: Settings, store: TraceStore) -> SpanSubscriber | None:
-    """Live spans, if an endpoint is set in `traces.otlp_endpoint` or in OpenTelemetry's own variables."""
+    """Live spans, if an endpoint is set in `traces.otlp_endpoint` or in OpenTelemetry's own variables.
+
+    Metrics go along if an endpoint is set for them.
+    """
     if endpoint(settings.traces) is None:
         return None
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     processor = BatchSpanProcessor(open_exporter(settings.traces))
-    return SpanSubscriber(processor, store, capture_content=settings.traces.capture_content)
+    chosen = settings.traces
+    return SpanSubscriber(
+        processor,
+        store,
+        capture_content=chosen.capture_content,
+        picture_bytes=chosen.picture_bytes,
+        metrics=open_metrics(chosen),
+    )
 
 
 def endpoint(settings: TraceSettings) -> str | None:
@@ -148,12 +153,38 @@ def open_exporter(settings: TraceSettings) -> SpanExporter:
     if url is None:
         raise UserError("no OTLP endpoint: set EMOLOOP_TRACES__OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT")
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import SpanExportResult
 
-    return OTLPSpanExporter(endpoint=url)
+    class Exporter(OTLPSpanExporter):
+        """As its base, in requests that receivers take: with pictures in them, a batch soon is too large for any."""
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            results = (super(Exporter, self).export(portion) for portion in _portions(spans))
+            return next(
+                (it for it in results if it is not SpanExportResult.SUCCESS), SpanExportResult.SUCCESS
+            )
+
+    return Exporter(endpoint=url)
+
+
+def _portions(spans: Sequence[ReadableSpan]) -> Iterator[Sequence[ReadableSpan]]:
+    start, size = 0, 0
+    for number, span in enumerate(spans):
+        own = sum(len(value) for value in (span.attributes or {}).values() if isinstance(value, str))
+        if number > start and size + own > _REQUEST:
+            yield spans[start:number]
+            start, size = number, 0
+        size += own
+    yield spans[start:]
 
 
 def replay(
-    events: Iterable[Event], exporter: SpanExporter, blobs: BlobStore, *, capture_content: bool = False
+    events: Iterable[Event],
+    exporter: SpanExporter,
+    blobs: BlobStore,
+    *,
+    capture_content: bool = False,
+    picture_bytes: int = 0,
 ) -> int:
     """Send a run's spans, rebuilt from its events.
 
@@ -167,7 +198,7 @@ def replay(
     """
     from opentelemetry.sdk.trace.export import SpanExportResult
 
-    spans = spans_of(events, blobs, capture_content=capture_content)
+    spans = spans_of(events, blobs, capture_content=capture_content, picture_bytes=picture_bytes)
     for start in range(0, len(spans), _BATCH):
         if exporter.export(spans[start : start + _BATCH]) is not SpanExportResult.SUCCESS:
             raise StoreError(f"the OTLP receiver refused spans {start} and following of {len(spans)}")
@@ -179,6 +210,7 @@ def spans_of(
     blobs: BlobStore,
     *,
     capture_content: bool = False,
+    picture_bytes: int = 0,
     only: Iterable[Turn] | None = None,
     root: bool = True,
 ) -> list[ReadableSpan]:
@@ -186,45 +218,65 @@ def spans_of(
 
     Args:
         events: The run's events in order of `seq`, beginning with `run_started`.
-        blobs: Where images lie; content names them by `file:` URI and never holds them.
-        capture_content: Whether prompts and answers go on the spans.
+        blobs: Where pictures lie.
+        capture_content: Whether prompts, answers and pictures go on the spans.
+        picture_bytes: Bytes of a picture that goes along itself; of a larger one the `file:` address does.
         only: The turns to give; None gives all.
         root: Whether to give the workflow's span.
     """
     log = list(events)
     if not log:
         return []
+    picture = partial(genai.picture_part, blobs=blobs, most=picture_bytes)
     build = _Builder(log[0].run_id, capture_content)
     first, last = min(map(_begin, log)), max(event.time for event in log)
-    workflow = build.span("invoke_workflow emoloop", _workflow(log), first, last, ("workflow",), None)
+    attributes = genai.workflow(log)
+    if root and capture_content:
+        attributes |= genai.workflow_content(log, picture)
+    workflow = build.span("invoke_workflow emoloop", attributes, first, last, ("workflow",), None)
     if not root:
         build.spans.clear()
     turns: dict[Turn, list[Event]] = {}
     for event in log:
         if (turn := _turn_of(event)) is not None:
             turns.setdefault(turn, []).append(event)
-    order = list(_AGENTS)
+    order, number = list(_AGENTS), {event.key: number for number, event in enumerate(log)}
     for turn in sorted(turns if only is None else only, key=lambda turn: (order.index(turn[0]), turn[1])):
-        _add_turn(build, turn, turns[turn], workflow, blobs)
+        agent, round_ = turn
+        within, results = turns[turn], _results(turns[turn])
+        about = {"gen_ai.agent.name": agent, "emoloop.round": round_}
+        start, end = min(map(_begin, within)), max(event.time for event in within)
+        own = results.get(None, ())
+        parent = build.span(f"invoke_agent {agent}", about, start, end, turn, workflow, own)
+        for event in within:
+            if isinstance(event, Rewarded):
+                continue
+            name, attributes = genai.call(event)
+            if capture_content:
+                attributes |= genai.content(event, log[: number[event.key]], picture)
+            problem = genai.problem(event) if capture_content else None
+            place, found = event.key, results.get(event.key, ())
+            build.span(name, attributes, _begin(event), event.time, place, parent, found, problem)
     return build.spans
 
 
-def _add_turn(build: _Builder, turn: Turn, log: list[Event], workflow: Any, blobs: BlobStore) -> None:
-    agent, round_ = turn
-    attributes = {"gen_ai.agent.name": agent, "emoloop.round": round_}
-    start, end = min(map(_begin, log)), max(event.time for event in log)
-    parent = build.span(f"invoke_agent {agent}", attributes, start, end, turn, workflow)
-    for event in log:
-        if isinstance(event, Rewarded):
-            continue
-        results = [
-            (found, other.time)
-            for other in log
-            if isinstance(event, Critiqued) and (other is event or _rewards(other, event))
-            for found in _evaluations(other)
-        ]
-        name, attributes = _call(event, blobs)
-        build.span(name, attributes, _begin(event), event.time, event.key, parent, results)
+#: Results of evaluations, and when they were known.
+Results = list[tuple[dict[str, Any], datetime]]
+
+
+def _results(turn: Sequence[Event]) -> dict[tuple[Any, ...] | None, Results]:
+    """The evaluations of a turn by the key of the call that they are of; None where there was no call.
+
+    A picture that was read again has a call for each reading, and a reward belongs to the reading before it.
+    """
+    found: dict[tuple[Any, ...] | None, Results] = {}
+    read: dict[int, tuple[Any, ...]] = {}
+    for event in turn:
+        if isinstance(event, Critiqued):
+            read[event.index] = event.key
+        key = read.get(event.index) if isinstance(event, Rewarded) else event.key
+        found.setdefault(key, []).extend((result, event.time) for result in genai.evaluations(event))
+    return found
 
 
 def _turn_of(event: Event) -> Turn | None:
@@ -240,146 +292,9 @@ _AGENTS: dict[str, tuple[type, ...]] = {
 }
 
 
-def flatten(attributes: Mapping[str, Any], capture_content: bool) -> dict[str, Any]:
-    """What OpenTelemetry accepts: no None, nested values as JSON, content only if wanted, nothing too long."""
-    flat: dict[str, Any] = {}
-    for key, value in attributes.items():
-        if value is None or (key in CONTENT and not capture_content):
-            continue
-        if not isinstance(value, str | bool | int | float):
-            value = json.dumps(value, ensure_ascii=False, default=str)
-        flat[key] = value[:_LONGEST] if isinstance(value, str) else value
-    return flat
-
-
-def _defaults(name: str) -> dict[str, Any]:
-    return {"gen_ai.operation.name": name.split(" ", 1)[0], "gen_ai.provider.name": "emoloop"}
-
-
-def _kind(name: str) -> Any:
-    from opentelemetry.trace import SpanKind
-
-    return SpanKind.CLIENT if name.split(" ", 1)[0] in _CLIENT else SpanKind.INTERNAL
-
-
 def _begin(event: Event) -> datetime:
     # An event is written when its work is done.
     return event.time - timedelta(seconds=getattr(event, "seconds", None) or 0.0)
-
-
-def _rewards(event: Event, critiqued: Critiqued) -> bool:
-    return isinstance(event, Rewarded) and event.index == critiqued.index
-
-
-def _workflow(log: list[Event]) -> dict[str, Any]:
-    attributes: dict[str, Any] = {"gen_ai.workflow.name": "emoloop"}
-    for event in log:
-        if isinstance(event, RunStarted):
-            target = {f"emoloop.target.{k}": v for k, v in event.target.model_dump(mode="json").items()}
-            attributes |= {
-                "gen_ai.input.messages": _message("user", event.prompt),
-                "gen_ai.request.seed": event.seed,
-                **target,
-            }
-        elif isinstance(event, RunFinished):
-            attributes |= {
-                "emoloop.status": event.status.value,
-                "emoloop.stop_reason": event.stop_reason.value,
-                "emoloop.gain": event.gain,
-                "emoloop.best_gain": event.best_gain,
-            }
-    return attributes
-
-
-def _call(event: Event, blobs: BlobStore) -> tuple[str, dict[str, Any]]:
-    match event:
-        case ImageGenerated():
-            return f"generate_content {event.model}", {
-                "gen_ai.request.model": event.model,
-                "gen_ai.request.seed": event.seed,
-                "gen_ai.output.type": "image",
-                "gen_ai.input.messages": _message("user", event.prompt),
-                "gen_ai.output.messages": _picture("assistant", event.sha256, blobs),
-                "emoloop.index": event.index,
-                "emoloop.image.sha256": event.sha256,
-                "emoloop.image.steps": event.steps,
-                "emoloop.image.guidance": event.guidance,
-                "emoloop.adapter": event.adapter,
-            }
-        case GenerationFailed():
-            return "generate_content", {
-                "gen_ai.request.seed": event.seed,
-                "gen_ai.output.type": "image",
-                "gen_ai.input.messages": _message("user", event.prompt),
-                "emoloop.index": event.index,
-                "error.type": "generation_failed",
-            }
-        case Critiqued():
-            answered = isinstance(event.critique, Critique)
-            return f"chat {event.model}", {
-                "gen_ai.request.model": event.model,
-                "gen_ai.output.type": "json",
-                **_usage(event.usage),
-                "gen_ai.input.messages": _picture("user", event.sha256, blobs),
-                "gen_ai.output.messages": _message("assistant", event.critique.model_dump_json()),
-                "emoloop.index": event.index,
-                "emoloop.prompt_version": event.prompt_version,
-                "error.type": None if answered else "missing_critique",
-            }
-        case Rewritten():
-            return f"chat {event.model}", {
-                "gen_ai.request.model": event.model,
-                "gen_ai.output.type": "json",
-                **_usage(event.usage),
-                "gen_ai.output.messages": _message("assistant", event.prompt),
-                "emoloop.prompt_version": event.prompt_version,
-            }
-        case _:
-            return "human_feedback", {"emoloop.index": event.index}
-
-
-def _usage(usage: Mapping[str, int]) -> dict[str, int]:
-    # LangChain says input_tokens and output_tokens, and so does the convention.
-    return {f"gen_ai.usage.{key}": value for key, value in usage.items()}
-
-
-def _message(role: str, text: str) -> list[dict[str, Any]]:
-    return [{"role": role, "parts": [{"type": "text", "content": text}]}]
-
-
-def _picture(role: str, sha256: str, blobs: BlobStore) -> list[dict[str, Any]]:
-    part = {"type": "uri", "modality": "image", "uri": blobs.path(sha256).absolute().as_uri()}
-    return [{"role": role, "parts": [part]}]
-
-
-def _evaluations(event: Event) -> Iterator[dict[str, Any]]:
-    match event:
-        case Critiqued(critique=Critique() as critique):
-            for name in ("valence", "arousal", "alignment"):
-                yield {
-                    "gen_ai.evaluation.name": name,
-                    "gen_ai.evaluation.score.value": getattr(critique, name),
-                    "gen_ai.evaluation.explanation": critique.analysis or None,
-                }
-        case Critiqued():
-            yield {"gen_ai.evaluation.name": "critique", "error.type": "missing_critique"}
-        case Rewarded():
-            yield {
-                "gen_ai.evaluation.name": f"reward:{event.name}",
-                "gen_ai.evaluation.score.value": event.value,
-                "error.type": "missing_reward" if event.value is None else None,
-            }
-        case _:
-            pass
-
-
-def _resource() -> Resource:
-    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-
-    named = "OTEL_SERVICE_NAME" in os.environ or SERVICE_NAME in os.environ.get(
-        "OTEL_RESOURCE_ATTRIBUTES", ""
-    )
-    return Resource.create({} if named else {SERVICE_NAME: "emoloop"})
 
 
 class _Builder:
@@ -391,8 +306,8 @@ class _Builder:
         self.spans: list[ReadableSpan] = []
         self._run_id = run_id
         self._capture = capture_content
-        self._resource = _resource()
-        self._scope = InstrumentationScope("emoloop", schema_url=SCHEMA_URL)
+        self._resource = genai.resource()
+        self._scope = InstrumentationScope("emoloop", schema_url=genai.SCHEMA_URL)
 
     def span(
         self,
@@ -403,11 +318,12 @@ class _Builder:
         place: tuple[Any, ...],
         parent: Any,
         results: Iterable[tuple[dict[str, Any], datetime]] = (),
+        problem: str | None = None,
     ) -> Any:
         """Add a span and return its context, for its children."""
         from opentelemetry.sdk.trace import Event as SpanEvent
         from opentelemetry.sdk.trace import ReadableSpan
-        from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
+        from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
         context = SpanContext(
             trace_id=self._id(16),
@@ -415,20 +331,23 @@ class _Builder:
             is_remote=False,
             trace_flags=TraceFlags(TraceFlags.SAMPLED),
         )
-        given = {**_defaults(name), "gen_ai.conversation.id": self._run_id, **attributes}
+        given = {**genai.defaults(name), "gen_ai.conversation.id": self._run_id, **attributes}
+        failed = given.get("error.type") is not None
         self.spans.append(
             ReadableSpan(
                 name,
                 context=context,
                 parent=parent,
                 resource=self._resource,
-                attributes=flatten(given, self._capture),
+                attributes=genai.flatten(given, self._capture),
                 events=[
-                    SpanEvent("gen_ai.evaluation.result", flatten(found, self._capture), _nanoseconds(time))
+                    SpanEvent(
+                        "gen_ai.evaluation.result", genai.flatten(found, self._capture), _nanoseconds(time)
+                    )
                     for found, time in results
                 ],
-                kind=_kind(name),
-                status=Status(StatusCode.ERROR if given.get("error.type") else StatusCode.UNSET),
+                kind=SpanKind.CLIENT if genai.operation(name) in genai.CLIENT else SpanKind.INTERNAL,
+                status=Status(StatusCode.ERROR, problem) if failed else Status(),
                 start_time=_nanoseconds(start),
                 end_time=_nanoseconds(end),
                 instrumentation_scope=self._scope,

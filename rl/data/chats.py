@@ -84,6 +84,8 @@ def rewriter_turns(run: RunResult, events: list[Event]) -> Iterator[Turn]:
         for event in events
         if isinstance(event, Rewritten) and event.prompt_version != "human" and event.changes + event.why
         if not event.why.startswith(KEPT) and event.round < len(run.rounds)
+        # One that a person edited before it was painted is told by no picture.
+        if event.prompt == run.rounds[event.round].prompt
     ]
     means = [it.mean_reward for it in run.rounds]
     for place, event in enumerate(written):

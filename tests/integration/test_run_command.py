@@ -59,6 +59,17 @@ def shell(tmp_path, monkeypatch, capsys) -> Shell:
     return Shell(tmp_path, monkeypatch, capsys)
 
 
+def test_one_round_of_one_image_is_named_so(shell):
+    code, _, err = shell("run", "a dog", "--valence", "1", "--rounds", "1", "--images", "1")
+    assert code == 0 and "up to 1 round of 1 image\n" in err and "after 1 round, " in err
+
+
+def test_a_training_refused_shows_no_figures(shell):
+    words = ["distill", "nosuch", "--preset", "miniature", "--out", "artifact"]
+    code, _, err = shell(*words)
+    assert code == 2 and "unknown objective 'nosuch'" in err and "loss" not in err
+
+
 def test_a_run_leaves_what_a_person_opens(shell):
     code, out, err = shell("run", *ASKED)
     assert (code, out) == (0, "")

@@ -38,6 +38,14 @@ def test_all_is_well(tmp_path, model, monkeypatch):
     assert all(check["remedy"] for check in document["checks"] if check["state"] != "ok")
 
 
+def test_what_is_not_installed_is_mended_from_any_folder(tmp_path, model, monkeypatch):
+    """There may be no checkout: pip finds the requirements in the installed package."""
+    monkeypatch.setattr(doctor, "requires", lambda _: ["no-such-one", "no-such-two; extra == 'train'"])
+    document = doctor.examine(settings_of(tmp_path, model))
+    assert found(document, "packages")["remedy"] == "pip install emoloop"
+    assert found(document, "extra train")["remedy"] == "pip install 'emoloop[train]'"
+
+
 def test_a_model_that_is_not_there(tmp_path, model):
     document = doctor.examine(settings_of(tmp_path, model, generator={"model": str(tmp_path / "nowhere")}))
     assert not document["ok"]

@@ -13,7 +13,7 @@ from emoloop.traces.store import open_store
 
 SIGNATURES = {
     "apply": "pipe, adapter, target, *, scale",
-    "open_loop": "settings, *, generator, lvlm, reward, **overrides",
+    "open_loop": "settings, *, generator, lvlm, reward, checkpointer, **overrides",
     "open_log": "home, *, settings, write",
     "distill": "objective, out, *, home, where, preset, config, knobs, resume, watch, settings",
     "evaluate": "suite, out, *, arms, judge, guard, adapter, limit, allow_reward_judge, home, generator, lvlm, "

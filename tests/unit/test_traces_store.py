@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -394,10 +396,18 @@ def test_a_frozen_copy_can_be_read(settings, monkeypatch):
     assert {path.name for path in settings.home.iterdir()} == {"events.db", "blobs"}
 
 
-def test_a_home_that_cannot_be_is_one_clear_line(tmp_path):
+def test_a_home_that_cannot_be_is_one_clear_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
         open_store(Settings(home=tmp_path / "file" / "home"))
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    # What the permissions allow, the file system may still refuse.
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"cannot make the log's folder .*/home: Read-only .*EMOLOOP_HOME"):
+        open_store(Settings(home=tmp_path / "home"))
 
 
 @pytest.mark.parametrize(

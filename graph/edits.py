@@ -1,0 +1,104 @@
+"""A person's edits of a saved state: `update_state`, a fork, time travel.
+
+The log is the truth and the state only names things in it, so an edit is nothing until the log has it. A prompt that
+is not painted yet is changed in place; one that is belongs to what happened, and the edit begins a run of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from typing import Any
+
+from ..domain import RunStatus, UserError, read_target
+from ..events import Event, Rewritten, RunFinished, RunStarted
+from ..traces.fold import Fold
+from ..traces.recorder import StoreRecorder
+from .state import State, asks_the_same, read_prompt
+
+
+def check_request_stands(state: State, fold: Fold) -> None:
+    """Refuse an edit of what all of a run refers to.
+
+    Raises:
+        UserError: The state has another prompt, target or seed than the run began with.
+    """
+    asked = state["prompt"], read_target(state["target"]), state["options"]["seed"]
+    if fold.started and not asks_the_same(fold.started, *asked):
+        raise UserError(
+            f"run {fold.run_id!r} began with another prompt, target or seed than the edited state has: put them back, "
+            "or begin a run with a new request"
+        )
+
+
+def check_prompt_stands(state: State, fold: Fold) -> None:
+    """As above, and refuse an edit of the prompt at a step that does not paint it.
+
+    Raises:
+        UserError: The state has another prompt than its round was painted with.
+    """
+    check_request_stands(state, fold)
+    painted = fold.prompt(state["round"])
+    if state["rounds"] and painted and painted != state["current"]:
+        raise UserError(
+            f"round {state['round']} was painted with another prompt than the edited `current`: to paint that one, "
+            "update the state with as_node='rewrite'"
+        )
+
+
+async def follow(recorder: StoreRecorder, state: State) -> tuple[str, str, list[Event]]:
+    """What is to be painted now, and the events that tell of an edit.
+
+    Returns:
+        The run, the prompt, and what is to be recorded first: nothing where the prompt is as the log has it; a
+        human's rewrite; or the beginning of a fork, which has its parent's events before the edited round.
+
+    Raises:
+        UserError: The edited prompt is none, or more than that was edited.
+    """
+    run_id, number, prompt = state["run_id"], state["round"], state["current"]
+    fold = await recorder.fold(run_id, fresh=False)
+    check_request_stands(state, fold)
+    started = fold.started
+    if started is None or prompt == fold.prompt(number):
+        return run_id, prompt, []
+    prompt = read_prompt(prompt)
+    digest = hashlib.sha256(f"{number}:{prompt}".encode()).hexdigest()[:6]
+    edit = Rewritten(
+        run_id=run_id,
+        round=number,
+        node=f"edit.{digest}",
+        prompt=prompt,
+        why="the saved state was edited",
+        model="human",
+        prompt_version="human",
+    )
+    painted = any(tried.made for tried in fold.round(number).values())
+    if not painted and number >= max(fold.numbers) and fold.status is not RunStatus.COMPLETED:
+        return run_id, prompt, [edit]
+    # The name follows from the edit, so that a step that is tried again goes on with the same fork.
+    fork = f"{run_id}+{digest}"
+    if (await recorder.fold(fork)).started is not None:
+        return fork, prompt, []
+    options = {key: value for key, value in state["options"].items() if key != "seed"}
+    settings = {
+        **started.settings,
+        "loop": {**started.settings.get("loop", {}), **options},
+        "parent": {"run_id": run_id, "round": number},
+    }
+    before = [
+        event
+        for event in await recorder.events(run_id)
+        if event.round < number and not isinstance(event, RunStarted | RunFinished)
+    ]
+    begun = [
+        _copy(started, fork, settings=settings, time=datetime.now(UTC)),
+        *(_copy(it, fork) for it in before),
+    ]
+    return fork, prompt, [*begun, _copy(edit, fork)]
+
+
+def _copy(event: Event, run_id: str, **changes: Any) -> Event:
+    """The event in a fork, which spent nothing on it."""
+    spent = {key: value for key, value in (("usage", {}), ("seconds", None)) if hasattr(event, key)}
+    return event.model_copy(update={"run_id": run_id, "seq": -1, "cursor": 0, **spent, **changes})
