@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
-from .domain import UserError
+from .domain import UserError, first_line
 from .files import check_writable
 from .settings import SECRETS, Settings, load_settings
 from .tools import presets
@@ -122,8 +122,8 @@ def _device(settings: Settings) -> Iterator[Check]:
         try:
             torch.empty(0, device=wanted)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            yield Check("setting generator.device", "missing", f"{wanted}: {reason}", 'set it to "auto"')
+            found = f"{wanted}: {first_line(error)}"
+            yield Check("setting generator.device", "missing", found, 'set it to "auto"')
 
 
 def _home(settings: Settings) -> Iterator[Check]:
@@ -250,8 +250,8 @@ def _log(settings: Settings) -> Iterator[Check]:
         with create_engine(url).connect():
             yield Check("log", "ok", "the database answers")
     except (SQLAlchemyError, ImportError) as error:
-        reason = str(error).splitlines()[0][:200]
-        yield Check("log", "missing", reason, "mend traces.database_url, or unset it for SQLite in home")
+        remedy = "mend traces.database_url, or unset it for SQLite in home"
+        yield Check("log", "missing", first_line(error)[:200], remedy)
 
 
 #: In the order of the report; each yields its checks.

@@ -266,6 +266,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def read_target(value: EmotionTarget | Mapping[str, Any]) -> EmotionTarget:
     """A target from what a person or a file gave; `emotion` is another name for `category`.
 

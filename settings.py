@@ -26,7 +26,7 @@ from pydantic_settings import (
 )
 from typing_extensions import TypedDict
 
-from .domain import UserError
+from .domain import UserError, first_line
 
 #: Settings whose values are never printed.
 SECRETS = frozenset({"api_key", "database_url"})
@@ -236,7 +236,7 @@ def load_settings(overrides: Mapping[str, Any] | None = None, base: Settings | N
     except ValidationError as error:
         raise UserError(explain(error)) from error
     except SettingsError as error:
-        raise UserError(f"the environment: {str(error).splitlines()[0]}; JSON is wanted") from error
+        raise UserError(f"the environment: {first_line(error)}; JSON is wanted") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         where = os.environ.get("EMOLOOP_CONFIG", "emoloop.toml")
         hint = " (save the file as UTF-8)" if isinstance(error, UnicodeDecodeError) else ""
@@ -301,7 +301,7 @@ def _typed(text: str, kinds: tuple[Any, ...], key: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {key}: the value is not YAML: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--set {key}: the value is not YAML: {first_line(error)}") from error
     # YAML 1.1 reads 1e-4 as text.
     return _json(value) if isinstance(value, str) else value
 
@@ -311,6 +311,25 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; none where it is empty.
+
+    Raises:
+        UserError: It cannot be read, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: keys with values are wanted")
+    return content
 
 
 def pruned(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
 from ..domain import UserError
+from ..settings import read_yaml
 from .schemas import signed
 
 _FOLDER = Path(__file__).parent / "prompts"
@@ -91,14 +91,11 @@ def load_prompt(name: str) -> Prompt:
         UserError: There is none, or the file lacks a key.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         known = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
-        raise UserError(f"no prompt {name!r}: known are {known}, or give a path to a .yaml file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"prompt {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"no prompt {name!r}: known are {known}, or give a path to a .yaml file")
+    content = read_yaml(path)
     keys = ("name", "version", "system", "task", "question")
-    if not isinstance(content, dict) or set(content) != set(keys):
+    if set(content) != set(keys):
         raise UserError(f"prompt {path}: the keys {', '.join(keys)} are wanted, no more and no fewer")
     return Prompt(**{key: str(content[key]) for key in keys})

@@ -31,7 +31,7 @@ def bench(
     function = registry.resolve(name, BENCHES, "benchmark")
     document = run(name, function, _read(name, function, options or []))
     if as_json:
-        print_json(document, indent=1)
+        print_json(document)
         return
     width = max(map(len, document["figures"]))
     for key, value in document["figures"].items():

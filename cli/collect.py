@@ -68,7 +68,7 @@ async def _collect(
     done = Counter({"completed": 0, "already": 0, "failed": 0, "images": 0})
     async with open_models(settings, console) as loop:
         began = time.monotonic()
-        texts = ("{task.completed}/{task.total}", "{task.fields[rate]}", "[red]{task.fields[failures]}[/]")
+        texts = (opt.COUNT, "{task.fields[rate]}", "[red]{task.fields[failures]}[/]")
         bar = opt.bars(console, *texts, speed_estimate_period=600)
         task = bar.add_task("", total=total, rate="", failures="")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +13,6 @@ from ..domain import UserError
 from . import options as opt
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..rl.config import DistillConfig
     from ..settings import Settings
     from ..traces.rows import RunFilter
@@ -79,17 +79,11 @@ def _train(
     settings: Settings, config: DistillConfig, out: Path, where: RunFilter, resume: bool, as_json: bool
 ) -> None:
     from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..rl.distill import distill as run
 
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=False) as progress:
+    with opt.bars(console, opt.COUNT, "{task.fields[figures]}") as progress:
         name = config.objective["name"]
         task = progress.add_task(f"distill {name}", total=config.train.steps, figures="")
 
@@ -99,13 +93,11 @@ def _train(
 
         result = run(
             settings, config, out, where, resume=resume, watch=watch,
-            warn=lambda note: console.print(f"[yellow]note:[/yellow] {escape(note)}"),
+            warn=lambda note: opt.say(console, f"note: {note}", "yellow"),
         )  # fmt: skip
     outcome = result.outcome
     if outcome.flags:
-        console.print(
-            "guards fell while the reward rose:", "; ".join(outcome.flags), style="yellow", markup=False
-        )
+        opt.say(console, f"guards fell while the reward rose: {'; '.join(outcome.flags)}", "yellow")
     if as_json:
         document = {
             "folder": str(result.folder),
@@ -116,14 +108,12 @@ def _train(
             "data": result.statistics,
             "figures": result.figures,
         }
-        opt.print_json(document, indent=2)
+        opt.print_json(document)
     elif outcome.reason == "interrupted":
-        console.print(f"interrupted at step {outcome.steps}; go on with --resume")
+        opt.say(console, f"interrupted at step {outcome.steps}; go on with --resume")
     else:
-        console.print(
-            f"{outcome.reason} after {outcome.steps} steps; use it: emoloop run … --adapter {out}",
-            markup=False,
-        )
+        done = f"{outcome.reason} after {outcome.steps} steps"
+        opt.say(console, f"{done}; use it: emoloop run … --adapter {out}")
     if outcome.reason == "interrupted":
         raise typer.Exit(130)
 
@@ -136,6 +126,7 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
     from ..rl.distill import objective_of
     from ..rl.rollouts import LogRollouts
     from ..traces.store import open_store
+    from .traces_view import target_text
 
     _, source = objective_of(config)
     with open_store(settings, read_only=True) as store:
@@ -150,48 +141,44 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
                 "data": statistics.model_dump(mode="json"),
                 "config": config.model_dump(mode="json"),
             }
-            opt.print_json(document, indent=2)
+            opt.print_json(document)
             return
-        console = Console()
+        say = partial(opt.say, Console())
         base = dataset.base
-        console.print(f"{statistics.runs} runs of {statistics.prompts} prompts, {statistics.images} "
-                      f"images by {base.model}; {statistics.rewarded} rewards ({dataset.reward[0]} "
-                      f"v{dataset.reward[1]}), {statistics.missing} missing", markup=False)  # fmt: skip
+        say(
+            f"{statistics.runs} runs of {statistics.prompts} prompts, {statistics.images} images by {base.model}; "
+            f"{statistics.rewarded} rewards ({dataset.reward[0]} v{dataset.reward[1]}), {statistics.missing} missing"
+        )
         for name, counts in statistics.sources.items():
             mark = " ← this objective" if name == source else ""
-            console.print(f"  {name:12} {counts['train']:>8} train {counts['held_out']:>8} held out{mark}")
+            say(f"  {name:12} {counts['train']:>8} train {counts['held_out']:>8} held out{mark}")
         if statistics.dropped:
             why = ", ".join(f"{count} × {reason}" for reason, count in statistics.dropped.items())
-            console.print(f"no pair from: {why}", markup=False)
+            say(f"no pair from: {why}")
         if statistics.phrasebook:
-            console.print(f"phrases (readings expected within {max(statistics.reader_error or (0, 0)):.2f}):")
+            say(f"phrases (readings expected within {max(statistics.reader_error or (0, 0)):.2f}):")
             for phrase, count in statistics.phrasebook.items():
-                console.print(f"  {count:6} × {phrase}", markup=False, highlight=False)
-        for title, histogram in (("gain", statistics.gains), ("reward", statistics.rewards),
-                                 ("valence", statistics.valence), ("arousal", statistics.arousal)):  # fmt: skip
-            _bars(console, title, histogram.edges, histogram.counts)
-        console.print("examples:")
+                say(f"  {count:6} × {phrase}")
+        for name in ("gains", "rewards", "valence", "arousal"):
+            histogram = getattr(statistics, name)
+            _bars(say, name.removesuffix("s"), histogram.edges, histogram.counts)
+        say("examples:")
         for it in examples.fetch(range(min(5, len(examples)))):
-            numbers = [
-                f"{axis} {value:+.1f}"
-                for axis, value in zip("VA", it.target.point, strict=True)
-                if value is not None
-            ]
-            line = f"  {it.prompt!r} → {' '.join(numbers)}"
+            line = f"  {it.prompt!r} → {target_text(it.target)}"
             if it.refined is not None:
                 line += f"  refined {it.refined!r}  gain {it.advantage:+.2f}"
             if it.kind is not None:
                 line += f"  {it.kind}: {str(it.winner)[:10]} over {str(it.loser)[:10]}"
             if it.reward is not None:
                 line += f"  reward {it.reward:+.2f} in a group of {len(it.rewards)}"
-            console.print(line, markup=False, highlight=False)
-        console.print(f"data hash {statistics.data_hash[:16]}")
+            say(line)
+        say(f"data hash {statistics.data_hash[:16]}")
 
 
-def _bars(console: Console, title: str, edges: list[float], counts: list[int]) -> None:
+def _bars(say: Callable[[str], None], title: str, edges: list[float], counts: list[int]) -> None:
     if not any(counts):
         return
     levels = " ▁▂▃▄▅▆▇█"
     top = max(counts)
     bars = "".join(levels[-(-count * 8 // top)] for count in counts)
-    console.print(f"  {title:8} {edges[0]:+.1f} {bars} {edges[-1]:+.1f}", markup=False, highlight=False)
+    say(f"  {title:8} {edges[0]:+.1f} {bars} {edges[-1]:+.1f}")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..domain import UserError
 from . import options as opt
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 Words = Annotated[
     list[str] | None,
@@ -72,8 +69,11 @@ def eval_(
         return
     if len(words) > 1:
         raise UserError(f"one suite at a time: {words[1]!r} is too much")
+    from rich.console import Console
+
     from ..evals.document import Options
     from ..evals.evaluate import evaluate
+    from .evals_view import show
 
     options = Options(
         suite=words[0],
@@ -89,17 +89,12 @@ def eval_(
     )
     folder = out or Path(f"eval-{Path(words[0]).stem}")
     try:
-        with _bars() as progress:
+        with opt.bars(Console(stderr=True), opt.COUNT) as progress:
             document, _ = evaluate(options, folder, progress, _processes(processes))
     except KeyboardInterrupt:
         print("emoloop: interrupted; what is made is kept, the same call goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
-    if as_json:
-        opt.print_json(document, indent=1)
-    else:
-        from .evals_view import show
-
-        show(document, folder)
+    opt.tell(document, as_json, lambda: show(document, folder))
 
 
 def _processes(words: str) -> int:
@@ -117,38 +112,14 @@ def _compare(first: str, second: str, as_json: bool) -> None:
     from .evals_view import show_comparison
 
     document = compare(load_report(Path(first)), load_report(Path(second)))
-    if as_json:
-        opt.print_json(document, indent=1)
-    else:
-        show_comparison(document)
+    opt.tell(document, as_json, lambda: show_comparison(document))
 
 
-def _bars() -> Progress:
-    """Bars on stderr with rate and time left."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True))
-
-
-def doctor(
-    as_json: opt.AsJson = False,
-) -> None:
+def doctor(as_json: opt.AsJson = False) -> None:
     """Say what is installed, found and reachable, which settings hold, and what to do about the rest."""
     from ..doctor import examine
     from .evals_view import show_doctor
 
     document = examine()
-    if as_json:
-        opt.print_json(document, indent=1)
-    else:
-        show_doctor(document)
+    opt.tell(document, as_json, lambda: show_doctor(document))
     raise typer.Exit(0 if document["ok"] else 1)

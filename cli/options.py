@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,9 @@ _FIELDS = {"run": "run_ids", "emotion": "category", "gain": "min_gain"}
 
 #: How a run in the log may stand.
 STATUSES = ("running", "completed", "failed")
+
+#: How much of a task is done, for `bars`.
+COUNT = "{task.completed}/{task.total}"
 
 _models = partial(typer.Option, rich_help_panel="Models")
 _loop = partial(typer.Option, rich_help_panel="Loop")
@@ -210,7 +213,15 @@ def say(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_json(document: Mapping[str, Any], indent: int | None = 2) -> None:
+def tell(document: Mapping[str, Any], as_json: bool, show: Callable[[], object]) -> None:
+    """The outcome of a verb: one JSON document on stdout, or what `show` prints for a person."""
+    if as_json:
+        print_json(document)
+    else:
+        show()
+
+
+def print_json(document: Mapping[str, Any]) -> None:
     """One JSON document on stdout, in plain ASCII where stdout cannot say more."""
     plain = "utf" not in (sys.stdout.encoding or "").lower()
-    print(json.dumps(document, ensure_ascii=plain, indent=indent, allow_nan=False))
+    print(json.dumps(document, ensure_ascii=plain, indent=2, allow_nan=False))

@@ -48,18 +48,14 @@ def list_(where: opt.Where = None, home: opt.Home = None, as_json: opt.AsJson = 
 @app.command()
 def show(run: Run, home: opt.Home = None, as_json: opt.AsJson = False) -> None:
     """Show a run: its rounds, prompts, critiques and rewards."""
+    from rich.console import Console
+
     from ..traces.fold import result_json
+    from .traces_view import show_run
 
     with _store(home) as store:
         result = store.run(store.resolve(run))
-    if as_json:
-        opt.print_json(result_json(result))
-        return
-    from rich.console import Console
-
-    from .traces_view import show_run
-
-    show_run(Console(), result)
+    opt.tell(result_json(result), as_json, lambda: show_run(Console(), result))
 
 
 @app.command(cls=opt.Filtered)
@@ -91,10 +87,8 @@ def export(
             export_jsonl(store, wanted, sys.stdout)
             return
         count = write(store, wanted, out)
-    if as_json:
-        opt.print_json({"format": format, "out": str(out), "count": count})
-    else:
-        _say(f"{_many(count, noun)} in {out}")
+    told = {"format": format, "out": str(out), "count": count}
+    opt.tell(told, as_json, lambda: _say(f"{_many(count, noun)} in {out}"))
 
 
 @app.command(cls=opt.Filtered)
@@ -116,10 +110,9 @@ def rm(
                 _say(f"{row.run_id}  {row.images} images  {row.prompt[:60]}{going}")
             typer.confirm(f"Delete {_many(len(rows), 'run')}?", abort=True, err=True)
         events, files = store.remove(*(row.run_id for row in rows))
-    if as_json:
-        opt.print_json({"removed": [row.run_id for row in rows], "events": events, "files": files})
-    else:
-        _say(f"deleted {_many(len(rows), 'run')}, {_many(events, 'event')}, {_many(files, 'file')}")
+    told = {"removed": [row.run_id for row in rows], "events": events, "files": files}
+    gone = f"{_many(len(rows), 'run')}, {_many(events, 'event')}, {_many(files, 'file')}"
+    opt.tell(told, as_json, lambda: _say(f"deleted {gone}"))
 
 
 @app.command(cls=opt.Filtered)
@@ -150,10 +143,8 @@ def replay(
                 )
         finally:
             exporter.shutdown()
-    if as_json:
-        opt.print_json({"runs": [row.run_id for row in rows], "spans": spans})
-    else:
-        _say(f"sent {_many(spans, 'span')} of {_many(len(rows), 'run')}")
+    told = {"runs": [row.run_id for row in rows], "spans": spans}
+    opt.tell(told, as_json, lambda: _say(f"sent {_many(spans, 'span')} of {_many(len(rows), 'run')}"))
 
 
 @app.command("import")

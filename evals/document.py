@@ -9,19 +9,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..settings import Settings, merged
 from ..tools.fingerprint import versions
 from ..tools.urls import public
 from . import analysis
-from .judges import training
+from .arms import Arm
+from .judges import Judge, training
 from .records import Outcome, Row
 from .suites import Suite
-
-if TYPE_CHECKING:
-    from .arms import Arm
-    from .judges import Judge
 
 _LIBRARIES = ("emoloop", "torch", "diffusers", "transformers", "peft", "langgraph", "numpy", "scipy")
 
@@ -122,23 +119,19 @@ def _training(arms: Sequence[Arm]) -> dict[str, float]:
     """`<arm>_train_minutes` of the adapters that say, and `train_minutes` of the first."""
     found: dict[str, float] = {}
     for arm in arms:
-        if (
-            arm.adapter
-            and (minutes := training(arm.adapter).get("figures", {}).get("train_minutes")) is not None
-        ):
+        minutes = training(arm.adapter).get("figures", {}).get("train_minutes") if arm.adapter else None
+        if minutes is not None:
             found.setdefault("train_minutes", minutes)
             found[f"{arm.name}_train_minutes"] = minutes
     return found
 
 
 def _losses(rows: Sequence[Row]) -> dict[str, Any]:
-    reasons = Counter(row.failure for row in rows if row.failure)
-    unread = sum(reading is None for row in rows for reading in row.readings)
     return {
         "requests": len(rows),
         "delivered": sum(not row.failure for row in rows),
-        "failures": dict(reasons),
-        "unread": unread,
+        "failures": dict(Counter(row.failure for row in rows if row.failure)),
+        "unread": sum(reading is None for row in rows for reading in row.readings),
         "runs": [row.run_id for row in rows if row.run_id],
     }
 

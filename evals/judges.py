@@ -17,23 +17,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from PIL.Image import Image
 from pydantic import Field, ValidationError
 from safetensors.torch import load_file
 
-from ..domain import PROTOTYPES, Critique, Emotion, EmotionTarget, Score, UserError
+from ..domain import PROTOTYPES, Critique, Emotion, EmotionTarget, Score, UserError, first_line
 from ..settings import Settings
 from ..tools.registry import resolve
 from ..tools.threads import apart
+from ..traces.blobs import BlobStore
 from .metrics import mean
 from .records import Reading
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from ..traces.blobs import BlobStore
+#: What people and LVLMs say of a picture.
+_RATED = ("valence", "arousal", "category", "alignment")
 
 
 @dataclass(frozen=True)
@@ -195,12 +195,7 @@ class LVLMJudge:
             critique = await self.critic.critique(image, item.prompt, item.target)
         if not isinstance(critique, Critique):
             return None
-        return Reading(
-            valence=critique.valence,
-            arousal=critique.arousal,
-            category=critique.category,
-            alignment=critique.alignment,
-        )
+        return Reading.model_validate(critique.model_dump(include=set(_RATED)))
 
 
 class _Rating(Reading):
@@ -211,28 +206,23 @@ class _Rating(Reading):
     alignment: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
-#: Columns of ratings that are read.
-_RATED = ("valence", "arousal", "category", "alignment")
-
-
-def _rating(row: dict[str, Any]) -> Reading:
+def _rating(row: dict[str, Any], where: str) -> Reading:
     """Read a line.
 
     Raises:
-        ValueError: A value that is none, in words.
+        UserError: A value that is none.
     """
     if not (row.get("sha256") or "").strip():
-        raise ValueError("no sha256")
+        raise UserError(f"{where}: no sha256")
     if "" in row:
-        raise ValueError("more values than columns")
+        raise UserError(f"{where}: more values than columns")
     try:
         said = {key: (row.get(key) or "").strip().lower() or None for key in _RATED}
         return _Rating.model_validate(said)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(
-            f"{first['loc'][0]} {first['input']} lies outside its scale: {first['msg']}"
-        ) from error
+        wrong = f"{first['loc'][0]} {first['input']} lies outside its scale: {first['msg']}"
+        raise UserError(f"{where}: {wrong}") from error
 
 
 class HumanJudge:
@@ -268,10 +258,7 @@ class HumanJudge:
                 known = ", ".join(_RATED)
                 raise UserError(f"{path}, line 1: unknown column {unknown[0]!r}: known are sha256, {known}")
             for row in rows:
-                try:
-                    rating = _rating(row)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {rows.line_num}: {error}") from error
+                rating = _rating(row, f"{path}, line {rows.line_num}")
                 self.ratings.setdefault(row["sha256"].strip(), []).append(rating)
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as CSV UTF-8") from error
@@ -288,12 +275,9 @@ class HumanJudge:
             return None
         named = [rating.category for rating in ratings if rating.category]
         top = max(set(named), key=named.count) if named else None
-        return Reading(
-            valence=mean(rating.valence for rating in ratings),
-            arousal=mean(rating.arousal for rating in ratings),
-            alignment=mean(rating.alignment for rating in ratings),
-            category=top if top and named.count(top) * 2 > len(named) else None,
-        )
+        axes = ("valence", "arousal", "alignment")
+        means: dict[str, Any] = {axis: mean(getattr(rating, axis) for rating in ratings) for axis in axes}
+        return Reading(**means, category=top if top and named.count(top) * 2 > len(named) else None)
 
 
 class ClipHeadJudge:
@@ -326,7 +310,7 @@ class ClipHeadJudge:
             self.model = CLIPModel.from_pretrained(encoder).to(device).eval()  # pyright: ignore[reportArgumentType]
             self.processor = AutoProcessor.from_pretrained(encoder)
         except (OSError, ValueError) as error:
-            raise UserError(f"CLIP encoder {encoder!r}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"CLIP encoder {encoder!r}: {first_line(error)}") from error
         takes: Any = self.model.config.projection_dim
         self.head = _load_head(head, takes, (2, 8)).to(device)
         self.aesthetic = _load_head(aesthetic, takes, (1,)).to(device) if aesthetic else None
@@ -344,7 +328,6 @@ class ClipHeadJudge:
         return await _in_batches(self._read, items, self.batch)
 
     def _read(self, items: Sequence[Item]) -> list[Reading | None]:
-
         with torch.inference_mode():
             inputs = self.processor(
                 text=[*(item.prompt for item in items), "Good photo.", "Bad photo."],
@@ -400,7 +383,6 @@ def _load_head(path: Path, takes: int, outputs: tuple[int, ...]) -> torch.nn.Seq
 
 
 def _affect(hidden: torch.Tensor) -> tuple[torch.Tensor, list[Emotion | None]]:
-
     if hidden.shape[-1] == 2:
         return hidden.clamp(-3, 3), [None] * len(hidden)
     order = list(Emotion)
@@ -420,10 +402,7 @@ def _lvlm(argument: str, settings: Settings) -> Judge:
 
     ours = settings.lvlm.model_copy(update={"model": argument} if argument else {})
     # A model that was trained on a prompt of its own knows no other, and that one tells it the target.
-    try:
-        prompt = presets.defaults(ours.model, "lvlm").get("critic_prompt")
-    except UserError:
-        prompt = None
+    prompt = presets.defaults_if_known(ours.model).get("critic_prompt")
     critic = Critic(
         load_lvlm(ours), prompt or str(Path(__file__).parent / "prompts" / "judge.yaml"), ours.samples
     )

@@ -40,8 +40,6 @@ NEUTRAL = EmotionTarget(valence=0.0, arousal=0.0)
 
 AXES = ("valence", "arousal")
 
-_ALL = Named(place=True, weather=True, brightness=True, saturation=True, tint=True, nothing_else=True)
-
 
 async def measure(parts: Parts, rows: Sequence[Row], pace: dict[str, float]) -> dict[str, Estimate]:
     """Every health figure of the miniature by name.
@@ -114,10 +112,8 @@ async def _generator(parts: Parts, judge: LawJudge) -> dict[str, Estimate]:
     captions = []
     for number in range(CAPTIONS):
         scene = world.sample_scene(rng, world.FOLDS["test"])
-        everything = replace(_ALL, companions=(True,) * len(scene.companions))
-        captions.append(
-            world.caption(rng, scene, everything if number % 2 else world.sample_named(rng, scene))
-        )
+        named = world.everything(scene) if number % 2 else world.sample_named(rng, scene)
+        captions.append(world.caption(rng, scene, named))
     drawn = await _drawn(parts, captions, 10_000)
     readings = judge.read(list(drawn.values()))
     subject: list[float | None] = []
@@ -151,9 +147,7 @@ async def _steering(parts: Parts, judge: LawJudge) -> dict[str, Estimate]:
         base = world.sample_scene(rng)
         for _ in range(VARIANTS):
             scene = replace(world.sample_scene(rng), subject=base.subject, place=base.place)
-            captions.append(
-                world.caption(rng, scene, replace(_ALL, companions=(True,) * len(scene.companions)))
-            )
+            captions.append(world.caption(rng, scene, world.everything(scene)))
             truths.append(law_of(scene))
     drawn = await _drawn(parts, captions, 20_000)
     wanted, read = np.array(truths)[list(drawn)], _points(judge.read(list(drawn.values())))

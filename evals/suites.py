@@ -14,10 +14,10 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..domain import EmotionTarget, Score, UserError
+from ..settings import read_yaml
 
 Words = Annotated[str, Field(min_length=1, max_length=2000)]
 
@@ -187,11 +187,7 @@ def load_suite(name: str | Path) -> Suite:
     if not path.is_file():
         raise UserError(f"no suite {str(name)!r}: neither one of {', '.join(shipped())} nor a YAML file")
     try:
-        suite = Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8-sig")))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+        suite = Suite.model_validate(read_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "suite"

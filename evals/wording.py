@@ -58,11 +58,9 @@ def interval(found: dict[str, Any], digits: int = 2, sign: bool = False) -> str:
 
 def shown(found: dict[str, Any] | None, digits: int, between: str = " ") -> str:
     """`value (low to high)`; a dash where an arm has no such metric."""
-    return (
-        number(None)
-        if found is None
-        else f"{number(found['value'], digits)}{between}({interval(found, digits)})"
-    )
+    if found is None:
+        return number(None)
+    return f"{number(found['value'], digits)}{between}({interval(found, digits)})"
 
 
 def target_words(target: EmotionTarget) -> str:

@@ -109,8 +109,7 @@ def sample_captions(count: int = 64) -> list[tuple[str, world.Scene]]:
     for seed in range(count):
         rng = np.random.default_rng([seed, 64])
         scene = world.sample_scene(rng, world.FOLDS["test"])
-        everything = world.Named(True, True, True, True, True, (True,) * len(scene.companions), True)
-        found.append((world.caption(rng, scene, everything), scene))
+        found.append((world.caption(rng, scene, world.everything(scene)), scene))
     return found
 
 

@@ -261,6 +261,11 @@ class Named:
     nothing_else: bool = False
 
 
+def everything(scene: Scene) -> Named:
+    """What a caption names that says all of a scene."""
+    return Named(True, True, True, True, True, (True,) * len(scene.companions), True)
+
+
 def sample_named(rng: Rng, scene: Scene) -> Named:
     """Draw what a caption names: everything (45 %), only the subject and perhaps the place (20 %), or a part."""
     mode = rng.random()

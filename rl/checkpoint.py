@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..domain import first_line
 from ..files import replacing
 
 _FILE = "state.pt"
@@ -37,7 +38,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
         if not place.exists():
             shutil.rmtree(place.parent, ignore_errors=True)
         # torch's zip writer wraps a failed write.
-        raise error if isinstance(error, OSError) else OSError(str(error).splitlines()[0]) from error
+        raise error if isinstance(error, OSError) else OSError(first_line(error)) from error
     for old in found(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 

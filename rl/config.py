@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..domain import UserError
-from ..settings import merged, read_set
+from ..settings import merged, read_set, read_yaml
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -282,14 +282,7 @@ def _preset_path(name: str) -> Path:
 
 
 def _read(path: Path, objective: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: want sections such as train: and data:")
+    content = read_yaml(path)
     special = content.pop("objectives", None) or {}
     return merged(content, special.get(objective) or {})
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -130,7 +128,11 @@ def distill(
         with trainer.averaged():
             record = _record(config, dataset, objective, source, generator, outcome, notes)
             if accelerator.is_main_process and outcome.reason != "interrupted":
-                _save(out, policy, record, generator)
+                about = generator.describe()
+                save_artifact(
+                    out, generator.pipe, adapter_name=STUDENT, emotion_tokens=policy.tokens,
+                    training=record, base_model=about["model"], call=about["call"],
+                )  # fmt: skip
     return Distilled(out, outcome, statistics, record["figures"], notes)
 
 
@@ -263,16 +265,3 @@ def _record(
         "figures": figures,
         "versions": versions("emoloop", "torch", "diffusers", "transformers", "peft", "accelerate"),
     }
-
-
-def _save(out: Path, policy: Policy, record: dict[str, Any], generator: DiffusersGenerator) -> None:
-    """Write the artifact beside its place, then move its files in: `out` also holds the training's own."""
-    about = generator.describe()
-    with tempfile.TemporaryDirectory(prefix=".artifact-", dir=out) as beside:
-        made = save_artifact(
-            Path(beside) / "artifact", generator.pipe, adapter_name=STUDENT, emotion_tokens=policy.tokens,
-            training=record, base_model=about["model"], call=about["call"],
-        )  # fmt: skip
-        # The weights come last: with them the folder is an adapter.
-        for file in sorted(made.iterdir(), key=lambda file: file.suffix == ".safetensors"):
-            os.replace(file, out / file.name)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from PIL.Image import Image
 
 from ..domain import EmotionTarget, UserError
 from ..tools.diffusion.conditioners import points
@@ -22,9 +23,6 @@ from .config import GuardConfig
 from .data.cache import Cache
 from .data.examples import Example
 from .policy import STUDENT, Policy
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 #: Guards of which less is worse. The reward is what may not rise at their cost.
 GUARDS = ("alignment", "diversity", "colourfulness", "edge_density")

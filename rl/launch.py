@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..domain import UserError
+from ..domain import UserError, first_line
 from .config import DistillConfig
 
 
@@ -32,8 +32,7 @@ def make_accelerator(config: DistillConfig, folder: Path) -> Any:
             mixed_precision=precision, cpu=knobs.device == "cpu", log_with=log_with, project_dir=folder
         )
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"train.precision {knobs.precision} on this device: {reason}") from error
+        raise UserError(f"train.precision {knobs.precision} on this device: {first_line(error)}") from error
     if wanted is not None and accelerator.device.type != wanted.type:
         raise UserError(
             f"train.device {knobs.device}: accelerate takes {accelerator.device} here; set train.device=auto, "
@@ -50,9 +49,9 @@ def _device(name: str) -> torch.device:
         if device.index is not None and device.type != "cpu":
             torch.accelerator.set_device_index(device.index)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120]
         raise UserError(
-            f"train.device {name} is not on this machine ({reason}): set train.device to auto, cpu, cuda or cuda:N"
+            f"train.device {name} is not on this machine ({first_line(error)[:120]}): "
+            "set train.device to auto, cpu, cuda or cuda:N"
         ) from error
     return device
 

@@ -15,21 +15,18 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from PIL.Image import Image
 from torch import Tensor, nn
 
-from ..domain import UserError
+from ..domain import UserError, first_line
+from ..tools.diffusion.adapter import Adapter
+from ..tools.diffusion.conditioners import EmotionConditioner
 from ..tools.diffusion.families import Conditioning, Family
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from ..tools.diffusion.adapter import Adapter
-    from ..tools.diffusion.conditioners import EmotionConditioner
 
 STUDENT, PREVIOUS, SLOW = "student", "previous", "slow"
 
@@ -210,7 +207,7 @@ class Policy:
         Returns:
             States (keep · B, C, H, W) and times (keep · B,), state-major.
         """
-        steps = steps or self.steps
+        steps, guidance = steps or self.steps, self.guidance if guidance is None else guidance
         n, walked = len(condition), max(1, round(early * steps))
         noise = torch.randn(n, *self.latent_shape, generator=generator)
         chosen = torch.rand(n, walked, generator=generator).argsort(1)[:, :keep]
@@ -230,7 +227,6 @@ class Policy:
         *,
         voice: str = STUDENT,
         steps: int | None = None,
-        guidance: float | None = None,
     ) -> list[Image]:
         """Images, each from its own seed, as the pipeline makes them.
 
@@ -240,7 +236,6 @@ class Policy:
             seeds: B seeds.
             voice: "student" or "reference".
             steps: None for the default.
-            guidance: None for the default.
         """
         noise = torch.cat(
             [torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
@@ -249,14 +244,13 @@ class Policy:
         if voice != STUDENT:
             told = self._heard(condition, target, self._previous_tokens)
         with self.voice(STUDENT if voice == STUDENT else self._reference):
-            *_, (clean, _) = self._walk(noise, *told, steps or self.steps, guidance)
+            *_, (clean, _) = self._walk(noise, *told, steps or self.steps, self.guidance)
         return self.network.decode(clean)
 
     def _walk(
-        self, x: Tensor, told: Conditioning, target: Tensor | None, steps: int, guidance: float | None
+        self, x: Tensor, told: Conditioning, target: Tensor | None, steps: int, guidance: float
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """States and times of guided sampling from noise x to the clean image."""
-        guidance = self.guidance if guidance is None else guidance
         times = self.process.schedule(steps, self.network.image_tokens(self.latent_shape))
         n, guided = len(x), self.network.guided(guidance)
         if guided:
@@ -318,7 +312,7 @@ class Policy:
         except ValueError as error:
             raise UserError(
                 f"the LoRA binds no layer of {type(module).__name__}: policy.targets "
-                f"{sorted(config.target_modules)} name none ({str(error).splitlines()[0][:120]})"
+                f"{sorted(config.target_modules)} name none ({first_line(error)[:120]})"
             ) from error
         self._layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
         # Adding an adapter makes peft train that one and freeze the others.

@@ -13,7 +13,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Select, func, select
 
@@ -22,9 +22,7 @@ from ..events import EVENT, HumanFeedback
 from ..tools.reward import Reward, load_reward, value_now
 from ..traces.rows import RunFilter
 from ..traces.schema import candidates, events, runs
-
-if TYPE_CHECKING:
-    from ..traces.store import TraceStore
+from ..traces.store import TraceStore
 
 
 class Base(NamedTuple):

@@ -195,9 +195,8 @@ class Trainer:
             return False
         taught, loss = done
         self._check("text loss", loss, 0)
-        self._set_weights(
-            {f"tokens.{name}": value for name, value in taught.state_dict().items()}, whole=False
-        )
+        taught_state = {f"tokens.{name}": value for name, value in taught.state_dict().items()}
+        self._set_weights(taught_state, whole=False)
         if self._ema is not None:
             self._ema = EMAModel(self._parameters(), decay=knobs.ema)
         if self.objective.slow_decay(0) is not None:
@@ -219,9 +218,8 @@ class Trainer:
         totals: dict[str, float] = {}
         for micro in range(knobs.accumulation):
             seeds = [knobs.seed, step, micro, accelerator.process_index]
-            number = (
-                step * knobs.accumulation + micro
-            ) * accelerator.num_processes + accelerator.process_index
+            turn = step * knobs.accumulation + micro
+            number = turn * accelerator.num_processes + accelerator.process_index
             chosen = self._order.take(number * knobs.batch_size, knobs.batch_size)
             batch = self._load(self._train.fetch(chosen, np.random.default_rng([3, *seeds])))
             generator = torch.Generator().manual_seed(_mix(1, *seeds))
@@ -405,11 +403,8 @@ class Trainer:
         for name in _OUTCOME:
             setattr(self._outcome, name, state[name])
         one, other = state["best_held_out"]
-        self._best_held_out, self._outcome.steps, self._stopped = (
-            (one, other),
-            state["step"],
-            state["stopped"],
-        )
+        self._best_held_out = one, other
+        self._outcome.steps, self._stopped = state["step"], state["stopped"]
         return True
 
     def _set_weights(self, weights: dict[str, Any], whole: bool = True) -> None:

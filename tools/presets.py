@@ -41,10 +41,8 @@ class Preset:
 
 
 def _presets(kind: Kind) -> dict[str, Preset]:
-    root, table = (
-        Path(__file__).parent,
-        yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text("utf-8")),
-    )
+    root = Path(__file__).parent
+    table = yaml.safe_load((root / "presets.yaml").read_text("utf-8"))
     found = {}
     for name, entry in table[kind].items():
         model = entry.pop("model")
@@ -101,6 +99,14 @@ def defaults(name: str | Path, kind: Kind = "generator") -> dict[str, Any]:
     found = resolve(name, kind)
     path = Path(found) / DEFAULTS_FILE if isinstance(found, Path) else None
     return {**(table.defaults if table else {}), **(read_json(path) if path else {})}
+
+
+def defaults_if_known(model: str) -> dict[str, Any]:
+    """The defaults of an LVLM; none of one of which nothing is known here, as a server may have it."""
+    try:
+        return defaults(model, "lvlm")
+    except UserError:
+        return {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

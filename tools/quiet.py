@@ -1,4 +1,4 @@
-"""What a user sees of the model libraries: nothing while they load, and one line of an error."""
+"""What a user sees of the model libraries while they load: nothing."""
 
 from __future__ import annotations
 
@@ -27,8 +27,3 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if bar:
                 library.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -44,8 +44,8 @@ def run(name: str, function: Callable[..., Any], options: dict[str, Any]) -> dic
     """
     settings = {key: it.default for key, it in inspect.signature(function).parameters.items()} | options
     document = function(**options)
-    if inspect.isawaitable(document):
-        document = asyncio.run(_finish(document))
+    if inspect.iscoroutine(document):
+        document = asyncio.run(document)
     made_by = {
         "bench": name,
         "settings": settings,
@@ -53,7 +53,3 @@ def run(name: str, function: Callable[..., Any], options: dict[str, Any]) -> dic
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     return made_by | document
-
-
-async def _finish(document: Any) -> dict[str, Any]:
-    return await document

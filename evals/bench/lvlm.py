@@ -72,7 +72,11 @@ async def main(
     """
     settings = load_settings().lvlm
     settings = settings.model_copy(update={"engine": "vllm", "concurrency": concurrency})
-    name = prompt or settings.critic_prompt or _preset(settings.model).get("critic_prompt", "critic")
+    name = (
+        prompt
+        or settings.critic_prompt
+        or presets.defaults_if_known(settings.model).get("critic_prompt", "critic")
+    )
     critic, rubric = load_prompt(name), load_prompt("critic")
     cases = _cases(max(n, runs * candidates), images, seed)
     chat: Any = await asyncio.to_thread(load_lvlm, settings)
@@ -148,13 +152,6 @@ def _cases(count: int, folder: str, seed: int) -> list[_Case]:
         truth = law.affect(scene, pixels)
         cases.append(_Case(image_url(Image.fromarray(pixels)), caption, target(), truth))
     return cases
-
-
-def _preset(model: str) -> dict[str, Any]:
-    try:
-        return presets.defaults(model, "lvlm")
-    except UserError:
-        return {}
 
 
 def _point(answer: BaseMessage | Exception) -> tuple[float, float] | None:

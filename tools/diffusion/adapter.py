@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ...domain import EmotionTarget, UserError
+from ...domain import EmotionTarget, UserError, first_line
 from ...files import replacing
 from ..fingerprint import content_hash
 from ..presets import read_json
-from ..quiet import first_line, quiet
+from ..quiet import quiet
 from .conditioners import EmotionConditioner, points
 from .families import Conditioning, Family, family_of
 

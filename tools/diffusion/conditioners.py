@@ -46,7 +46,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ...domain import HIGH, EmotionTarget, UserError
+from ...domain import HIGH, EmotionTarget, UserError, first_line
 from .families import Conditioning
 
 _FORMAT = "emoloop.emotion_tokens"
@@ -257,5 +257,5 @@ class EmotionConditioner(Conditioner):
             module = cls(**header)
             module.load_state_dict(state)
         except (TypeError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{path} is damaged: {first_line(error)}") from error
         return module.eval()

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ...domain import EmotionTarget
-from ..quiet import first_line
+from ...domain import EmotionTarget, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image

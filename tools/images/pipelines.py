@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ...domain import UserError
+from ...domain import UserError, first_line
 from ...settings import GeneratorSettings
 from .. import presets
 from ..diffusion.families import family_class
 from ..fingerprint import revision
-from ..quiet import first_line, quiet
+from ..quiet import quiet
 from .diffusers import DiffusersGenerator
 
 
