@@ -11,6 +11,7 @@ import typer
 
 from ..domain import UserError
 from ..evals.bench import BENCHES, MOVED, run
+from ..tools import registry
 from .options import print_json
 
 
@@ -22,8 +23,6 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure something and print figures."""
-    from ..tools import registry
-
     if name is None:
         raise UserError(f"name a benchmark: {', '.join(BENCHES)}")
     if name in MOVED:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 import typer
 
 from ..domain import UserError
+from ..tools.vllm import install as vllm_install
 
 if TYPE_CHECKING:
     from ..tools.vllm.server import VLLMServer
@@ -94,8 +95,6 @@ def install(context: typer.Context) -> None:
 
     Options that are not listed go to pip, such as --find-links FOLDER.
     """
-    from ..tools.vllm import install as vllm_install
-
     vllm_install.main(context.args)
 
 

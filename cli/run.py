@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ..domain import EmotionTarget, RunResult, RunStatus, UserError, read_target
+from ..events import RunStarted
 from ..files import check_writable
+from ..traces.fold import result_json
 from . import options as opt
 
 if TYPE_CHECKING:
@@ -122,7 +124,6 @@ async def _run(
     from rich.console import Console
 
     from ..agents.ask import one_line
-    from ..traces.fold import result_json
     from .view import show_result
 
     console = Console(stderr=True)
@@ -220,7 +221,6 @@ def settings_of(run: str, overrides: Mapping[str, Any]) -> tuple[Settings, str]:
     Raises:
         UserError: There is no such run, or it cannot be gone on with from the command line.
     """
-    from ..events import RunStarted
     from ..settings import Settings, load_settings, merged
     from ..tools.urls import redact
     from ..traces.store import open_store

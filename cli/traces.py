@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..domain import UserError, read_target
+from ..traces.fold import result_json
 from . import options as opt
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ def show(run: Run, home: opt.Home = None, as_json: opt.AsJson = False) -> None:
     """Show a run: its rounds, prompts, critiques and rewards."""
     from rich.console import Console
 
-    from ..traces.fold import result_json
     from .traces_view import show_run
 
     with _store(home) as store:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from ..domain import PROTOTYPES, Critique, Emotion, EmotionTarget, Score, UserError, first_line
 from ..settings import Settings
+from ..tools import presets
 from ..tools.registry import resolve
 from ..tools.threads import apart
 from ..traces.blobs import BlobStore
@@ -397,7 +398,6 @@ def hash_of(raw: bytes) -> str:
 
 def _lvlm(argument: str, settings: Settings) -> Judge:
     from ..agents.critic import Critic
-    from ..tools import presets
     from ..tools.lvlm.load import load_lvlm
 
     ours = settings.lvlm.model_copy(update={"model": argument} if argument else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -130,11 +130,7 @@ def _load_lvlm(settings: Settings) -> Any:
 
 def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Callable[[str], Rewriter]]:
     lvlm = settings.lvlm
-    wanted: dict[str, Any] = {}
-    if own:
-        # A server may serve a model of which nothing is known here.
-        with suppress(UserError):
-            wanted = presets.defaults(lvlm.model, "lvlm")
+    wanted = presets.defaults_if_known(lvlm.model) if own else {}
     # Our own clients know their time limits; anybody else's model is held to the setting.
     timeout, name = (None, lvlm.model) if own else (lvlm.timeout, None)
     # A model in this process fills its next batch while one runs.

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..domain import UserError
 from ..settings import merged, read_set, read_yaml
+from .objectives import load_objective
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -226,8 +227,6 @@ def load_config(
 
 def commented(config: DistillConfig) -> str:
     """The whole configuration as YAML that `--config` takes, each knob under a comment that explains it."""
-    from .objectives import load_objective
-
     knobs = dict(config.objective)
     objective = load_objective(knobs.pop("name"), knobs)
     lines = ["objective:", "  # Registry name or dotted path.", f"  name: {config.objective['name']}"]

@@ -39,9 +39,10 @@ HEAVY = {
     "torch", "transformers",
 }  # fmt: skip
 #: Imports inside functions that neither weight nor a circle demands: (module, imported module) → why.
-INSIDE: dict[tuple[str, str], str] = {}
-#: How many more there still are; the number may only fall.
-INSIDE_LEFT = 9
+INSIDE: dict[tuple[str, str], str] = {
+    ("emoloop.cli", "emoloop"): "the version is looked up only when it is asked for",
+    ("emoloop.cli.evals", "emoloop.evals.suites"): "only an error names the suites",
+}
 #: Circles still there, by their first step.
 CIRCLES: set[tuple[str, str]] = set()
 
@@ -200,7 +201,7 @@ def test_imports_inside_functions_have_a_reason():
         - set(INSIDE)
     )
     listed = "\n".join(f"{module}: {target}" for module, target in inside)
-    assert len(inside) <= INSIDE_LEFT, f"{len(inside)} > {INSIDE_LEFT}\n{listed}"
+    assert not inside, listed
 
 
 def test_every_module_says_what_it_is():
