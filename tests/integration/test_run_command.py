@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from emoloop import cli
-from emoloop.tools.lvlm import load as lvlm_module
+from emoloop.graph import parts as parts_module
 from painter import Painter
 from PIL import Image
 from scripted import Scripted
@@ -39,7 +39,7 @@ class Shell:
         monkeypatch.chdir(folder)
         for name in [name for name in os.environ if name.startswith("EMOLOOP_")]:
             monkeypatch.delenv(name)
-        monkeypatch.setattr(lvlm_module, "load_lvlm", lambda settings: self.model)
+        monkeypatch.setattr(parts_module, "load_lvlm", lambda settings: self.model)
         monkeypatch.setitem(sys.modules, "drawing", self)
 
     def make(self, settings) -> Painter:
