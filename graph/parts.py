@@ -59,7 +59,7 @@ class Parts:
         """Refuse to mix: what was made, read or valued is not comparable with another model's.
 
         Raises:
-            UserError: The events were made with other self.
+            UserError: The events were made with other models or another reward.
         """
         made = (e for e in events if isinstance(e, ImageGenerated))
         read = (e for e in events if isinstance(e, Critiqued) and isinstance(e.critique, Critique))

@@ -18,7 +18,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random
 
-from ..domain import Failure, UserError
+from ..domain import Failure, UserError, first_line
 from ..files import check_writable
 from ..settings import Settings
 from . import migrate
@@ -67,8 +67,8 @@ def open_database(settings: Settings, home: Path, *, read_only: bool) -> Engine:
         _prepare(engine, read_only)
     except SQLAlchemyError as error:
         engine.dispose()
-        cause = error.orig if isinstance(error, DBAPIError) else error
-        raise UserError(f"cannot open the trace log {url.render_as_string()}: {_line(cause)}") from error
+        cause = (isinstance(error, DBAPIError) and error.orig) or error
+        raise UserError(f"cannot open the trace log {url.render_as_string()}: {first_line(cause)}") from error
     except BaseException:
         engine.dispose()
         raise
@@ -97,7 +97,9 @@ def store_errors(engine: Engine) -> Generator[None]:
     try:
         yield
     except DBAPIError as error:
-        raise StoreError(f"trace log {engine.url.render_as_string()}: {_line(error.orig)}") from error
+        raise StoreError(
+            f"trace log {engine.url.render_as_string()}: {first_line(error.orig or error)}"
+        ) from error
 
 
 def _url(settings: Settings, home: Path) -> URL:
@@ -182,8 +184,3 @@ def _prepare(engine: Engine, read_only: bool) -> None:
     with engine.execution_options(**{WRITES: True}).begin() as connection:
         lock(connection, "emoloop migration")
         migrate.migrate(connection)
-
-
-def _line(error: object) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 from PIL import Image
@@ -23,7 +22,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_e
 from ...domain import UserError
 from ...settings import GeneratorSettings
 from ..fingerprint import versions
-from ..urls import redact
+from ..urls import is_local, redact
 from .base import GeneratedImage, ImageRequest, UnknownWord, gather_images
 
 #: What is sent where neither the settings nor a preset say otherwise.
@@ -86,7 +85,7 @@ class ImagesApiGenerator:
             timeout=_TIMEOUT,
             transport=transport,
             # No proxy leads to this machine.
-            trust_env=urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"),
+            trust_env=not is_local(url),
         )
 
     async def generate(self, requests: Sequence[ImageRequest]) -> list[GeneratedImage]:

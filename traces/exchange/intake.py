@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...domain import HIGH, LOW, EmotionTarget, RunStatus, StopReason, UserError
+from ...domain import HIGH, LOW, EmotionTarget, RunStatus, StopReason, UserError, first_line
 from ...events import Event, HumanFeedback, ImageGenerated, Rewarded, RunFinished, RunStarted
 from ..store import TraceStore
 
@@ -75,7 +75,7 @@ def import_pickapic(
         try:
             table = pq.ParquetFile(file)
         except (OSError, ValueError) as error:
-            raise UserError(f"{file} is no parquet file: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{file} is no parquet file: {first_line(error)}") from error
         missing = [name for name in _NEEDED if name not in table.schema_arrow.names]
         if missing:
             raise UserError(f"{file} has no column {missing[0]!r}: want pick-a-pic's {', '.join(_NEEDED)}")
