@@ -1,0 +1,29 @@
+"""What LangGraph's server gives beside the graph: `GET /images/{sha256}`, a picture that state or stream names.
+
+`langgraph.json` names it as `http.app`. Nothing is loaded for it: the pictures are files of the home.
+"""
+
+from __future__ import annotations
+
+import re
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse
+from starlette.routing import Route
+
+from ..settings import load_settings
+from ..traces.blobs import BlobStore
+
+
+def picture(request: Request) -> FileResponse:
+    """The PNG of a SHA-256; it never changes."""
+    sha256 = request.path_params["sha256"]
+    path = BlobStore(load_settings().home.expanduser() / "blobs").path(sha256)
+    if not re.fullmatch("[0-9a-f]{64}", sha256) or not path.is_file():
+        raise HTTPException(404, f"no picture {sha256!r}")
+    return FileResponse(path, headers={"Cache-Control": "public, max-age=31536000, immutable"})
+
+
+app = Starlette(routes=[Route("/images/{sha256}", picture)])
