@@ -52,9 +52,7 @@ async def open_checkpointer(settings: Settings) -> AsyncIterator[BaseCheckpointS
 
 def _sqlite(path: Path) -> _SqliteSaver:
     _set_aside_if_damaged(path)
-    saver = _SqliteSaver(
-        sqlite3.connect(path, timeout=_BUSY, check_same_thread=False), serde=_serializer()
-    )
+    saver = _SqliteSaver(sqlite3.connect(path, timeout=_BUSY, check_same_thread=False), serde=_serializer())
     saver.setup()
     saver.conn.execute("PRAGMA synchronous=NORMAL")
     return saver

@@ -58,6 +58,7 @@ class State(TypedDict):
         round: The current round.
         current: Its prompt.
         comment: What a person said in a review, for the next rewrite.
+        answered: The rounds before this one had their reviews answered, when the run was last begun or gone on with.
         rounds: For each finished round its prompt, images (SHA-256) and mean reward.
         best: The best candidate so far: round, index, sha256, prompt, seed, reward, image (path).
         status: A `RunStatus`.
@@ -75,6 +76,7 @@ class State(TypedDict):
     round: int
     current: str
     comment: str
+    answered: NotRequired[int]
     rounds: list[dict[str, Any]]
     best: dict[str, Any] | None
     status: str
