@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from ..settings import load_settings
 from ..traces.blobs import BlobStore
+from .state import picture_url
 
 
 def picture(request: Request) -> FileResponse:
@@ -26,4 +27,4 @@ def picture(request: Request) -> FileResponse:
     return FileResponse(path, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
-app = Starlette(routes=[Route("/images/{sha256}", picture)])
+app = Starlette(routes=[Route(picture_url("{sha256}"), picture)])

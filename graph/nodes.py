@@ -50,6 +50,7 @@ from .state import (
     asks_the_same,
     candidate_seed,
     new_run_id,
+    picture_url,
     read_review,
     read_run_id,
     read_seed,
@@ -437,7 +438,7 @@ class Nodes:
         if best is None:
             return None
         named = best.model_dump(include={"round", "index", "sha256", "prompt", "seed", "reward"})
-        return {**named, "image": str(best.path)}
+        return {**named, "image": str(best.path), "url": picture_url(best.sha256)}
 
 
 class _Lost(Exception):
@@ -465,5 +466,7 @@ def _cause(error: Exception) -> Exception:
 
 
 def _tell(runtime: Runtime[Context], event: Event) -> None:
-    # LangGraph's `custom` stream is for clients of a server, so it is plain JSON.
-    runtime.stream_writer(event.model_dump(mode="json"))
+    # LangGraph's `custom` stream is for clients of a server, so it is plain JSON, with an address for a picture.
+    sha256 = getattr(event, "sha256", None)
+    url = {"url": picture_url(sha256)} if sha256 else {}
+    runtime.stream_writer({**event.model_dump(mode="json"), **url})

@@ -14,7 +14,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-LANES = ("serving", "faults", "browser", "packaging", "docs")
+LANES = ("serving", "faults", "browser", "packaging", "docs", "hosts")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
