@@ -1,11 +1,15 @@
 """What LangGraph's server gives beside the graph: `GET /images/{sha256}`, a picture that state or stream names.
 
-`langgraph.json` names it as `http.app`. Nothing is loaded for it: the pictures are files of the home.
+`langgraph.json` names it as `http.app`. Nothing is loaded for it: the pictures are files of the home. When the server
+ends, it closes the loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,6 +19,7 @@ from starlette.routing import Route
 
 from ..settings import load_settings
 from ..traces.blobs import BlobStore
+from . import dev
 from .state import picture_url
 
 
@@ -27,4 +32,11 @@ def picture(request: Request) -> FileResponse:
     return FileResponse(path, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
-app = Starlette(routes=[Route(picture_url("{sha256}"), picture)])
+@asynccontextmanager
+async def lifespan(_: Starlette) -> AsyncGenerator[None]:
+    """The server's own."""
+    yield
+    await asyncio.to_thread(dev.close)
+
+
+app = Starlette(routes=[Route(picture_url("{sha256}"), picture)], lifespan=lifespan)

@@ -1,4 +1,4 @@
-"""Programs that emoloop is a guest of, each in the environment that `environments.py` made; skipped where it did not."""
+"""Programs that emoloop is a guest of, each in the environment that `environments.py` made; else skipped."""
 
 from __future__ import annotations
 

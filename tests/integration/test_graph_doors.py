@@ -2,6 +2,7 @@
 
 import asyncio
 import operator
+import time
 from collections import Counter
 from typing import Annotated, Any
 
@@ -112,24 +113,32 @@ async def test_runs_that_begin_in_one_thread_at_once_are_each_a_run(tmp_path, se
 
 
 async def test_requests_that_reach_a_server_first_and_together_open_one_loop(tmp_path, monkeypatch):
+    """A server asks from several event loops; one of the requests may be given up."""
     opened: list[Loop] = []
 
     def fake_open() -> Loop:
+        time.sleep(0.2)
         opened.append(make(tmp_path, rounds=1))
         return opened[-1]
 
     monkeypatch.setattr(dev, "open_loop", fake_open)
-    monkeypatch.setattr(dev, "_opening", None)
-    graphs = await asyncio.gather(*(dev.graph() for _ in range(4)))
+
+    async def ask(name: str) -> dict[str, Any]:
+        return await (await dev.graph()).ainvoke(request(), thread(name))
+
     try:
+        given_up = asyncio.create_task(ask("t"))
+        await asyncio.sleep(0)
+        elsewhere = [asyncio.to_thread(asyncio.run, ask(f"e{number}")) for number in range(3)]
+        here = asyncio.gather(*(ask(f"t{number}") for number in range(3)), *elsewhere)
+        given_up.cancel()
+        outs = await here
         assert len(opened) == 1
-        outs = await asyncio.gather(
-            *(graph.ainvoke(request(), thread(f"t{number}")) for number, graph in enumerate(graphs))
-        )
         await check_own(opened[0], list(outs))
     finally:
-        for loop in opened:
-            await loop.__aexit__()
+        dev.close()
+    with pytest.raises(RuntimeError, match="not open"):
+        _ = opened[0].parts
 
 
 # ---- people
