@@ -15,7 +15,7 @@ from pathlib import Path
 
 REQUIREMENTS = {
     "langgraph": ("langgraph-cli[inmem]==0.4.40", "langgraph-api==0.16.7"),
-    "phoenix": ("arize-phoenix==20.26.1",),
+    "phoenix": ("arize-phoenix==20.26.1", "playwright==1.65.2"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import httpx
 from langgraph.graph import END, START, StateGraph
 from langgraph.pregel.remote import RemoteGraph
-from langgraph_sdk import get_client
+from langgraph_sdk.client import LangGraphClient
 from typing_extensions import TypedDict
 
 GRAPH = "emoloop"
@@ -43,7 +44,11 @@ class Operations:
 
     def __init__(self, url: str, prompt: str, draw: Random) -> None:
         self.url, self.prompt, self.draw = url, prompt, draw
-        self.client = get_client(url=url)
+        # A connection for each call: the server drops idle ones, and a busy machine lets them be idle.
+        self.http = httpx.AsyncClient(
+            base_url=url, timeout=None, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
+        )
+        self.client = LangGraphClient(self.http)
 
     # ---- words
 
@@ -117,56 +122,59 @@ class Operations:
     async def displaced(self) -> list[Claim]:
         """A run that another of the same thread interrupts, rolls back, or is refused beside."""
         thread, strategy = await self.thread(), self.draw.choice(["interrupt", "rollback", "reject"])
-        first = await self._begun(thread, self.request(), rounds=6)
+        first = await self._held(thread, self.request(" held"))
         try:
             out = await self.wait(
                 thread, self.request(" b"), context=self.context(), multitask_strategy=strategy
             )
         except httpx.HTTPStatusError as error:
             assert strategy == "reject" and error.response.status_code in (409, 422), error
-            done: Any = await self.client.runs.join(thread, first["run_id"])
-            return [self.claim(done)]
+            await self.client.runs.cancel(thread, first["run_id"], wait=True)
+            return [Claim(thread, f"{self.prompt} held")]
         assert strategy != "reject"
-        return [self.claim(out, " b"), Claim(thread, self.prompt)]
+        return [Claim(thread, f"{self.prompt} held"), self.claim(out, " b")]
 
     async def cancelled(self) -> list[Claim]:
-        """A run that is cancelled once it has begun, and gone on with."""
+        """A run that is cancelled in the middle, and gone on with."""
         thread, action = await self.thread(), self.draw.choice(["interrupt", "rollback"])
-        request = self.request(seed=self.draw.randrange(1000))
-        run = await self._begun(thread, request, rounds=5)
+        request = self.request(" held", seed=self.draw.randrange(1000))
+        run = await self._held(thread, request)
         await self.client.runs.cancel(thread, run["run_id"], wait=True, action=action)
-        again = None if action == "interrupt" else request
-        out = await self.wait(thread, again, context=self.context(rounds=5))
+        out = await self.wait(thread, None if action == "interrupt" else request, context=self.context())
         assert out["run_id"] == thread
-        return [self.claim(out)]
+        return [self.claim(out, " held")]
 
     async def left(self) -> list[Claim]:
         """A stream that its reader leaves, which cancels the run; then the same request again."""
-        thread, request = await self.thread(), self.request(seed=self.draw.randrange(1000))
-        parts = self.client.runs.stream(
-            thread,
-            GRAPH,
-            input=request,
-            context=self.context(rounds=5),
-            stream_mode="custom",
-            on_disconnect="cancel",
+        thread, request = await self.thread(), self.request(" held", seed=self.draw.randrange(1000))
+        await self._told(
+            self.client.runs.stream(
+                thread,
+                GRAPH,
+                input=request,
+                context=self.context(images=2),
+                stream_mode="custom",
+                on_disconnect="cancel",
+            )
         )
-        async for part in parts:
-            if part.event == "custom":
-                break
-        await parts.aclose()  # pyright: ignore
-        out = await self.wait(thread, request, context=self.context(rounds=5), multitask_strategy="enqueue")
+        out = await self.wait(thread, request, context=self.context(), multitask_strategy="enqueue")
         assert out["run_id"] == thread
-        return [self.claim(out)]
+        return [self.claim(out, " held")]
 
-    async def _begun(self, thread: str, request: dict[str, Any], **context: Any) -> Any:
-        """A run in the background that has told of an event."""
+    async def _held(self, thread: str, request: dict[str, Any]) -> Any:
+        """A run in the background that has told of its first events."""
         run = await self.client.runs.create(
-            thread, GRAPH, input=request, context=self.context(**context), stream_mode=["custom"]
+            thread, GRAPH, input=request, context=self.context(images=2), stream_mode=["custom"]
         )
-        async for part in self.client.runs.join_stream(thread, run["run_id"], stream_mode="custom"):
-            if part.event == "custom":
-                return run
+        await self._told(self.client.runs.join_stream(thread, run["run_id"], stream_mode="custom"))
+        return run
+
+    async def _told(self, parts: Any) -> None:
+        async with aclosing(parts):
+            async for part in parts:
+                if part.event == "custom":
+                    return
+        raise AssertionError("nothing was told")
 
     # ---- streams
 
@@ -327,14 +335,13 @@ class Operations:
             if part.event == "custom" and part.data["type"] == "image_generated":
                 urls.append(part.data["url"])
             last = part.data
-        async with httpx.AsyncClient(base_url=self.url, trust_env=False) as http:
-            assert last["best"]["url"] in urls
-            for url in urls:
-                answer = await http.get(url)
-                assert answer.headers["content-type"] == "image/png"
-                assert hashlib.sha256(answer.content).hexdigest() == url.rpartition("/")[2]
-            for none in ("0" * 64, "%2e%2e", "x", "..%2f..%2fevents.db"):
-                assert (await http.get(f"/images/{none}")).status_code == 404
+        assert last["best"]["url"] in urls
+        for url in urls:
+            answer = await self.http.get(url)
+            assert answer.headers["content-type"] == "image/png"
+            assert hashlib.sha256(answer.content).hexdigest() == url.rpartition("/")[2]
+        for none in ("0" * 64, "%2e%2e", "x", "..%2f..%2fevents.db"):
+            assert (await self.http.get(f"/images/{none}")).status_code == 404
         return [self.claim(last)]
 
 
