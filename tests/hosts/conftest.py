@@ -25,7 +25,7 @@ ROOT = HERE.parents[1]
 def running(
     name: str, command: str, *words: str, folder: Path, healthy: str, **variables: str
 ) -> Iterator[str]:
-    """A server on a free port ("PORT" among the words), from when it answers until the test is done; its address.
+    """A server on a free port ("PORT" in words and variables), while it is needed; gives its address.
 
     What it says goes to `server.log`.
     """
@@ -37,11 +37,12 @@ def running(
         port = str(taken.getsockname()[1])
     own = {key: value for key, value in os.environ.items() if not key.startswith(("EMOLOOP_", "OTEL_"))}
     line = [str(found), *(port if word == "PORT" else word for word in words)]
+    own |= {key: port if it == "PORT" else it for key, it in variables.items()}
     with (folder / "server.log").open("wb") as log:
         child = subprocess.Popen(
             line,
             cwd=folder,
-            env={**own, **variables},
+            env=own,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -129,7 +129,7 @@ class Operations:
             )
         except httpx.HTTPStatusError as error:
             assert strategy == "reject" and error.response.status_code in (409, 422), error
-            await self.client.runs.cancel(thread, first["run_id"], wait=True)
+            await self.client.runs.cancel(thread, first, wait=True)
             return [Claim(thread, f"{self.prompt} held")]
         assert strategy != "reject"
         return [Claim(thread, f"{self.prompt} held"), self.claim(out, " b")]
@@ -139,7 +139,7 @@ class Operations:
         thread, action = await self.thread(), self.draw.choice(["interrupt", "rollback"])
         request = self.request(" held", seed=self.draw.randrange(1000))
         run = await self._held(thread, request)
-        await self.client.runs.cancel(thread, run["run_id"], wait=True, action=action)
+        await self.client.runs.cancel(thread, run, wait=True, action=action)
         out = await self.wait(thread, None if action == "interrupt" else request, context=self.context())
         assert out["run_id"] == thread
         return [self.claim(out, " held")]
@@ -147,33 +147,27 @@ class Operations:
     async def left(self) -> list[Claim]:
         """A stream that its reader leaves, which cancels the run; then the same request again."""
         thread, request = await self.thread(), self.request(" held", seed=self.draw.randrange(1000))
-        await self._told(
-            self.client.runs.stream(
-                thread,
-                GRAPH,
-                input=request,
-                context=self.context(images=2),
-                stream_mode="custom",
-                on_disconnect="cancel",
-            )
-        )
+        await self._held(thread, request, on_disconnect="cancel")
         out = await self.wait(thread, request, context=self.context(), multitask_strategy="enqueue")
         assert out["run_id"] == thread
         return [self.claim(out, " held")]
 
-    async def _held(self, thread: str, request: dict[str, Any]) -> Any:
-        """A run in the background that has told of its first events."""
-        run = await self.client.runs.create(
-            thread, GRAPH, input=request, context=self.context(images=2), stream_mode=["custom"]
+    async def _held(self, thread: str, request: dict[str, Any], on_disconnect: Any = "continue") -> str:
+        """A run that has told of its first events and waits in the middle; its name on the server."""
+        parts: Any = self.client.runs.stream(
+            thread,
+            GRAPH,
+            input=request,
+            context=self.context(images=2),
+            stream_mode="custom",
+            on_disconnect=on_disconnect,
         )
-        await self._told(self.client.runs.join_stream(thread, run["run_id"], stream_mode="custom"))
-        return run
-
-    async def _told(self, parts: Any) -> None:
+        run = ""
         async with aclosing(parts):
             async for part in parts:
                 if part.event == "custom":
-                    return
+                    return run
+                run = part.data["run_id"]
         raise AssertionError("nothing was told")
 
     # ---- streams

@@ -5,6 +5,7 @@ Of a prompt with "held" in it one picture is painted, and the next ones wait unt
 
 import asyncio
 from collections.abc import Sequence
+from typing import ClassVar
 
 from emoloop.graph import dev
 from emoloop.graph.loop import open_loop
@@ -14,7 +15,7 @@ from scripted import Scripted
 
 
 class Holding(Painter):
-    seen: dict[str, int] = {}
+    seen: ClassVar[dict[str, int]] = {}
 
     async def generate(self, requests: Sequence[ImageRequest]) -> list[GeneratedImage]:
         for prompt in (request.prompt for request in requests if "held" in request.prompt):

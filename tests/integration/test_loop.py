@@ -6,7 +6,7 @@ import sqlite3
 from collections import Counter
 
 import pytest
-from emoloop.domain import EmotionTarget, Missing, RunStatus, StopReason, UserError
+from emoloop.domain import EmotionTarget, Failure, Missing, RunStatus, StopReason, UserError
 from emoloop.events import (
     Critiqued,
     GenerationFailed,
@@ -19,6 +19,7 @@ from emoloop.events import (
 from emoloop.graph import build, retry
 from emoloop.graph.loop import Loop, open_loop
 from emoloop.graph.state import State
+from emoloop.traces.database import StoreError
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import START, StateGraph
 from langgraph.types import Command
@@ -55,6 +56,23 @@ def essence(result) -> dict:
 
 
 # ---- running
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+async def test_a_loop_that_is_closed_ends_its_open_requests_with_one_error(tmp_path, calls):
+    painter = Painter(delay=0.05)
+    async with make(tmp_path, painter=painter) as loop:
+        runs = [asyncio.create_task(loop.run("a dog", TARGET, run_id=f"r{n}", seed=n)) for n in range(3)]
+        while len(painter.requests) <= calls:
+            await asyncio.sleep(0.01)
+        recorder = loop.recorder
+    for error in await asyncio.gather(*runs, return_exceptions=True):
+        assert isinstance(error, Failure) and "the loop was closed" in str(error), error
+    with pytest.raises(StoreError, match="the log is closed"):
+        await recorder.record(RunStarted(run_id="late", prompt="p", target=TARGET, seed=1))
+    async with make(tmp_path) as loop:
+        resumed = [await loop.resume(f"r{n}") for n in range(3)]
+    assert {result.status for result in resumed} == {RunStatus.COMPLETED}
 
 
 async def test_a_run_from_request_to_result(tmp_path):
