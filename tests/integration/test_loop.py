@@ -60,11 +60,11 @@ def essence(result) -> dict:
 
 @pytest.mark.parametrize("calls", [0, 3])
 async def test_a_loop_that_is_closed_ends_its_open_requests_with_one_error(tmp_path, calls):
-    painter = Painter(delay=0.05)
+    begun = asyncio.Event()
+    painter = Painter(delay=0.05, fail=lambda number: begun.set() if number >= calls else None)
     async with make(tmp_path, painter=painter) as loop:
         runs = [asyncio.create_task(loop.run("a dog", TARGET, run_id=f"r{n}", seed=n)) for n in range(3)]
-        while len(painter.requests) <= calls:
-            await asyncio.sleep(0.01)
+        await begun.wait()
         recorder = loop.recorder
     for error in await asyncio.gather(*runs, return_exceptions=True):
         assert isinstance(error, Failure) and "the loop was closed" in str(error), error
