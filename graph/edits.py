@@ -48,12 +48,13 @@ def check_prompt_stands(state: State, fold: Fold) -> None:
         )
 
 
-async def follow(recorder: StoreRecorder, state: State) -> tuple[str, str, list[Event]]:
-    """What is to be painted now, and the events that tell of an edit.
+async def follow(recorder: StoreRecorder, state: State) -> tuple[str, list[Event]]:
+    """The run that is to be painted now, and the events that tell of an edit.
 
     Returns:
-        The run, the prompt, and what is to be recorded first: nothing where the prompt is as the log has it; a
-        human's rewrite; or the beginning of a fork, which has its parent's events before the edited round.
+        The run, and what is to be recorded first: nothing where the prompt is as the log has it; a human's rewrite,
+        which stands in place of all of the round's prompts; or the beginning of a fork, which has its parent's events
+        before the edited round.
 
     Raises:
         UserError: The edited prompt is none, or more than that was edited.
@@ -63,7 +64,7 @@ async def follow(recorder: StoreRecorder, state: State) -> tuple[str, str, list[
     check_request_stands(state, fold)
     started = fold.started
     if started is None or prompt == fold.prompt(number):
-        return run_id, prompt, []
+        return run_id, []
     prompt = read_prompt(prompt)
     digest = hashlib.sha256(f"{number}:{prompt}".encode()).hexdigest()[:6]
     edit = Rewritten(
@@ -77,10 +78,9 @@ async def follow(recorder: StoreRecorder, state: State) -> tuple[str, str, list[
     )
     painted = any(tried.made for tried in fold.round(number).values())
     if not painted and number >= max(fold.numbers) and fold.status is not RunStatus.COMPLETED:
-        return run_id, prompt, [edit]
+        return run_id, [edit]
     before = [it for it in await recorder.events(run_id) if it.round < number]
-    fork, begun = _fork(started, state, number, digest, [*before, edit])
-    return fork, prompt, begun
+    return _fork(started, state, number, digest, [*before, edit])
 
 
 async def answered(recorder: StoreRecorder, state: State, given: dict[str, Any]) -> tuple[str, list[Event]]:
