@@ -20,6 +20,7 @@ from .evals import doctor, eval_
 from .lvlm import app as lvlm
 from .run import resume, run
 from .traces import app as traces
+from .train import app as train
 
 app = typer.Typer(
     name="emoloop",
@@ -33,6 +34,7 @@ app.command()(resume)
 app.command()(collect)
 app.command()(distill)
 app.command()(bench)
+app.add_typer(train, name="train")
 app.add_typer(lvlm, name="lvlm")
 app.add_typer(traces, name="traces")
 app.command("eval")(eval_)

@@ -27,12 +27,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Knobs that belong together."""
+
     # An infinite or undefined knob passes most bounds and turns up as a loss that is no number.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which runs and how they become examples."""
 
     refined: Literal["all", "best", "winner"] = "all"
@@ -74,7 +76,7 @@ class DataConfig(_Section):
     """Another salt gives another split."""
 
 
-class PolicyConfig(_Section):
+class PolicyConfig(Section):
     """What is trained."""
 
     rank: int = Field(default=16, ge=1)
@@ -100,7 +102,7 @@ class PolicyConfig(_Section):
     """Recompute activations in the backward pass: less memory, a third more time."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How it is trained."""
 
     steps: int = Field(default=1000, ge=1)
@@ -147,7 +149,7 @@ class TrainConfig(_Section):
     """Folder of encoded text and images; None is `cache/` beside the log."""
 
 
-class GuardConfig(_Section):
+class GuardConfig(Section):
     """What training watches on fixed held-out prompts; never a judge of the results."""
 
     model: str | None = None
@@ -170,7 +172,7 @@ class GuardConfig(_Section):
     """Steps between sample sheets; 0 draws none."""
 
 
-class DistillConfig(_Section):
+class DistillConfig(Section):
     """Everything about one distillation."""
 
     objective: dict[str, Any] = {"name": "opd"}
@@ -222,7 +224,7 @@ def load_config(
     try:
         return DistillConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error)) from error
+        raise UserError(refusal(error, DistillConfig(), "docs/distillation.md")) from error
 
 
 def commented(config: DistillConfig) -> str:
@@ -230,16 +232,17 @@ def commented(config: DistillConfig) -> str:
     knobs = dict(config.objective)
     objective = load_objective(knobs.pop("name"), knobs)
     lines = ["objective:", "  # Registry name or dotted path.", f"  name: {config.objective['name']}"]
-    lines += [line for key in type(objective).model_fields for line in _explained(objective, key, "  ")]
+    lines += [line for key in type(objective).model_fields for line in explained(objective, key, "  ")]
     for section in type(config).model_fields:
-        lines += _explained(config, section) if section != "objective" else []
+        lines += explained(config, section) if section != "objective" else []
     return "\n".join(lines) + "\n"
 
 
-def _explained(model: BaseModel, key: str, indent: str = "") -> list[str]:
+def explained(model: BaseModel, key: str, indent: str = "") -> list[str]:
+    """A knob, or a section of them, as YAML under comments that explain it."""
     value, about = getattr(model, key), type(model).model_fields[key].description or ""
     if isinstance(value, BaseModel):
-        inside = (_explained(value, knob, "  ") for knob in type(value).model_fields)
+        inside = (explained(value, knob, "  ") for knob in type(value).model_fields)
         return [f"{key}:", *(line for lines in inside for line in lines)]
     plain = model.model_dump(mode="json", include={key})[key]
     text = textwrap.wrap(about, 100 - len(indent))
@@ -286,12 +289,11 @@ def _read(path: Path, objective: str) -> dict[str, Any]:
     return merged(content, special.get(objective) or {})
 
 
-def _explain(error: ValidationError) -> str:
+def refusal(error: ValidationError, config: BaseModel, page: str) -> str:
+    """The first thing that is wrong with some knobs, in one line; an unknown one gets the nearest of `config`."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg']} (got {first.get('input')!r})"
-    near = get_close_matches(where, flat(DistillConfig()), n=1)
-    return f"unknown key {where!r}" + (
-        f", did you mean {near[0]!r}?" if near else "; see docs/distillation.md"
-    )
+    near = get_close_matches(where, flat(config), n=1)
+    return f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else f"; see {page}")
