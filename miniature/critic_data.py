@@ -3,7 +3,7 @@
 A rendered scene goes through the generator's codec, is noised to a time t and denoised under its full caption: it then
 looks as what the generator paints, and its scene is still known. The label is the law on that scene and the new pixels.
 From t = .5 on the generator begins to leave things out, so pictures on which the guard, a recogniser of its own, reads
-a content that feels otherwise than the scene's are dropped there. The judge takes no part. Plain renders stay among them.
+a content that feels otherwise than the scene's are dropped there. The judge takes no part. Some stay plain renders.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def _batch(out: Path, split: str, start: int, count: int, seed: int) -> list[dic
         pixels = repaint(pipe, pixels, captions, t, int(rng.integers(2**31)))
     pictures, rows = [Image.fromarray(one) for one in pixels], []
     for number, (scene, read) in enumerate(zip(scenes, guard.read(pictures), strict=True)):
-        example = critique_of(rng, scene, pixels[number])
+        example = critique_of(
+            np.random.default_rng([seed, len(split), start + number, 1]), scene, pixels[number]
+        )
         gap = np.subtract(law.content_affect(scene), law.content_affect(read.scene))
         if t > DOUBTFUL and np.abs(gap).sum() > LOST:
             continue
@@ -125,7 +127,7 @@ def _batch(out: Path, split: str, start: int, count: int, seed: int) -> list[dic
 
 
 def build_critic_data(
-    out: Path, count: int = 6000, held_out: int = 400, seed: int = 0, processes: int = 2
+    out: Path, count: int = 3200, held_out: int = 400, seed: int = 0, processes: int = 2
 ) -> None:
     """Write a data folder: pictures and `metadata.jsonl` with the column `split`.
 

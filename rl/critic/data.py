@@ -152,7 +152,9 @@ def read_folder(folder: Path, scale: Scale) -> Iterator[Sample]:
         name = hashlib.sha256(given).hexdigest()[:16] if isinstance(given, bytes) else str(given)
         if isinstance(image, Path) and not image.is_file():
             raise UserError(f"{where}: there is no {image}")
-        aims = {axis: rescaled(row.get(f"target_{axis}"), OURS, where) for axis in ("valence", "arousal")}
+        aims: dict[str, Any] = {
+            axis: rescaled(row.get(f"target_{axis}"), OURS, where) for axis in ("valence", "arousal")
+        }
         yield Sample(
             image=image, name=name,
             valence=rescaled(row.get("valence"), scale, where), arousal=rescaled(row.get("arousal"), scale, where),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def read_emotic(folder: Path, scale: Scale | None) -> Iterator[Sample]:
             }
             yield Sample(
                 image=image, name=name, split="train" if split == "train" else "held_out",
-                **{axis: rescaled(mean, scale or (1, 10), name) for axis, mean in means.items()},
+                **_scores(means, scale or (1, 10), name),
             )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def read_oasis(folder: Path, scale: Scale | None) -> Iterator[Sample]:
             means = {axis: row[f"{axis.capitalize()}_mean"] for axis in ("valence", "arousal")}
             yield Sample(
                 image=pictures[theme.lower()], name=theme,
-                **{axis: rescaled(mean, scale or (1, 7), theme) for axis, mean in means.items()},
+                **_scores(means, scale or (1, 7), theme),
             )  # fmt: skip
 
 
@@ -141,6 +141,10 @@ def read_emoscene(folder: Path, scale: Scale | None) -> Iterator[Sample]:
     for sample, words in zip(read_folder(folder, scale), said, strict=True):
         text = ", ".join(words) if isinstance(words, list) else str(words or "")
         yield replace(sample, texts={**sample.texts, "analysis": text}) if text else sample
+
+
+def _scores(means: Mapping[str, Any], scale: Scale, name: str) -> dict[str, Any]:
+    return {axis: rescaled(mean, scale, name) for axis, mean in means.items()}
 
 
 def _json(file: Path) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from pydantic import ValidationError
@@ -118,8 +118,3 @@ def neutral(rewards: Tensor, group: int) -> Tensor:
     mean = torch.where(mean.isnan(), rewards.nanmean(0), mean).nan_to_num(0.0)
     filled = torch.where(grouped.isnan(), mean, grouped).view_as(rewards)
     return torch.where(rewards.isnan().all(1, keepdim=True), rewards, filled)
-
-
-def scored(texts: Sequence[str], samples: Sequence[Sample], reward: TaskReward) -> list[float | None]:
-    """A reward for each answer."""
-    return [reward(read_answer(text), sample) for text, sample in zip(texts, samples, strict=True)]

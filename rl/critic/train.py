@@ -36,6 +36,7 @@ from .data import Sample, digest, divided
 from .data import read as read_data
 from .policy import CriticPolicy
 from .rewards import tasks
+from .sft import Collate, SFTrainer, complete
 
 #: (step of both stages, steps of both stages, figures); for progress bars.
 Watcher = Callable[[int, int, dict[str, float]], None]
@@ -289,8 +290,6 @@ def _arguments(config: CriticConfig, folder: Path, steps: int, lr: float) -> dic
 
 
 def _sft(policy: CriticPolicy, train: Sequence[Sample], folder: Path, callback: Any, rewards: Any) -> Any:
-    from .sft import Collate, SFTrainer, complete
-
     knobs = policy.config.sft
     arguments = TrainingArguments(
         **_arguments(policy.config, folder, knobs.steps, knobs.lr),

@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 from ...domain import Failure
 from .data import Sample, question
 from .policy import CriticPolicy
-from .rewards import TaskReward, neutral, scored
+from .rewards import TaskReward, neutral, read_answer
 
 #: Largest |log ratio| of sampler and trainer, by precision.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.3}
@@ -39,14 +39,13 @@ def as_dataset(policy: CriticPolicy, samples: Sequence[Sample]) -> Dataset:
     return Dataset.from_dict({"place": range(len(samples))}).with_transform(rows)
 
 
-def as_rewards(
-    tasks: Sequence[tuple[str, float, TaskReward]], samples: Sequence[Sample]
-) -> list[Callable[..., list[float | None]]]:
+def as_rewards(tasks: Sequence[tuple[str, float, TaskReward]], samples: Sequence[Sample]) -> list[Any]:
     """The tasks as TRL calls them."""
 
     def made(name: str, reward: TaskReward) -> Callable[..., list[float | None]]:
         def call(completions: list[Any], place: list[int], **_: Any) -> list[float | None]:
-            return scored([said[0]["content"] for said in completions], [samples[at] for at in place], reward)
+            texts = [said[0]["content"] for said in completions]
+            return [reward(read_answer(text), samples[at]) for text, at in zip(texts, place, strict=True)]
 
         call.__name__ = name
         return call
@@ -58,9 +57,8 @@ class CriticTrainer(GRPOTrainer):
     """See the module's text; the arguments are those of TRL's trainer."""
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
-        rewards = super()._calculate_rewards(*args)
-        group = self.num_generations if self.model.training else self.num_generations_eval
-        return neutral(rewards, group)
+        group: Any = self.num_generations
+        return neutral(super()._calculate_rewards(*args), group)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One backward pass."""
@@ -72,9 +70,10 @@ class CriticTrainer(GRPOTrainer):
     @torch.no_grad()
     def log_ratio(self, policy: CriticPolicy, samples: Sequence[Sample], tokens: int = 32) -> float:
         """Largest |log p(trainer) − log p(sampler)| over the first tokens of some answers."""
-        self.model.eval()
+        model: Any = policy.model
+        model.eval()
         inputs = policy.inputs(samples)
-        out = self.model.generate(
+        out = model.generate(
             **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, temperature=self.temperature,
             top_k=0, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
@@ -87,7 +86,7 @@ class CriticTrainer(GRPOTrainer):
             if key in pictures:
                 pictures[key] = torch.cat([pictures[key], torch.zeros_like(said)], 1)
         trained, _, _ = self._get_per_token_logps_and_entropies(
-            self.model, out.sequences, mask, said.shape[1], num_images=[1] * len(samples), **pictures
+            model, out.sequences, mask, said.shape[1], num_images=[1] * len(samples), **pictures
         )
-        self.model.train()
+        model.train()
         return float((trained - sampled).abs().max())
