@@ -68,7 +68,7 @@ def critic(
     from ..rl.critic.train import train_critic
 
     with opt.bars(console, opt.COUNT, "{task.fields[figures]}") as progress:
-        task = progress.add_task("train critic", total=resolved.sft.steps + resolved.grpo.steps, figures="")
+        task = progress.add_task("train critic", total=resolved.steps, figures="")
 
         def watch(step: int, steps: int, figures: dict[str, float]) -> None:
             shown = "  ".join(f"{key} {figures[key]:.3f}" for key in ("loss", "reward") if key in figures)

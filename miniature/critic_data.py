@@ -1,7 +1,8 @@
 """Labelled pictures of the generator's kind, for the critic's training (`emoloop train critic`).
 
 A rendered scene goes through the generator's codec, is noised to a time t and denoised under its full caption: it then
-looks as what the generator paints, and its scene is still known. The label is the law on that scene and the new pixels.
+looks as what the generator paints, and its scene is still known. The label is the law on that scene and the new pixels;
+beside it lies the render itself, in the new picture's colours, as its clean counterpart.
 From t = .5 on the generator begins to leave things out, so pictures on which the guard, a recogniser of its own, reads
 a content that feels otherwise than the scene's are dropped there. The judge takes no part. Some stay plain renders.
 """
@@ -86,6 +87,24 @@ def repaint(
     return ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def recoloured(render: NDArray[np.uint8], like: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A render with the mean HSV value and saturation of another picture, so that the law reads its colour alike.
+
+    Args:
+        render: RGB, (height, width, 3).
+        like: The other one.
+    """
+    brightness, saturation = law.brightness_saturation(like)
+    x = render.astype(np.float32) / 255
+    for _ in range(4):
+        high, low = x.max(-1, keepdims=True), x.min(-1, keepdims=True)
+        vivid = float(((high - low) / np.maximum(high, 1e-6)).mean())
+        x = high - (high - x) * np.clip(saturation / max(vivid, 1e-3), 0.5, 2)
+        bright = float(np.clip(x, 0, 1).max(-1).mean())
+        x = np.clip(np.clip(x, 0, 1) * np.clip(brightness / max(bright, 1e-3), 0.5, 2), 0, 1)
+    return (x * 255).round().astype(np.uint8)
+
+
 @cache
 def _models() -> tuple[Any, Guard]:
     torch.set_num_threads(1)
@@ -99,7 +118,7 @@ def _batch(out: Path, split: str, start: int, count: int, seed: int) -> list[dic
     rng = np.random.default_rng([seed, len(split), start])
     folds = WATCHED if split == "held_out" else world.FOLDS["critic"]
     scenes = [world.sample_scene(rng, folds) for _ in range(count)]
-    pixels = np.stack([world.render(scene) for scene in scenes])
+    renders = pixels = np.stack([world.render(scene) for scene in scenes])
     t = 0.0 if rng.random() < PLAIN else float(rng.uniform(*TIMES))
     if t:
         captions = [world.caption(rng, scene, world.everything(scene)) for scene in scenes]
@@ -114,11 +133,14 @@ def _batch(out: Path, split: str, start: int, count: int, seed: int) -> list[dic
             continue
         name = f"pictures/{split}-{start + number:05d}.png"
         pictures[number].save(out / name)
+        clean = {"clean": name.replace(".png", "-clean.png")} if t else {}
+        for place in clean.values():
+            Image.fromarray(recoloured(renders[number], pixels[number])).save(out / place)
         prompt, target = (line.partition(": ")[2] for line in example.task.splitlines())
         valence, arousal = law.affect(scene, pixels[number])
         answer = json.loads(example.answer)
         rows.append({
-            "image": name, "valence": round(valence, 3), "arousal": round(arousal, 3), "prompt": prompt,
+            "image": name, **clean, "valence": round(valence, 3), "arousal": round(arousal, 3), "prompt": prompt,
             **{f"target_{axis}": float(value) for axis, value in re.findall(r"(valence|arousal) (\S+)", target)},
             **{key: answer[key] for key in ("category", "analysis", "alignment", "suggestion")},
             "split": split, "t": round(t, 3),

@@ -49,6 +49,17 @@ class PolicyConfig(Section):
     """Longest answer; None takes the model's."""
 
 
+class MatchConfig(Section):
+    """The first start: vision learns to see through the generator's defects, on pictures with a clean counterpart."""
+
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps; 0 leaves it out."""
+    batch_size: int = Field(default=48, ge=1)
+    """Pictures in one step."""
+    lr: float = Field(default=1e-5, gt=0)
+    """Peak learning rate; a cosine down to 0."""
+
+
 class SFTConfig(Section):
     """The supervised start: answers with the labels in place. What the data do not say, the model says itself."""
 
@@ -145,6 +156,8 @@ class CriticConfig(Section):
     """Which pictures."""
     policy: PolicyConfig = PolicyConfig()
     """What is trained."""
+    match: MatchConfig = MatchConfig()
+    """The first start."""
     sft: SFTConfig = SFTConfig()
     """The supervised start."""
     grpo: GRPOConfig = GRPOConfig()
@@ -153,6 +166,11 @@ class CriticConfig(Section):
     """How both run."""
     guard: GuardConfig = GuardConfig()
     """What is watched."""
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return self.match.steps + self.sft.steps + self.grpo.steps
 
 
 def load_critic_config(

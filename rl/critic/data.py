@@ -61,6 +61,7 @@ class Sample:
         texts: Fields of a critique that are known beside the labels (`TEXTS`).
         split: "train", "held_out", or "" to let the name decide.
         origin: How the labels came about, where they are no ratings: "lexicon" is one draw from a class's Gaussian.
+        clean: A clean picture of the same content and colours, for one that is noised or painted.
     """
 
     image: Path | bytes
@@ -73,11 +74,18 @@ class Sample:
     texts: Mapping[str, str] = field(default_factory=dict[str, str])
     split: str = ""
     origin: str = ""
+    clean: Path | None = None
 
-    def picture(self, size: int) -> Image.Image:
-        """RGB, `size` × `size`: one size for all, since mixed sizes in a batch have corrupted prompts silently."""
+    def picture(self, size: int, clean: bool = False) -> Image.Image:
+        """RGB, `size` × `size`: one size for all, since mixed sizes in a batch have corrupted prompts silently.
+
+        Args:
+            size: In pixels.
+            clean: The clean counterpart, where there is one.
+        """
+        source = self.clean if clean and self.clean else self.image
         try:
-            with Image.open(io.BytesIO(self.image) if isinstance(self.image, bytes) else self.image) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 rgb = image.convert("RGB")
         except OSError as error:
             raise UserError(f"{self.name}: not a readable picture ({first_line(error)})") from error
@@ -131,7 +139,8 @@ def read_folder(folder: Path, scale: Scale) -> Iterator[Sample]:
     """A folder with `metadata.jsonl`, `.csv` or `.parquet`, or such a file itself.
 
     Columns: `image` (or `file_name`: a path relative to the file; in parquet also bytes), `valence`, `arousal`,
-    `category`, `prompt`, `target_valence`, `target_arousal`, `split`, and `TEXTS`. Only the picture must be there.
+    `category`, `prompt`, `target_valence`, `target_arousal`, `split`, `clean` (a path), and `TEXTS`. Only the picture
+    must be there.
     """
     file = folder
     if folder.is_dir():
@@ -152,6 +161,7 @@ def read_folder(folder: Path, scale: Scale) -> Iterator[Sample]:
         name = hashlib.sha256(given).hexdigest()[:16] if isinstance(given, bytes) else str(given)
         if isinstance(image, Path) and not image.is_file():
             raise UserError(f"{where}: there is no {image}")
+        clean = file.parent / str(row["clean"]) if row.get("clean") else None
         aims: dict[str, Any] = {
             axis: rescaled(row.get(f"target_{axis}"), OURS, where) for axis in ("valence", "arousal")
         }
@@ -161,6 +171,7 @@ def read_folder(folder: Path, scale: Scale) -> Iterator[Sample]:
             category=emotion(row.get("category"), where), prompt=str(row.get("prompt") or ""),
             target=EmotionTarget(**aims) if any(aim is not None for aim in aims.values()) else None,
             texts={key: str(row[key]) for key in TEXTS if row.get(key)}, split=str(row.get("split") or ""),
+            clean=clean,
         )  # fmt: skip
 
 

@@ -4,7 +4,8 @@
     result = train_critic(load_critic_config("miniature"), Path("data"), Path("runs/critic"))
     result.folder   # a model: emoloop run --lvlm runs/critic
 
-Two stages, each optional: answers with the labels in place (`sft.py`), then GRPO (`trainer.py`). A guard reads held-out
+Three stages, each optional: see through the generator's defects (`match.py`), answers with the labels in place
+(`sft.py`), GRPO (`trainer.py`). A guard reads held-out
 pictures; the weights of its best look are the result. What only the training needs lies under `training/`.
 """
 
@@ -34,11 +35,12 @@ from .card import card, figures, read
 from .config import CriticConfig
 from .data import Sample, digest, divided
 from .data import read as read_data
+from .match import Matcher, chosen
 from .policy import CriticPolicy
 from .rewards import tasks
 from .sft import Collate, SFTrainer, complete
 
-#: (step of both stages, steps of both stages, figures); for progress bars.
+#: (step over all stages, steps of all stages, figures); for progress bars.
 Watcher = Callable[[int, int, dict[str, float]], None]
 
 _CONFIG, _LOOKS, _WEIGHTS = "config.yaml", "looks.jsonl", "weights.safetensors"
@@ -208,18 +210,16 @@ def train_critic(
         guard.look("start", 0)
         write_atomic(before, json.dumps(_read_all(policy, held_out, tested), indent=2) + "\n")
     result = Trained(out)
-    seconds = 0.0
+    seconds, past = 0.0, 0
     with listening() as heard:
-        for stage, steps in (("sft", config.sft.steps), ("grpo", config.grpo.steps)):
+        for stage, make in (("match", _match), ("sft", _sft), ("grpo", _grpo)):
+            steps: int = getattr(config, stage).steps
             if not steps or result.reason != "finished":
                 continue
             folder, done = training / stage, training / stage / _WEIGHTS
-            callback = _Watch(
-                stage, config.sft.steps if stage == "grpo" else 0, config.sft.steps + config.grpo.steps, guard,
-                config.guard.every, heard, watch,
-            )  # fmt: skip
+            callback = _Watch(stage, past, config.steps, guard, config.guard.every, heard, watch)
+            past += steps
             if not done.exists():
-                make = _sft if stage == "sft" else _grpo
                 with quiet():
                     trainer = make(policy, train, folder, callback, rewards)
                     trainer.remove_callback(PrinterCallback)
@@ -287,6 +287,16 @@ def _arguments(config: CriticConfig, folder: Path, steps: int, lr: float) -> dic
         "save_steps": knobs.checkpoint_every, "save_total_limit": knobs.keep_checkpoints,
         "dataloader_pin_memory": False, "remove_unused_columns": False,
     }  # fmt: skip
+
+
+def _match(policy: CriticPolicy, train: Sequence[Sample], folder: Path, callback: Any, rewards: Any) -> Any:
+    knobs = policy.config.match
+    arguments = TrainingArguments(
+        **_arguments(policy.config, folder, knobs.steps, knobs.lr),
+        per_device_train_batch_size=knobs.batch_size,
+    )
+    pictures: Any = chosen(train)
+    return Matcher(policy, args=arguments, train_dataset=pictures, callbacks=[callback])
 
 
 def _sft(policy: CriticPolicy, train: Sequence[Sample], folder: Path, callback: Any, rewards: Any) -> Any:

@@ -159,8 +159,8 @@ def test_sampler_and_trainer_agree_before_the_first_step(data, tmp_path):
         per_device_train_batch_size=4, temperature=1.3, max_steps=1,
     )  # fmt: skip
     trainer = CriticTrainer(
-        model=policy.model, args=arguments, processing_class=policy.processor, train_dataset=as_dataset(policy, samples),
-        reward_funcs=as_rewards(tasks({"format": 1.0}, 0.5), samples),
+        model=policy.model, args=arguments, processing_class=policy.processor,
+        train_dataset=as_dataset(policy, samples), reward_funcs=as_rewards(tasks({"format": 1.0}, 0.5), samples),
     )  # fmt: skip
     assert trainer.log_ratio(policy, samples[:3]) < TOLERANCE["fp32"]
     trainer.temperature = 1.0
