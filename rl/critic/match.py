@@ -3,8 +3,8 @@
 A critic that reads clean pictures well reads generated ones badly for one reason: its vision gives it something else.
 Where the data have a clean counterpart (`clean`: the picture from which a noised and denoised one was made), the vision
 tower in training learns to give for the one what it gave for the other before training, token by token. Pictures
-without a counterpart are their own: what they look like must stay. That is one pass of the tower and no text, so it sees
-many more pictures a second than answers do; and no label is needed.
+without a counterpart are their own: what they look like must stay. That is one pass of the tower and no text, so it
+sees many more pictures a second than answers do; and no label is needed.
 """
 
 from __future__ import annotations

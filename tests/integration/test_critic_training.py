@@ -42,14 +42,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({
             "image": f"{number}.png", "valence": None if number == 1 else valence, "arousal": arousal,
             "category": said["category"], "analysis": said["analysis"], "prompt": f"a {scene.subject}",
-            "split": "train" if number < 8 else "held_out",
+            "split": "train" if number < 8 else "held_out", "clean": f"{number + 1}.png" if number < 6 else None,
         })  # fmt: skip
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def configured(*sets: str) -> CriticConfig:
-    small = ("grpo.steps=2", "sft.steps=2", "grpo.group=4", "grpo.questions=1", "sft.batch_size=4")
+    small = (
+        "match.steps=2",
+        "match.batch_size=4",
+        "grpo.steps=2",
+        "sft.steps=2",
+        "grpo.group=4",
+        "grpo.questions=1",
+        "sft.batch_size=4",
+    )
     rest = (
         "guard.every=1",
         "guard.pictures=4",
@@ -84,7 +92,7 @@ def test_two_steps_make_a_model_that_the_loop_takes(data, tmp_path):
 
 
 async def test_the_trained_folder_reads_in_the_loop(data, tmp_path):
-    train_critic(configured("grpo.steps=1", "sft.steps=0"), data, tmp_path / "out")
+    train_critic(configured("match.steps=0", "grpo.steps=1", "sft.steps=0"), data, tmp_path / "out")
     chat = load_lvlm(LVLMSettings(model=str(tmp_path / "out")))
     with Image.open(data / "0.png") as image:
         read = await Critic(chat, "critic-compact").critique(image, "a dog", EmotionTarget(valence=1.0))
@@ -106,7 +114,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(data, tmp_path):
         return load_file(out / "training" / "grpo" / "weights.safetensors")
 
     whole = trained(tmp_path / "whole")
-    for die_at in (2, 4):
+    for die_at in (2, 4, 6):
         with pytest.raises(Killed):
             trained(tmp_path / "torn", die_at)
     again = trained(tmp_path / "torn")
@@ -118,21 +126,29 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(data, tmp_path):
 
 def test_what_cannot_go_on_says_so(data, tmp_path):
     out = tmp_path / "out"
-    train_critic(configured("grpo.steps=0", "sft.steps=1"), data, out)
+    train_critic(configured("match.steps=0", "grpo.steps=0", "sft.steps=1"), data, out)
     with pytest.raises(UserError, match="holds a training"):
-        train_critic(configured("grpo.steps=0", "sft.steps=1"), data, out)
+        train_critic(configured("match.steps=0", "grpo.steps=0", "sft.steps=1"), data, out)
     with pytest.raises(UserError, match=r"another sft\.lr"):
-        train_critic(configured("grpo.steps=0", "sft.steps=1", "sft.lr=1e-5"), data, out, resume=True)
+        train_critic(
+            configured("match.steps=0", "grpo.steps=0", "sft.steps=1", "sft.lr=1e-5"), data, out, resume=True
+        )
 
 
 def test_numbers_that_are_none_end_the_training_in_one_line(data, tmp_path):
     with pytest.raises(Failure, match=r"lower sft\.lr|lower lr") as error:
-        train_critic(configured("sft.lr=1e30", "train.warmup=0", "grpo.steps=0"), data, tmp_path / "out")
+        train_critic(
+            configured("sft.lr=1e30", "train.warmup=0", "match.steps=0", "grpo.steps=0"),
+            data,
+            tmp_path / "out",
+        )
     assert "\n" not in str(error.value)
 
 
 def test_the_guard_stops_a_critic_that_gets_worse(data, tmp_path):
-    wrong = configured("sft.lr=0.5", "train.warmup=0", "sft.steps=6", "guard.patience=2", "grpo.steps=0")
+    wrong = configured(
+        "sft.lr=0.5", "train.warmup=0", "sft.steps=6", "guard.patience=2", "match.steps=0", "grpo.steps=0"
+    )
     done = train_critic(wrong, data, tmp_path / "out")
     assert done.reason == "guard" and len(done.flags) == 2
     # What is kept is the best look: here, what training began with.
@@ -141,7 +157,9 @@ def test_the_guard_stops_a_critic_that_gets_worse(data, tmp_path):
 
 def test_an_adapter_is_merged(data, tmp_path):
     done = train_critic(
-        configured("policy.parts=lora", "policy.rank=4", "grpo.beta=0.01"), data, tmp_path / "out"
+        configured("policy.parts=lora", "policy.rank=4", "match.steps=1", "grpo.beta=0.01"),
+        data,
+        tmp_path / "out",
     )
     policy = CriticPolicy(configured(f"model={done.folder}"))
     assert policy.answers(read(data, "folder", None)[:1])

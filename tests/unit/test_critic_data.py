@@ -15,6 +15,7 @@ from emoloop.agents.prompt import load_prompt
 from emoloop.domain import PROTOTYPES, Emotion, UserError
 from emoloop.rl.critic.data import Sample, digest, divided, question, read
 from emoloop.rl.critic.layouts import SPREAD, lexicon_label
+from emoloop.rl.critic.match import chosen
 from PIL import Image
 from scipy.io import savemat
 
@@ -188,3 +189,17 @@ def test_a_question_has_ordered_parts_and_a_target_that_stays():
     assert isinstance(system["content"], list) and "a dog" in user["content"][0]["text"]
     assert question(sample, prompt) == question(sample, prompt), "a drawn target belongs to the picture"
     assert question(Sample(image=b"", name="b.png"), prompt)[1]["content"][0] != user["content"][0]
+
+
+def test_a_clean_counterpart_lies_beside(tmp_path):
+    for name, shade in (("a", 10), ("b", 200)):
+        picture(tmp_path / f"{name}.png", shade)
+    table(tmp_path, [{"image": "a.png", "clean": "b.png", "valence": 1}, {"image": "b.png", "valence": 1}])
+    noisy, own = read(tmp_path, "folder", None)
+    shades = [
+        it.picture(2, clean=clean).getpixel((0, 0))[0] for it in (noisy, own) for clean in (False, True)
+    ]
+    assert shades == [10, 200, 200, 200], "a picture without a counterpart is its own"
+    assert chosen([own, noisy, own, own]) == [noisy], "one without for each four with"
+    with pytest.raises(UserError, match=r"set match\.steps=0"):
+        chosen([own])
