@@ -63,7 +63,7 @@ class Parts:
         """
         made = (e for e in events if isinstance(e, ImageGenerated))
         read = (e for e in events if isinstance(e, Critiqued) and isinstance(e.critique, Critique))
-        valued = (e for e in events if isinstance(e, Rewarded) and e.value is not None)
+        valued = (e for e in events if isinstance(e, Rewarded) and e.value is not None and e.weight is None)
         keys = ("model", "revision", "adapter", "steps", "guidance", "height", "width")
         generator = self.generator.describe()
         for what, before, now in (

@@ -128,7 +128,7 @@ class Fold:
                 tried.failed, tried.missing = event, event.reason
             case Critiqued():
                 self._critiqued(self._at(event), event.critique)
-            case Rewarded():
+            case Rewarded(weight=None):
                 self._reward(self._at(event), event)
             case Rewritten():
                 self._reopen()
