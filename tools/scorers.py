@@ -6,15 +6,17 @@ run that is resumed shall pick what an undisturbed one would have.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from PIL.Image import Image
+from PIL import ImageOps
+from PIL.Image import Image, Resampling
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,32 +27,17 @@ from .quiet import quiet
 
 
 class Scorer(ABC):
-    """A model that scores pictures for prompts, on its own scale.
+    """A CLIP model that scores pictures for prompts, on its own scale.
 
     Attributes:
         name: Its name in `tools.reward.REWARDS`.
         says: The field of a judge's reading that it fills.
-        version: The model and its revision.
         model: The model's id, folder or file.
+        version: The model and its revision.
     """
 
     name: str
     says: str
-    version: str
-    model: str
-
-    @abstractmethod
-    def score(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """The scores, (N,)."""
-
-    @torch.inference_mode()
-    def __call__(self, pictures: Any, prompts: Any, critiques: Any, targets: Any) -> list[float]:
-        """As a reward: neither critique nor target counts."""
-        return [round(float(value), 4) for value in self.score(pictures, prompts)]
-
-
-class _Clip(Scorer):
-    """A CLIP model of transformers."""
 
     def __init__(self, model: str) -> None:
         from transformers import AutoProcessor, CLIPModel
@@ -67,6 +54,15 @@ class _Clip(Scorer):
         found = content_hash(Path(model)) if Path(model).is_dir() else self.clip.config._commit_hash
         self.version = f"{Path(model).name}@{(found or 'unknown')[:12]}"
 
+    @abstractmethod
+    def score(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """The scores, (N,)."""
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Any, prompts: Any, critiques: Any, targets: Any) -> list[float]:
+        """As a reward: neither critique nor target counts."""
+        return [round(float(value), 4) for value in self.score(pictures, prompts)]
+
     def encode(self, pictures: Sequence[Image], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Normalised embeddings of pictures and prompts, (N, D) each."""
         inputs = self.processor(
@@ -76,7 +72,7 @@ class _Clip(Scorer):
         return out.image_embeds, out.text_embeds
 
 
-class ClipScore(_Clip):
+class ClipScore(Scorer):
     """CLIPScore (Hessel et al., arXiv 2104.08718) without its factor: max(cos, 0)."""
 
     name, says = "clipscore", "alignment"
@@ -89,7 +85,7 @@ class ClipScore(_Clip):
         return torch.cosine_similarity(*self.encode(pictures, prompts)).clamp(min=0)
 
 
-class PickScore(_Clip):
+class PickScore(Scorer):
     """PickScore (Kirstain et al., arXiv 2305.01569): the cosine times the model's logit scale, about 20."""
 
     name, says = "pickscore", "preference"
@@ -102,7 +98,7 @@ class PickScore(_Clip):
         return self.clip.logit_scale.exp() * torch.cosine_similarity(*self.encode(pictures, prompts))
 
 
-class Aesthetic(_Clip):
+class Aesthetic(Scorer):
     """LAION's aesthetic predictor V2: linear layers on the normalised picture embedding, about 1 to 10.
 
     Args:
@@ -124,43 +120,75 @@ class Aesthetic(_Clip):
 
 
 class HPSv2(Scorer):
-    """HPS v2.1 (Wu et al., arXiv 2306.09341): the cosine of a fine-tuned OpenCLIP model, about 0.2 to 0.35.
+    """HPS v2.1 (Wu et al., arXiv 2306.09341): the cosine of a fine-tuned CLIP model, about 0.2 to 0.35.
 
     Args:
-        model: The file of its weights.
-        architecture: OpenCLIP's name of what they are weights of.
+        model: The file of its weights, by OpenCLIP's names.
+        base: The CLIP model that was fine-tuned, in transformers' format.
     """
 
     name, says = "hpsv2", "preference"
 
-    def __init__(self, model: str | None = None, architecture: str = "ViT-H-14") -> None:
-        try:
-            import open_clip  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise UserError("hpsv2 needs OpenCLIP: pip install 'emoloop[rewards]'") from error
+    def __init__(self, model: str | None = None, base: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K") -> None:
+        super().__init__(base)
         file = Path(model or fetched("xswu/HPSv2", "HPS_v2.1_compressed.pt"))
-        self.device = device_of("auto")
-        # As in HPSv2's own code: the longer side fits, the rest is black.
-        self.clip, _, self.process = open_clip.create_model_and_transforms(
-            architecture, device=self.device, image_resize_mode="longest"
-        )
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            self.clip.load_state_dict(state["state_dict"])
+            self.clip.load_state_dict(as_transformers(state["state_dict"]))
         except (OSError, KeyError, RuntimeError) as error:
-            raise UserError(
-                f"hpsv2: {file} holds no weights of {architecture}: {first_line(error)}"
-            ) from error
-        self.clip.eval()
-        self.tokenizer: Callable[..., Tensor] = open_clip.get_tokenizer(architecture)
+            raise UserError(f"hpsv2: {file} holds no weights of {base}: {first_line(error)}") from error
         self.model, self.version = str(file), f"{file.name}@{content_hash(file)[:12]}"
+        self.size = self.clip.config.vision_config.image_size
 
     def score(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """See `Scorer`."""
-        seen: Any = self.process
-        image = self.clip.encode_image(torch.stack([seen(it) for it in pictures]).to(self.device))  # pyright: ignore
-        text = self.clip.encode_text(self.tokenizer(list(prompts)).to(self.device))  # pyright: ignore
-        return torch.cosine_similarity(image, text)
+        """See `Scorer`; as in HPSv2's own code the longer side fits, and the rest is black."""
+        fitted = [ImageOps.pad(it, (self.size, self.size), Resampling.BICUBIC) for it in pictures]
+        return torch.cosine_similarity(*self.encode(fitted, prompts))
+
+
+#: OpenCLIP's names of what stands outside the blocks, and transformers'; those in `_TURNED` are transposed there.
+_NAMES = {
+    "logit_scale": "logit_scale",
+    "text_projection": "text_projection.weight",
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final": "text_model.final_layer_norm",
+    "visual.proj": "visual_projection.weight",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1": "vision_model.embeddings.patch_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre": "vision_model.pre_layrnorm",
+    "visual.ln_post": "vision_model.post_layernorm",
+}
+_TURNED = ("text_projection", "visual.proj")
+_IN_BLOCKS = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+
+
+def as_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP model's weights by transformers' names, from OpenCLIP's."""
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if match := _BLOCK.fullmatch(key):
+            visual, number, part, kind = match.groups()
+            block = f"{'vision' if visual else 'text'}_model.encoder.layers.{number}"
+            if part == "attn.in_proj":
+                for name, piece in zip("qkv", value.chunk(3), strict=True):
+                    out[f"{block}.self_attn.{name}_proj.{kind}"] = piece
+            else:
+                out[f"{block}.{_IN_BLOCKS[part]}.{kind}"] = value
+        elif key in _NAMES:
+            out[_NAMES[key]] = value.T if key in _TURNED else value
+        elif key != "attn_mask":
+            part, _, kind = key.rpartition(".")
+            out[f"{_NAMES[part]}.{kind}"] = value
+    return out
 
 
 def fetched(repo: str, file: str) -> str:
