@@ -167,6 +167,7 @@ class Part:
         try:
             while not mine.done():
                 async with self._turn:
+                    await asyncio.sleep(0)  # who comes at the same moment comes along
                     await self._batch()
             return mine.result()
         finally:
