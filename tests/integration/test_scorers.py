@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import tiny_clip
 import torch
+import yaml
 from emoloop import EmotionTarget, open_loop
 from emoloop.domain import UserError
+from emoloop.evals.document import Options
+from emoloop.evals.evaluate import evaluate
 from emoloop.evals.judges import Item, conflict, load_judge, reward_sources
 from emoloop.events import Rewarded
 from emoloop.settings import load_settings
@@ -169,3 +172,24 @@ def test_a_scorer_that_gave_a_part_of_the_reward_is_no_judge(clip: Path):
     for reward in (f"emotion + 0.5*pickscore:{clip}", "pickscore"):
         assert conflict(judge, reward_sources(load_settings({"loop": {"reward": reward}})))
     assert conflict(judge, reward_sources(load_settings())) is None
+
+
+def test_an_evaluation_by_a_scorer_has_its_figures_and_no_error_of_emotion(clip: Path, tmp_path: Path):
+    suite = {
+        **{"name": "tiny", "version": 1, "about": "one prompt", "seed": 3, "images": 2, "rounds": 1},
+        **{"arms": ["base", "best_of_n"], "judge": "law"},
+        "blocks": [{"prompts": ["a dog"], "targets": [{"valence": 2, "arousal": -1}]}],
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(suite))
+    settings = {
+        "home": tmp_path / "home",
+        "generator": {"model": "eval_parts:painter"},
+        "lvlm": {"critic_prompt": "critic", "rewriter_prompt": "rewriter"},
+    }
+    options = Options(str(path), judge=f"pickscore:{clip}", settings=settings)
+    document, _ = evaluate(options, tmp_path / "out", lvlm=Scripted())
+    figures = document["figures"]
+    assert {"base_preference", "best_of_n_preference"} <= set(figures)
+    assert not [name for name in figures if name.endswith("_error")]
+    assert "preference" in (tmp_path / "out" / "report.html").read_text()
