@@ -97,6 +97,8 @@ async def open_parts(settings: Settings, given: Mapping[str, Any], stack: AsyncE
         stack.push_async_callback(generator.aclose)
     model: Any = given.get("lvlm")
     own = model is None
+    if not own and not hasattr(model, "ainvoke"):
+        raise UserError(f"lvlm {model!r} is no LangChain chat model: it has no ainvoke")
     if own:
         model = await asyncio.to_thread(_load_lvlm, settings)
         stack.push_async_callback(asyncio.to_thread, model.close)
