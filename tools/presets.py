@@ -23,6 +23,7 @@ DEFAULTS_FILE = "emoloop.json"
 #: What it may say of a generator and of an LVLM.
 _KNOWN = {
     *("steps", "guidance", "height", "width", "micro_batch", "negative_prompt", "call", "load"),
+    "proposals_per_image",
     *("critic_prompt", "rewriter_prompt", "max_tokens", "batch_size", "threads"),
 }
 
@@ -117,10 +118,10 @@ def pipeline_of(model: str) -> str | None:
     return read_json(Path(index)).get("_class_name") if isinstance(index, str | Path) else None
 
 
-def defaults_if_known(model: str) -> dict[str, Any]:
-    """The defaults of an LVLM; none of one of which nothing is known here, as a server may have it."""
+def defaults_if_known(model: str, kind: Kind = "generator") -> dict[str, Any]:
+    """As `defaults`; none of a model of which nothing is known here, as a server may have it."""
     try:
-        return defaults(model, "lvlm")
+        return defaults(model, kind)
     except UserError:
         return {}
 
