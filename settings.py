@@ -118,7 +118,8 @@ class LoopSettings(_Section):
     tolerance: float = Field(default=0.2, ge=0)
     #: Stop after this many rounds in a row without a better candidate.
     patience: int = Field(default=2, ge=1)
-    #: A name in `tools.reward.REWARDS` or a dotted path ("my_pkg.my_mod:MyReward").
+    #: A name in `tools.reward.REWARDS`, a dotted path ("my_pkg.my_mod:MyReward"), or several with weights:
+    #: "emotion + 0.5*pickscore", or a mapping of names to weights, or a list of names.
     reward: str = "emotion"
     #: A name in `agents.rewriters.REWRITERS` or a dotted path ("my_pkg.my_mod:MyRewriter").
     rewriter: str = "simple"
@@ -135,6 +136,19 @@ class LoopSettings(_Section):
     review: bool = False
     #: Seconds for one node before it is retried.
     node_timeout: float = Field(default=1800.0, gt=0)
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _sum(cls, given: Any) -> Any:
+        if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
+            given = yaml.safe_load(given)
+        if isinstance(given, list):
+            given = dict.fromkeys(given, 1)
+        return (
+            " + ".join(f"{weight}*{name}" for name, weight in given.items())
+            if isinstance(given, dict)
+            else given
+        )
 
 
 class TraceSettings(_Section):

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..domain import UserError
 from ..settings import merged, read_set, read_yaml
+from ..tools.presets import GENERATORS, pipeline_of
 from .objectives import load_objective
 
 PRESETS = Path(__file__).parent / "presets"
@@ -211,7 +212,8 @@ def load_config(
 
     Args:
         objective: Name or dotted path.
-        preset: Name of a file in `presets/`; keys under `objectives.NAME` hold for that objective alone.
+        preset: Name of a file in `presets/`; keys under `objectives.NAME` hold for that objective alone, and
+            `pipeline` names the class of the pipelines that it fits.
         file: YAML of the same shape.
         sets: "key.sub=value", the value as YAML.
 
@@ -219,6 +221,7 @@ def load_config(
         UserError: Unknown preset or key, unreadable file, or a value out of range.
     """
     values: dict[str, Any] = _read(_preset_path(preset), objective) if preset else {}
+    values.pop("pipeline", None)
     for more in (_read(file, objective) if file else {}, read_set(sets, DistillConfig)):
         values = merged(values, more)
     values = merged(values, {"objective": {"name": objective}})
@@ -226,6 +229,32 @@ def load_config(
         return DistillConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(refusal(error, DistillConfig(), "docs/distillation.md")) from error
+
+
+def preset_for(model: str, config: Path | None = None) -> str | None:
+    """The preset for a model as the log names it: by a short name or hub id, else by the class of its pipeline.
+
+    Args:
+        model: The model.
+        config: A file that gives the knobs where no preset fits.
+
+    Raises:
+        UserError: None fits, and there is no file either.
+    """
+    fits = {path.stem: read_yaml(path).get("pipeline") for path in sorted(PRESETS.glob("*.yaml"))}
+    name = next((name for name, it in GENERATORS.items() if model in (name, str(it.model))), model)
+    pipeline = pipeline_of(model)
+    found = (
+        name
+        if name in fits
+        else next((it for it, kind in fits.items() if pipeline and kind == pipeline), None)
+    )
+    if found is None and config is None:
+        raise UserError(
+            f"no preset fits {model}, which made the images: name one by --preset ({', '.join(fits)}) "
+            "or give --config FILE"
+        )
+    return found
 
 
 def commented(config: DistillConfig) -> str:

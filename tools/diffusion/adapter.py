@@ -17,7 +17,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,6 +27,7 @@ from ...files import replacing
 from ..fingerprint import content_hash
 from ..presets import read_json
 from ..quiet import quiet
+from .card import card
 from .conditioners import EmotionConditioner, points
 from .families import Conditioning, Family, family_of
 
@@ -236,7 +236,6 @@ def save_artifact(
         f"{family.denoiser}.{key}": sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
     }
-    card = jinja2.Template(Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"))
     with contextlib.ExitStack() as stack:
 
         def beside(name: str) -> Path:
@@ -253,8 +252,9 @@ def save_artifact(
             emotion_tokens.save(beside(TOKENS_FILE))
         text = json.dumps(training or {}, indent=2, sort_keys=True, default=str)
         beside(TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
-        about = {"base_model": base_model, "pipeline": type(pipe).__name__, "config": config}
-        beside(CARD_FILE).write_text(card.render(about, tokens=emotion_tokens), encoding="utf-8")
+        beside(CARD_FILE).write_text(
+            card(type(pipe).__name__, config, base_model, emotion_tokens, training or {}), encoding="utf-8"
+        )
     if emotion_tokens is None:
         (directory / TOKENS_FILE).unlink(missing_ok=True)
     return directory
