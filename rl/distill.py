@@ -4,8 +4,8 @@
     result = distill(settings, load_config("opd", preset="miniature"), Path("runs/opd"))
     result.folder   # an artifact: emoloop run --adapter runs/opd
 
-The folder is the artifact (LoRA, emotion tokens, visual prompts, card, `training.json`); what only the training needs lies
-under `training/` in it. This module never imports the graph: a training job knows the log and nothing else.
+The folder is the artifact (LoRA, emotion tokens, visual prompts, card, `training.json`); what only the training needs
+lies under `training/` in it. This module never imports the graph: a training job knows the log and nothing else.
 """
 
 from __future__ import annotations

@@ -387,8 +387,8 @@ class Trainer:
             )
         if state.get("tokens") != self._about_tokens:
             raise UserError(
-                "this training was begun with other emotion tokens or visual prompts, those of another version of emoloop or of another "
-                "previous adapter: start anew with another --out"
+                "this training was begun with other emotion tokens or visual prompts, those of another bank, another "
+                "version of emoloop or another previous adapter: start anew with another --out"
             )
         self._set_weights(state["weights"])
         set_optimizer_state_dict(self.policy.trained, self._adamw, state["optimizer"], options=_STATE)

@@ -274,7 +274,9 @@ def _entries(
     from sklearn.cluster import KMeans
 
     clusters = min(length, len(np.unique(texts[rows], axis=0)))
-    labels = KMeans(clusters, n_init=3, random_state=seed).fit_predict(texts[rows])
+    # Their annotation takes only the default, a word.
+    few: Any = 3
+    labels = KMeans(clusters, n_init=few, random_state=seed).fit_predict(texts[rows])
     for label in np.unique(labels):
         mine = rows[labels == label]
         centre = unit(texts[mine].mean(0))

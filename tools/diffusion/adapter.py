@@ -30,7 +30,7 @@ from ..presets import read_json
 from ..quiet import quiet
 from .conditioners import Conditioner, EmotionConditioner, points
 from .families import Conditioning, Family, family_of
-from .visual import VisualBridge, VisualConditioner, VisualControl
+from .visual import VISUAL, VisualBridge, VisualConditioner, VisualControl
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Adapter:
     scale: float = 1.0
     emotion_tokens: EmotionConditioner | None = None
     visual_prompts: VisualConditioner | None = None
-    visual: VisualControl = VisualControl()
+    visual: VisualControl = VISUAL
     bridge: VisualBridge | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -125,7 +125,7 @@ def load_artifact(
     name: str | None = None,
     call: dict[str, Any] | None = None,
     base: Mapping[str, str | None] | None = None,
-    visual: VisualControl = VisualControl(),
+    visual: VisualControl = VISUAL,
 ) -> Adapter:
     """Bind an adapter to a pipeline and prove that it works.
 
@@ -151,11 +151,11 @@ def load_artifact(
     name = name or next(it for it in names if it not in taken)
     lora, parts = _files(path)
     tokens, prompts = (
-        kind.load(parts[file]).to(pipe._execution_device) if file in parts else None
-        for file, kind in ((TOKENS_FILE, EmotionConditioner), (VISUAL_FILE, VisualConditioner))
+        EmotionConditioner.load(parts[TOKENS_FILE]) if TOKENS_FILE in parts else None,
+        VisualConditioner.load(parts[VISUAL_FILE]) if VISUAL_FILE in parts else None,
     )
-    for module in (tokens, prompts):
-        if module is not None and not module.fits(family.encode("")):
+    for module in filter(None, (tokens, prompts)):
+        if not module.to(pipe._execution_device).fits(family.encode("")):
             raise UserError(f"adapter {path}: its {module.kind} are made for another model ({module.config})")
     before = _probe(family)
     training = read_json(path / TRAINING_FILE)
@@ -288,7 +288,9 @@ def save_artifact(
         text = json.dumps(training or {}, indent=2, sort_keys=True, default=str)
         beside(TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
         about = {"base_model": base_model, "pipeline": type(pipe).__name__, "config": config}
-        beside(CARD_FILE).write_text(card.render(about, tokens=emotion_tokens, visual=visual_prompts), encoding="utf-8")
+        beside(CARD_FILE).write_text(
+            card.render(about, tokens=emotion_tokens, visual=visual_prompts), encoding="utf-8"
+        )
     for file, module in parts.items():
         if module is None:
             (directory / file).unlink(missing_ok=True)

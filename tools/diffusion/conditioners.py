@@ -39,14 +39,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from typing_extensions import Self
 
 from ...domain import HIGH, EmotionTarget, UserError, first_line
 from .families import Conditioning

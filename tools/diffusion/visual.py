@@ -54,13 +54,16 @@ class VisualControl:
 
     def __str__(self) -> str:
         """What differs from the default, for the record; "" for the default."""
-        usual = VisualControl()
         told = [
             f"{name}={value.model_dump_json(exclude_none=True) if name == 'negative' else format(value, 'g')}"
             for name, value in vars(self).items()
-            if value != getattr(usual, name)
+            if value != getattr(VISUAL, name)
         ]
         return f"[visual {','.join(told)}]" if told else ""
+
+
+#: As trained, without a third pass.
+VISUAL = VisualControl()
 
 
 def spoken(embeds: Conditioning) -> Tensor:
