@@ -59,7 +59,9 @@ def draw(
     name: str, target: EmotionTarget | None = GLAD, call: dict | None = None, **settings: Any
 ) -> np.ndarray:
     defaults = tiny.DEFAULTS[name] | {"call": tiny.DEFAULTS[name]["call"] | (call or {})}
-    source = DiffusersGenerator(tiny.build(name), GeneratorSettings(micro_batch=1, **settings), defaults=defaults)
+    source = DiffusersGenerator(
+        tiny.build(name), GeneratorSettings(micro_batch=1, **settings), defaults=defaults
+    )
     made = source._run([ImageRequest("a dog by the sea", 7, target)])[0]
     assert not isinstance(made, Exception), made
     return np.asarray(made.image).astype(int)

@@ -81,8 +81,8 @@ class GeneratorText:
         self.name = f"generator={model}"
 
     def texts(self, texts: Sequence[str]) -> Floats:
-        """As `bank.TextEncoder.texts`; one by one, so that a text has the bits that it has when sampling."""
-        return np.concatenate([spoken(self._family.encode(it)).cpu().numpy() for it in texts])
+        """As `bank.TextEncoder.texts`."""
+        return spoken(self._family.encode(list(texts))).cpu().numpy()
 
 
 class _Loaded:

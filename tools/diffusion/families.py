@@ -126,14 +126,15 @@ class Family(ABC):
     # Text.
 
     @torch.no_grad()
-    def encode(self, text: str | None) -> Conditioning:
+    def encode(self, text: str | list[str] | None) -> Conditioning:
         """Encode one prompt.
 
         Args:
-            text: The prompt; None is "no negative prompt", what guidance steers away from by default.
+            text: The prompt; None is "no negative prompt", what guidance steers away from by default. Several at once
+                are quicker, and a text's last bits then depend on its company.
 
         Returns:
-            Embeddings of batch 1, on the pipeline's device and in its dtype.
+            Embeddings of batch 1 (or of the list's length), on the pipeline's device and in its dtype.
         """
         known = inspect.signature(type(self.pipe).encode_prompt).parameters
         how = {"prompt_2": None, "prompt_3": None, "device": self.pipe._execution_device}
@@ -322,7 +323,7 @@ class StableDiffusionXL(StableDiffusion):
     pipeline = "StableDiffusionXLPipeline"
 
     @override
-    def encode(self, text: str | None) -> Conditioning:
+    def encode(self, text: str | list[str] | None) -> Conditioning:
         """As `Family.encode`; the published weights were trained with zeros in place of an empty prompt."""
         condition = super().encode(text)
         zeros = text is None and self.pipe.config.force_zeros_for_empty_prompt
