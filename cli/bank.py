@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..domain import UserError
+from ..domain import EmotionTarget, UserError
 from . import options as opt
 
 app = typer.Typer(help="Visual prompts: what each emotion looks like.", no_args_is_help=True)
@@ -75,7 +75,6 @@ def show(
     """Print what a prompt and an emotion retrieve, and write a page to look through."""
     from pydantic import ValidationError
 
-    from ..domain import EmotionTarget
     from ..tools.bank.bank import Bank
     from ..tools.bank.sheet import save_sheet
 

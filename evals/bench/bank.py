@@ -24,6 +24,7 @@ from ...domain import Emotion, EmotionTarget
 from ...miniature import law, world
 from ...tools.bank.bank import Bank, Item, build
 from ...tools.bank.encoders import text_encoder, visual_encoder
+from ...tools.bank.sheet import save_sheet
 
 #: Retrievals that are timed.
 _QUERIES = 200
@@ -71,8 +72,6 @@ def main(
     }
     figures |= {name: getattr(bank.head, name) for name in ("agreement", "chance")}
     if sheet:
-        from ...tools.bank.sheet import save_sheet
-
         save_sheet(bank, Path(sheet), asked[0].text, features[0], k)
     encoders = {"text": bank.head.text_encoder, "visual": bank.head.visual_encoder}
     return {"figures": figures, "n": n, "tested": bank.head.tested, "encoders": encoders}
