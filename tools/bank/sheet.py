@@ -36,7 +36,7 @@ def save_sheet(bank: Bank, path: Path, prompt: str = "", query: Floats | None = 
                 "caption": bank.head.captions[row],
                 "count": int(bank.count[row]),
                 "cosine": cosine,
-                "png": _png(Image.fromarray(bank.thumbnails[row])),
+                "picture": _packed(Image.fromarray(bank.thumbnails[row])),
             }
             for row, cosine in rows
         ]
@@ -47,7 +47,7 @@ def save_sheet(bank: Bank, path: Path, prompt: str = "", query: Floats | None = 
     return write_atomic(path, template.render(head=bank.head, groups=groups, prompt=prompt, k=k))
 
 
-def _png(picture: Image.Image) -> str:
+def _packed(picture: Image.Image) -> str:
     data = io.BytesIO()
-    picture.save(data, "PNG")
+    picture.save(data, "WEBP", quality=85)
     return base64.b64encode(data.getvalue()).decode()
