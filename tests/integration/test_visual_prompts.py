@@ -25,6 +25,7 @@ from emoloop.tools.diffusion.families import Conditioning, Family, family_of
 from emoloop.tools.diffusion.visual import VisualBridge, VisualConditioner
 from emoloop.tools.images.base import ImageRequest
 from emoloop.tools.images.diffusers import DiffusersGenerator
+from emoloop.tools.images.pipelines import open_model
 from peft import LoraConfig
 
 GLAD, TENSE = EmotionTarget(valence=2.2, arousal=2.0), EmotionTarget(category=Emotion.SADNESS)
@@ -291,14 +292,14 @@ def test_every_objective_moves_every_weight(name: str, objective: str, again: bo
     loss, _ = load_objective(objective).loss(batch, it, torch.Generator().manual_seed(0))
     loss.backward()
     still = [n for n, p in it.parameters().items() if p.grad is None or not p.grad.abs().any()]
-    # The last block's text output is not used, and a single key's weight is 1 whatever it says.
     assert not still
     assert any(n.startswith("visual.looks") for n in it.parameters())
 
 
-def test_the_reference_of_round_two_reads_its_own_visual_prompts(tmp_path: Path) -> None:
-    network = family("sd3")
-    first = policy("sd3", network.pipe, visual=visual.stirred(network))
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_the_reference_of_round_two_reads_its_own_visual_prompts(name: str, tmp_path: Path) -> None:
+    network = family(name)
+    first = policy(name, network.pipe, visual=visual.stirred(network))
     with torch.no_grad():
         for number, parameter in enumerate(first.parameters().values()):
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
@@ -312,10 +313,10 @@ def test_the_reference_of_round_two_reads_its_own_visual_prompts(tmp_path: Path)
         tmp_path / "one", network.pipe, adapter_name="student", emotion_tokens=first.tokens,
         visual_prompts=first.visual, call=network.call,
     )  # fmt: skip
-    pipe = tiny.build("sd3")
+    pipe = tiny.build(name)
     previous = load_artifact(pipe, tmp_path / "one", name=PREVIOUS, call=network.call)
     own = VisualConditioner.load(tmp_path / "one" / VISUAL_FILE)
-    second = policy("sd3", pipe, previous=previous, visual=own)
+    second = policy(name, pipe, previous=previous, visual=own)
     with torch.no_grad():
         for parameter in second.parameters().values():
             parameter.add_(0.1)
@@ -357,3 +358,22 @@ def test_a_distillation_saves_what_it_trained(name: str, objective: str, tmp_pat
     other.save(tmp_path / "bank.safetensors")
     with pytest.raises(UserError, match="visual prompts, those of another bank"):
         distill(settings, first, tmp_path / "out", resume=True)
+
+
+@pytest.mark.slow
+def test_the_embedded_generator_trains_and_draws_what_was_saved(tmp_path: Path) -> None:
+    source = open_model(GeneratorSettings(model="miniature", device="cpu"))
+    visual.bank(source.family).save(tmp_path / "bank.safetensors")
+    base = source._run([ImageRequest("a dog", 7, GLAD)])[0]
+    settings = rl_log.write_log(tmp_path / "home", 4, model="miniature", revision=None)
+    sets = [*QUICK, f"policy.visual_bank={tmp_path / 'bank.safetensors'}", "train.visual_lr=0.2"]
+    distill(settings, load_config("sft", sets=sets), tmp_path / "out")
+
+    def loaded(**how: Any) -> Any:
+        settings = GeneratorSettings(model="miniature", device="cpu", adapter=str(tmp_path / "out"), **how)
+        return open_model(settings)._run([ImageRequest("a dog", 7, GLAD)])[0]
+
+    one, two, unseen, off = loaded(), loaded(), loaded(visual_scale=0.0), loaded(adapter_scale=0.0)
+    pixels = [np.asarray(it.image) for it in (base, one, two, unseen, off)]
+    assert np.array_equal(pixels[1], pixels[2]) and np.array_equal(pixels[0], pixels[4])
+    assert not np.array_equal(pixels[1], pixels[3])
