@@ -19,6 +19,7 @@ from langgraph.types import interrupt
 from ..agents.ask import one_line
 from ..agents.critic import Reading, valued
 from ..agents.generator import paint
+from ..agents.rewriters import propose
 from ..domain import (
     Critique,
     EmotionTarget,
@@ -32,25 +33,25 @@ from ..events import (
     Critiqued,
     Event,
     GenerationFailed,
-    HumanFeedback,
     ImageGenerated,
     Rewarded,
-    Rewritten,
     RunFinished,
     RunStarted,
 )
 from ..tools.images.base import GenerationError, ImageRequest
 from ..traces.fold import Fold, Tried
 from . import policy
-from .edits import check_prompt_stands, follow
+from .edits import answered, check_prompt_stands, follow
 from .parts import Parts, check_request, prompt_notes
 from .retry import ATTEMPTS, retryable
+from .rounds import rewritten, shown, wanted
 from .state import (
     Context,
     State,
     asks_the_same,
     candidate_seed,
     new_run_id,
+    picture_url,
     read_review,
     read_run_id,
     read_seed,
@@ -69,7 +70,8 @@ class Nodes:
 
     async def start(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Check the request, name the run and log it; or find the run that it continues."""
-        prompt, target = check_request(self.parts, state["prompt"], state["target"])
+        # A server's client may leave one out.
+        prompt, target = check_request(self.parts, state.get("prompt"), state.get("target"))
         # Inside another graph, the context is that graph's own.
         context: Any = runtime.context
         options = (context if isinstance(context, Context) else Context()).over(self.parts.settings.loop)
@@ -77,6 +79,7 @@ class Nodes:
         seed = read_seed(state.get("seed"))
         asked = target.model_dump(mode="json", exclude_none=True)
         run_id, started = await self._find(runtime, prompt, target, seed)
+        options = self.parts.resolved(options)
         while started is None:
             begun = RunStarted(
                 run_id=run_id,
@@ -92,8 +95,10 @@ class Nodes:
                 started = stands
             else:  # another request took the name at the same moment
                 run_id, started = await self._find(runtime, prompt, target, seed)
-        # A run keeps the options that it began with, whatever the settings say by now.
-        options |= {k: v for k, v in started.settings.get("loop", {}).items() if k in options}
+        # A run keeps the options that it began with, whatever the settings say by now; one from before there were
+        # several prompts in a round has one.
+        kept = {"proposals": 1, **started.settings.get("loop", {})}
+        options = self.parts.resolved(options | {k: v for k, v in kept.items() if k in options})
         fold = await self.parts.recorder.fold(run_id, fresh=False)
         return {
             "run_id": run_id,
@@ -103,6 +108,7 @@ class Nodes:
             "round": 0,
             "current": fold.prompt(0),
             "comment": "",
+            "answered": max(fold.rewrites, default=0),
             "rounds": [],
             "best": None,
             "status": RunStatus.RUNNING.value,
@@ -140,18 +146,16 @@ class Nodes:
     async def generate(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Make the round's pictures that are not there yet."""
         number, options = state["round"], state["options"]
-        run_id, prompt, edits = await follow(self.parts.recorder, state)
+        run_id, edits = await follow(self.parts.recorder, state)
         await self._record(runtime, *edits)
         fold = await self.parts.recorder.fold(run_id, fresh=False)
         node, target = _node("generate", fold), read_target(state["target"])
-        row = fold.round(number)
+        row, prompt = fold.round(number), fold.prompt(number)
         made = {index for index, tried in row.items() if tried.made}
         given_up = {index for index, tried in row.items() if tried.failed and tried.failed.node == node}
         requests = {
-            index: ImageRequest(
-                prompt=prompt, seed=candidate_seed(options["seed"], number, index), target=target
-            )
-            for index in range(options["images"])
+            index: ImageRequest(prompt=it, seed=candidate_seed(options["seed"], number, index), target=target)
+            for index, it in enumerate(shown([it.prompt for it in fold.proposals(number)], number, options))
             if index not in made | given_up
         }
 
@@ -192,7 +196,7 @@ class Nodes:
                     round=number,
                     index=index,
                     node=node,
-                    prompt=prompt,
+                    prompt=requests[index].prompt,
                     seed=requests[index].seed,
                     reason=one_line(error),
                 )
@@ -231,6 +235,7 @@ class Nodes:
             tolerance=options["tolerance"],
             patience=options["patience"],
             exhaust=options["exhaust"],
+            spent=policy.is_spent(fold, options),
         )
         summary = {
             "prompt": fold.prompt(number),
@@ -322,7 +327,7 @@ class Nodes:
         """
         fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         check_prompt_stands(state, fold)
-        if state["round"] + 1 in fold.rewrites:
+        if state["round"] < state.get("answered", 0):
             return {}  # answered before the run broke off
         question = {
             "run_id": state["run_id"],
@@ -339,74 +344,45 @@ class Nodes:
                 given = read_review(interrupt(question))
             except UserError as error:  # the answer is saved, so the person is asked once more
                 question = {**question, "wrong": str(error)}
-        if comment := given.get("comment") or "":
-            best = state.get("best")
-            await self._record(
-                runtime,
-                HumanFeedback(
-                    run_id=state["run_id"],
-                    round=state["round"],
-                    sha256=best["sha256"] if best else None,
-                    comment=comment,
-                ),
-            )
+        run_id, told = await answered(self.parts.recorder, state, given)
+        await self._record(runtime, *told)
         if given.get("stop"):
-            return {"stop_reason": StopReason.STOPPED.value}
-        if prompt := given.get("prompt"):
-            await self._record(
-                runtime,
-                Rewritten(
-                    run_id=state["run_id"],
-                    round=state["round"] + 1,
-                    prompt=prompt,
-                    why=comment,
-                    model="human",
-                    prompt_version="human",
-                ),
-            )
-        return {"comment": comment}
+            return {"run_id": run_id, "stop_reason": StopReason.STOPPED.value}
+        return {"run_id": run_id, "comment": given.get("comment") or ""}
 
     async def rewrite(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
-        """Write the next round's prompt."""
+        """Write the next round's prompts."""
         # Before anything was painted, the rewrite is for round 0 itself.
         number = state["round"] + 1 if state["rounds"] else 0
         fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         check_prompt_stands(state, fold)
-        event = fold.rewrites.get(number) or await self._write(state, runtime, number)
-        warnings = (await self.parts.recorder.fold(state["run_id"], fresh=False)).warnings()
-        return {"round": number, "current": event.prompt, "comment": "", "warnings": warnings}
+        # They are committed together, so that there are all or none.
+        if number not in fold.rewrites:
+            await self._write(state, runtime, fold, number)
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        return {
+            "round": number,
+            "current": fold.prompt(number),
+            "comment": "",
+            "warnings": fold.warnings(),
+        }
 
-    async def _write(self, state: State, runtime: Runtime[Context], number: int) -> Rewritten:
-        parts, run_id = self.parts, state["run_id"]
-        fold = await parts.recorder.fold(run_id, fresh=False)
-        rewriter = parts.rewriter(state["options"]["rewriter"])
-        rewrite = await rewriter.rewrite(
+    async def _write(self, state: State, runtime: Runtime[Context], fold: Fold, number: int) -> None:
+        parts, options = self.parts, state["options"]
+        rewriter = parts.rewriter(options["rewriter"])
+        rewrites = await propose(
+            rewriter,
             state["prompt"],
             read_target(state["target"]),
             fold.rounds(parts.recorder.store.blobs.path)[:number],
+            count=wanted(number, options),
             comment=state.get("comment", ""),
-            seed=candidate_seed(state["options"]["seed"], number, -1),
+            seed=candidate_seed(options["seed"], number, -1),
         )
-        if rewrite.error is not None and self._try_again(rewrite.error, runtime):
-            raise rewrite.error
-        notes = prompt_notes(parts.generator, rewrite.prompt, state["warnings"])
-        [event] = await self._record(
-            runtime,
-            Rewritten(
-                run_id=run_id,
-                round=number,
-                prompt=rewrite.prompt,
-                changes=rewrite.changes,
-                why=rewrite.why,
-                model=rewriter.model,
-                prompt_version=rewriter.prompt_id,
-                usage=rewrite.usage,
-                seconds=round(rewrite.seconds, 4),
-                warnings=[*([rewrite.why] if rewrite.refused else []), *notes],
-            ),
-        )
-        assert isinstance(event, Rewritten)
-        return event
+        error = rewrites[0].error
+        if error is not None and self._try_again(error, runtime):
+            raise error
+        await self._record(runtime, *rewritten(rewrites, rewriter, parts.generator, state, number))
 
     # ---- finish
 
@@ -457,7 +433,7 @@ class Nodes:
         if best is None:
             return None
         named = best.model_dump(include={"round", "index", "sha256", "prompt", "seed", "reward"})
-        return {**named, "image": str(best.path)}
+        return {**named, "image": str(best.path), "url": picture_url(best.sha256)}
 
 
 class _Lost(Exception):
@@ -485,5 +461,7 @@ def _cause(error: Exception) -> Exception:
 
 
 def _tell(runtime: Runtime[Context], event: Event) -> None:
-    # LangGraph's `custom` stream is for clients of a server, so it is plain JSON.
-    runtime.stream_writer(event.model_dump(mode="json"))
+    # LangGraph's `custom` stream is for clients of a server, so it is plain JSON, with an address for a picture.
+    sha256 = getattr(event, "sha256", None)
+    url = {"url": picture_url(sha256)} if sha256 else {}
+    runtime.stream_writer({**event.model_dump(mode="json"), **url})
