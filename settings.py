@@ -26,7 +26,7 @@ from pydantic_settings import (
 )
 from typing_extensions import TypedDict
 
-from .domain import UserError, first_line
+from .domain import Emotion, UserError, first_line
 
 #: Settings whose values are never printed.
 SECRETS = frozenset({"api_key", "database_url"})
@@ -54,6 +54,12 @@ class GeneratorSettings(_Section):
     adapter: str | None = None
     #: How strongly the adapter speaks: 0 is the base model.
     adapter_scale: float = 1.0
+    #: How strongly its visual prompts do, where it has some: 0 leaves them out.
+    visual_scale: float = 1.0
+    #: How far guidance goes along what they change, as a multiple of the text's; other than 1 takes a third pass.
+    visual_guidance: float = 1.0
+    #: The category whose visual prompt the negative branch gets.
+    visual_negative: Emotion | None = None
     #: "auto" is cuda, then mps, then cpu.
     device: str = "auto"
     #: "auto" is bfloat16 on cuda, float32 elsewhere.

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ..domain import Failure, UserError
+from .bank import app as bank
 from .bench import bench
 from .collect import collect
 from .distill import distill
@@ -35,6 +36,7 @@ app.command()(collect)
 app.command()(distill)
 app.command()(bench)
 app.add_typer(train, name="train")
+app.add_typer(bank, name="bank")
 app.add_typer(lvlm, name="lvlm")
 app.add_typer(traces, name="traces")
 app.command("eval")(eval_)

@@ -98,6 +98,13 @@ class PolicyConfig(Section):
     run --adapter` takes where nothing else is said. None takes the model's."""
     extra_tokens: int = Field(default=0, ge=0)
     """Tokens appended to the prompt besides; above 0 training starts near the base, not at it."""
+    visual_bank: str | None = None
+    """A bank of visual prompts (`emoloop bank build`, its texts encoded by the generator): the student then
+    learns to read them beside the text (`tools/diffusion/visual.py`). A previous adapter keeps its own."""
+    visual_tokens: int = Field(default=4, ge=1)
+    """Entries of the bank that are retrieved for a prompt."""
+    visual_width: int = Field(default=128, ge=4)
+    """Width of the tokens made of them, a multiple of 4."""
     previous: str | None = None
     """Artifact of the round before, where the traces were made with one."""
     gradient_checkpointing: bool = False
@@ -117,6 +124,8 @@ class TrainConfig(Section):
     """Learning rate of the LoRA (AdamW)."""
     emotion_lr: float | None = Field(default=None, gt=0)
     """Learning rate of the emotion tokens; None takes `lr`."""
+    visual_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of the visual prompts; None takes `lr`."""
     text_steps: int = Field(default=0, ge=0)
     """Steps before the first one in which the emotion tokens alone learn to make the refined prompt's
     embeddings of the neutral prompt's (`rl/warm_start.py`): no pass of the network, some hundredths of a

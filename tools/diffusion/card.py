@@ -11,15 +11,24 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..presets import GENERATORS
 
 
-def card(pipeline: str, config: Any, base_model: str, tokens: Any, training: dict[str, Any]) -> str:
+def card(
+    pipeline: str,
+    config: Any,
+    base_model: str,
+    training: dict[str, Any],
+    *,
+    tokens: Any = None,
+    visual: Any = None,
+) -> str:
     """The card's text.
 
     Args:
         pipeline: The class of the pipeline.
         config: The LoRA's.
         base_model: As the log names it: a preset, a hub id or a folder.
-        tokens: The emotion tokens, None where there are none.
         training: What `training.json` says.
+        tokens: The emotion tokens, None where there are none.
+        visual: The visual prompts, None where there are none.
     """
     preset = GENERATORS.get(base_model)
     base = base_model if preset is None else str(preset.model)
@@ -51,6 +60,7 @@ def card(pipeline: str, config: Any, base_model: str, tokens: Any, training: dic
         pipeline=pipeline,
         config=config,
         tokens=tokens,
+        visual=visual,
         training=training,
         guards=guards,
     )
