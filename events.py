@@ -154,6 +154,7 @@ class HumanFeedback(_Event):
     valence: float | None = None
     arousal: float | None = None
     rating: float | None = None
+    favourite: bool | None = None
     comment: str = ""
 
     @model_validator(mode="before")
@@ -163,7 +164,7 @@ class HumanFeedback(_Event):
         if not isinstance(data, dict) or "node" in data:
             return data
         data = {"time": datetime.now(UTC), **data}
-        rated = any(data.get(axis) is not None for axis in ("valence", "arousal", "rating"))
+        rated = any(data.get(axis) is not None for axis in ("valence", "arousal", "rating", "favourite"))
         parts = ["human", "rating" if rated else "comment", data.get("sha256")]
         if "index" not in data:
             comment = hashlib.sha256(str(data.get("comment", "")).encode()).hexdigest()[:12]

@@ -19,6 +19,7 @@ from .distill import distill
 from .evals import doctor, eval_
 from .lvlm import app as lvlm
 from .run import resume, run
+from .serve import serve
 from .traces import app as traces
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command()(resume)
 app.command()(collect)
 app.command()(distill)
 app.command()(bench)
+app.command()(serve)
 app.add_typer(lvlm, name="lvlm")
 app.add_typer(traces, name="traces")
 app.command("eval")(eval_)
