@@ -41,11 +41,15 @@ class _Watcher:
 class Feed:
     """Follows a log; to be entered.
 
+    Attributes:
+        cursor: Of the last event that was told.
+
     Args:
         store: The log.
     """
 
     def __init__(self, store: TraceStore) -> None:
+        self.cursor = 0
         self._store = store
         self._watchers: set[_Watcher] = set()
         self._news = asyncio.Event()
@@ -53,7 +57,7 @@ class Feed:
 
     async def __aenter__(self) -> Feed:
         self._loop = asyncio.get_running_loop()
-        self._cursor = await asyncio.to_thread(self._last)
+        self.cursor = await asyncio.to_thread(self._last)
         self.listen(self._store)
         self._task = asyncio.create_task(self._pump())
         return self
@@ -128,7 +132,7 @@ class Feed:
             except TimeoutError:
                 pass
             self._news.clear()
-            while events := await asyncio.to_thread(self._store.tail, self._cursor, _WAITING):
-                self._cursor = events[-1].cursor
+            while events := await asyncio.to_thread(self._store.tail, self.cursor, _WAITING):
+                self.cursor = events[-1].cursor
                 for watcher in self._watchers:
                     watcher.offer(events)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..domain import Emotion
+from ..domain import PROTOTYPES, Emotion
 from ..evals.wording import number, target_words
 from .documents import RunDocument, Shot
 
@@ -19,6 +19,10 @@ HERE = Path(__file__).parent
 
 #: Our own and vendored scripts and style, with the licence of what is vendored.
 STATIC = HERE / "static"
+
+
+#: What a comparison of runs looks at, beside their settings.
+_ASKED = {"prompt", "valence", "arousal", "category", "seed", "model", "adapter"}
 
 
 class Links:
@@ -94,6 +98,29 @@ def path(run: RunDocument) -> list[tuple[float, float, Shot]]:
     return found
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def differences(*runs: RunDocument) -> list[tuple[str, list[Any]]]:
+    """In what runs differ: what they were asked for and made with; what is alike is left out."""
+    about = [
+        flat({
+            **run.run.model_dump(mode="json", include=_ASKED),
+            "settings": run.settings,
+            "versions": next((it.recipe.get("versions") for it in run.shots if it.recipe), None) or {},
+        })
+        for run in runs
+    ]  # fmt: skip
+    names = dict.fromkeys(name for each in about for name in each)
+    rows = [(name, [each.get(name) for each in about]) for name in names]
+    return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
+
+
 def _environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(HERE / "templates"),
@@ -109,7 +136,13 @@ def _environment() -> Environment:
         "duration": _duration,
         "pretty": lambda value: json.dumps(value, indent=1, ensure_ascii=False, default=str),
     }
-    made.globals |= {"number": number, "path": path, "emotions": list(Emotion), "links": Links()}
+    made.globals |= {
+        "number": number,
+        "path": path,
+        "emotions": list(Emotion),
+        "prototypes": list(PROTOTYPES.items()),
+        "links": Links(),
+    }
     return made
 
 
@@ -119,8 +152,3 @@ _ENVIRONMENT = _environment()
 def render(template: str, **context: Any) -> str:
     """A page, or a part of one."""
     return _ENVIRONMENT.get_template(template).render(context)
-
-
-def part(template: str, macro: str) -> Callable[..., str]:
-    """A macro of a template as a function: a part of a page by itself."""
-    return getattr(_ENVIRONMENT.get_template(template).module, macro)
