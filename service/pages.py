@@ -79,7 +79,7 @@ async def runs_live(service: Of) -> Response:
     async def messages() -> AsyncIterator[ServerSentEvent]:
         async with aclosing(service.feed.follow(service.feed.cursor)) as batches:
             async for _ in batches:
-                yield ServerSentEvent("", event="changed")
+                yield ServerSentEvent("", event="news")
                 await sleep(_LIST)
 
     return EventSourceResponse(messages(), ping=15, send_timeout=30)
