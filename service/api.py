@@ -21,8 +21,9 @@ from .documents import (
     RunSummary,
     Said,
 )
+from .errors import Unavailable
 from .problems import RESPONSES
-from .work import Service, Unavailable, watched
+from .work import Service, watched
 
 #: Seconds that a client may take for a message before it is given up, and between signs of life.
 _SLOW, _PING = 30, 15

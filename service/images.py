@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from ..domain import UserError
 from ..traces.blobs import BlobStore
-from .work import NotFound
+from .errors import NotFound
 
 #: Sides of a small copy, in pixels: few, so that a cache serves them.
 SIDES = (96, 192, 384, 768)

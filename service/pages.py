@@ -24,8 +24,9 @@ from ..domain import UserError
 from .access import COOKIE, session
 from .api import Of, RunId
 from .documents import Answer, Feedback, Listing, RunRequest
+from .errors import NotFound
 from .templates import Links, differences, render
-from .work import NotFound, Service, watched
+from .work import Service, watched
 
 #: Seconds between two pictures of a page that changes.
 _LIVE, _LIST = 0.3, 1.0

@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from ..domain import Failure, UserError
 from ..traces.database import StoreError
 from .documents import Problem
+from .errors import Busy, Conflict, NotFound, Unavailable
 from .templates import render
-from .work import Busy, Conflict, NotFound, Unavailable
 
 logger = logging.getLogger(__name__)
 

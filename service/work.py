@@ -28,25 +28,10 @@ from ..traces.schema import leases, runs
 from ..traces.store import TraceStore, open_store
 from . import reading
 from .documents import Answer, Feedback, Listing, RunDocument, RunPage, RunRequest, RunSummary, Said, State
+from .errors import Busy, Conflict, NotFound, Unavailable
 from .feed import Feed
 
 logger = logging.getLogger(__name__)
-
-
-class NotFound(Failure):
-    """There is no such run or picture."""
-
-
-class Conflict(Failure):
-    """The run stands otherwise than the request needs."""
-
-
-class Busy(Failure):
-    """As many runs as may be are under way."""
-
-
-class Unavailable(Failure):
-    """The models are not there: still loading, or they could not be loaded."""
 
 
 class Service:

@@ -14,7 +14,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from chromium import CHROMIUM
-from emoloop.domain import Critique, EmotionTarget
+from emoloop.domain import Critique, EmotionTarget, UserError
 from emoloop.events import (
     Critiqued,
     HumanFeedback,
@@ -25,6 +25,7 @@ from emoloop.events import (
     RunStarted,
 )
 from emoloop.service.app import create_app
+from emoloop.service.bundle import write_bundle
 from emoloop.traces.store import open_store
 from painter import Painter
 from PIL import Image
@@ -262,3 +263,30 @@ def test_everybody_can_read_it(page_of, url, hostile, width, scheme):
         assert not serious, path
         sideways = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert sideways <= 0, path
+
+
+def test_a_bundle_opens_from_disk(page_of, settings, url, hostile, painter, tmp_path):
+    page = page_of()
+    run_id = start(page, url, "a dog on the hill").rpartition("/")[2]
+    expect(page.locator(".badge")).to_have_text("completed")
+    with open_store(settings, read_only=True) as store:
+        assert write_bundle(store, [run_id, hostile], tmp_path / "bundle") == 2
+    page = page_of()
+    asked = []
+    page.on("request", lambda it: asked.append(it.url))
+    page.goto((tmp_path / "bundle" / "index.html").as_uri())
+    expect(page.locator("table.runs tbody tr")).to_have_count(2)
+    assert page.evaluate("[...document.images].every(it => it.naturalWidth > 0)")
+    page.get_by_role("link", name="a dog on the hill").click()
+    expect(page.locator(".tile")).to_have_count(4)
+    page.locator(".tile.best a.shot").click()
+    expect(page.locator(".sheet")).to_contain_text("more light")
+    page.go_back()
+    page.go_back()
+    page.get_by_role("link", name="Compare the two").click()
+    expect(page.locator(".diff")).to_contain_text("a dog on the hill")
+    assert page.title() != "owned"
+    assert asked and all(it.startswith("file://") for it in asked)
+    (tmp_path / "bundle" / "other").mkdir()
+    with open_store(settings, read_only=True) as store, pytest.raises(UserError, match="not empty"):
+        write_bundle(store, [run_id], tmp_path / "bundle")
