@@ -15,6 +15,8 @@ from .documents import (
     EventPage,
     Feedback,
     Listing,
+    Play,
+    Played,
     RunDocument,
     RunPage,
     RunRequest,
@@ -157,6 +159,12 @@ async def answer_review(service: Of, run_id: RunId, answer: Answer) -> RunSummar
 async def give_feedback(service: Of, run_id: RunId, feedback: Feedback) -> Said:
     """Rate a picture, correct what it makes one feel, mark it, or comment."""
     return await service.say(run_id, feedback)
+
+
+@router.post("/playground", tags=["playground"])
+async def play(service: Of, wanted: Play) -> list[Played]:
+    """One pass of the distilled model and one of its base, side by side; nothing is logged."""
+    return await service.play(wanted)
 
 
 _PNG: dict[int | str, dict[str, Any]] = {

@@ -265,6 +265,41 @@ class Answer(Document):
     stop: bool = Field(default=False, description="End the run here.")
 
 
+class Play(Document):
+    """What the playground is asked for.
+
+    Attributes:
+        prompt: The neutral prompt.
+        target: The wanted emotion.
+        scale: Strength of the adapter: 0 is the base model.
+        seed: Of both pictures' noise.
+        read: Have the critic read both.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": "a dog by the sea", "target": {"valence": 2, "arousal": -1}, "scale": 1.0}
+            ]
+        }
+    )
+
+    prompt: Text
+    target: EmotionTarget
+    scale: float = Field(default=1.0, ge=0, le=2)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    read: bool = True
+
+
+class Played(Document):
+    """One pass of a model: the picture as a data URI, what it took, and what the critic read."""
+
+    name: Literal["base", "distilled"]
+    image: str
+    seconds: float | None = None
+    reading: Critique | Missing | None = None
+
+
 class Listing(Document):
     """Which runs, and in which order."""
 

@@ -23,7 +23,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from ..domain import UserError
 from .access import COOKIE, session
 from .api import Of, RunId
-from .documents import Answer, Feedback, Listing, RunRequest
+from .documents import Answer, Feedback, Listing, Play, RunRequest
 from .errors import NotFound
 from .templates import Links, differences, render
 from .work import Service, watched
@@ -188,6 +188,21 @@ async def compare(service: Of, request: Request) -> str:
         raise UserError("choose two runs to compare")
     chosen = [await service.run(name) for name in names]
     return render("compare.html.jinja", runs=chosen, differences=differences(*chosen))
+
+
+@router.get("/playground")
+async def playground(service: Of) -> str:
+    """A prompt and a point of the plane, answered in one pass."""
+    return render("playground.html.jinja", adapter=service.playground.adapter)
+
+
+@router.post("/playground")
+async def play(service: Of, request: Request) -> str:
+    """The answer: two pictures."""
+    given = await _form(request)
+    target = {name: given.pop(name, "") for name in ("valence", "arousal")}
+    wanted = _read(Play, {**given, "target": {key: value for key, value in target.items() if value}})
+    return render("_answer.html.jinja", played=await service.play(wanted), wanted=wanted)
 
 
 @router.get("/login")

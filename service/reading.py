@@ -149,8 +149,9 @@ def _round(
     fold: Fold, number: int, shots: list[Shot], rewrites: list[Rewritten], before: str
 ) -> RoundDocument:
     written = {event.prompt: event for event in rewrites}
-    # A round that is written and not painted yet has a prompt already; each picture has its own.
-    prompts = dict.fromkeys([*(shot.prompt for shot in shots)] or [*written, fold.prompt(number)])
+    # Each picture has its own prompt; what is written and not painted yet is shown while the run goes on.
+    coming = written if fold.finished is None and number == fold.numbers[-1] else ()
+    prompts = dict.fromkeys([*(shot.prompt for shot in shots), *coming]) or [fold.prompt(number)]
     proposals = []
     for prompt in prompts:
         event = written.get(prompt)

@@ -27,9 +27,22 @@ from ..traces.recorder import is_gone
 from ..traces.schema import leases, runs
 from ..traces.store import TraceStore, open_store
 from . import reading
-from .documents import Answer, Feedback, Listing, RunDocument, RunPage, RunRequest, RunSummary, Said, State
+from .documents import (
+    Answer,
+    Feedback,
+    Listing,
+    Play,
+    Played,
+    RunDocument,
+    RunPage,
+    RunRequest,
+    RunSummary,
+    Said,
+    State,
+)
 from .errors import Busy, Conflict, NotFound, Unavailable
 from .feed import Feed
+from .playground import Playground
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +54,7 @@ class Service:
         settings: The resolved settings.
         store: The log.
         feed: Follows it.
+        playground: One pass of the distilled model and of its base.
         problems: Why work on a run broke off, for runs that this server worked on.
 
     Args:
@@ -56,12 +70,14 @@ class Service:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._begun: dict[str, asyncio.Future[None]] = {}
         self._waits: dict[str, tuple[int, bool]] = {}
+        self.playground = Playground(settings.generator)
         self._stack = AsyncExitStack()
         self._loading: asyncio.Task[Loop] | None = None
 
     async def __aenter__(self) -> Service:
         self.store: TraceStore = await asyncio.to_thread(open_store, self.settings)
         self._stack.callback(self.store.close)
+        self._stack.push_async_callback(self.playground.aclose)
         self.feed = await self._stack.enter_async_context(Feed(self.store))
         if self._given is not None:
             self._loading = asyncio.create_task(self._load(self._given))
@@ -258,6 +274,15 @@ class Service:
         event = HumanFeedback(run_id=run_id, round=round_, **given)
         [stands] = await asyncio.to_thread(self.store.append, event)
         return Said.model_construct(**stands.model_dump(include=set(Said.model_fields)))
+
+    async def play(self, wanted: Play) -> list[Played]:
+        """One pass of the distilled model and one of its base.
+
+        Raises:
+            UserError: The prompt is none.
+            Unavailable: There are no models, no adapter, or no pipeline in this process.
+        """
+        return await self.playground.play(await self.loop(), wanted)
 
     def _work(self, run_id: str, events: AsyncGenerator[Event]) -> None:
         if len(self._tasks) >= self.settings.service.runs:
