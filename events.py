@@ -142,7 +142,7 @@ class Rewritten(_Event):
 
 
 class HumanFeedback(_Event):
-    """A person rated a candidate, or commented on one or on the run.
+    """A person rated or marked a candidate, or commented on one or on the run.
 
     What tells several apart is `index`; without it the time of a rating and the words of a comment, so that
     nothing is lost and a node that runs again says a comment once.
