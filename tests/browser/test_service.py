@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from chromium import CHROMIUM
 from emoloop.domain import Critique, EmotionTarget, UserError
@@ -24,13 +23,12 @@ from emoloop.events import (
     RunFinished,
     RunStarted,
 )
-from emoloop.service.app import create_app
 from emoloop.service.bundle import write_bundle
 from emoloop.traces.store import open_store
 from painter import Painter
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
-from service_parts import service_of, settings_of
+from service_parts import fake_playground, service_of, serving, settings_of
 
 OWN = "document.title='owned'"
 HOSTILE = f'<script>{OWN}</script> "><img src=x onerror="{OWN}"> {{{{ 7*7 }}}} javascript:\''
@@ -98,22 +96,10 @@ def painter():
 def url(settings, hostile, painter):
     if CHROMIUM is None:
         pytest.skip("no chromium on PATH (Debian: apt-get install chromium)")
-    app = create_app(service_of(settings, painter))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
-    started, startup = threading.Event(), server.startup
-
-    async def told(*args, **keywords):
-        await startup(*args, **keywords)
-        started.set()
-
-    server.startup = told
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
-    thread.start()
-    assert started.wait(60)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
-    assert not thread.is_alive()
+    with pytest.MonkeyPatch.context() as patch:
+        fake_playground(patch)
+        with serving(service_of(settings, painter)) as address:
+            yield address
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +219,19 @@ def test_a_run_is_cancelled_and_resumed(page_of, url, painter):
     painter.gate.set()
     page.get_by_role("button", name="Resume").click()
     expect(page.locator(".badge")).to_have_text("completed")
+
+
+def test_the_playground_answers_beside_the_base(page_of, url):
+    page = page_of()
+    page.goto(f"{url}/playground")
+    page.locator("[data-pick]").click(position={"x": 40, "y": 120})
+    assert float(page.get_by_label("Valence").input_value()) < 0
+    page.get_by_label("Adapter’s strength").fill("0.5")
+    expect(page.locator("output")).to_have_text("0.5")
+    page.get_by_role("button", name="Paint").click()
+    expect(page.locator(".answers img")).to_have_count(2)
+    expect(page.locator(".answers")).to_contain_text("distilled at 0.5")
+    expect(page.locator(".answers")).to_contain_text("read as")
 
 
 def test_strange_strings_are_text(page_of, url, hostile):

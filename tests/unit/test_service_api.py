@@ -15,11 +15,11 @@ from emoloop.domain import EmotionTarget, UserError
 from emoloop.events import ImageGenerated, RunStarted
 from emoloop.service.access import check, session
 from emoloop.service.work import Service, watched
-from emoloop.settings import ServiceSettings
+from emoloop.settings import ServiceSettings, load_settings
 from emoloop.traces.store import open_store
 from painter import Painter
 from PIL import Image
-from service_parts import API, REQUEST, client_of, ended, service_of, settings_of
+from service_parts import API, REQUEST, client_of, ended, fake_playground, service_of, settings_of
 
 
 @pytest.fixture
@@ -212,6 +212,28 @@ async def test_each_candidate_shows_its_own_prompt(tmp_path):
     shown = [(it["prompt"], [shot["index"] for shot in it["candidates"]]) for it in round_["proposals"]]
     assert shown == [("a red dog", [0, 2]), ("a calm dog", [1])]
     assert round_["proposals"][1]["diff"] == [["=", "a"], ["+", " calm"], ["=", " dog"]]
+
+
+async def test_the_playground_paints_with_and_without_the_adapter(client, monkeypatch):
+    fake_playground(monkeypatch)
+    wanted = {key: REQUEST[key] for key in ("prompt", "target", "seed")}
+    pictures = {}
+    for scale in (0.0, 1.0):
+        base, distilled = (await client.post(f"{API}/playground", json={**wanted, "scale": scale})).json()
+        assert (base["name"], distilled["name"]) == ("base", "distilled")
+        assert base["reading"]["analysis"] == "a picture"
+        pictures[scale] = base["image"], distilled["image"]
+        assert base["image"].startswith("data:image/png;base64,")
+    assert pictures[0.0][0] == pictures[0.0][1] == pictures[1.0][0] != pictures[1.0][1]
+    assert (await client.get(f"{API}/runs")).json()["total"] == 0
+
+
+async def test_a_playground_without_an_adapter_says_so(tmp_path):
+    service = service_of(load_settings({"generator": {"model": "other"}}, settings_of(tmp_path)))
+    async with client_of(service) as client:
+        wanted = {key: REQUEST[key] for key in ("prompt", "target")}
+        answer = await client.post(f"{API}/playground", json=wanted)
+        assert answer.status_code == 503 and "--adapter" in answer.json()["detail"]
 
 
 async def test_no_more_runs_than_may_be(tmp_path):
