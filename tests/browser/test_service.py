@@ -30,6 +30,9 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from service_parts import fake_playground, service_of, serving, settings_of
 
+# A machine that does other work as well takes its time.
+expect.set_options(timeout=60_000)
+
 OWN = "document.title='owned'"
 HOSTILE = f'<script>{OWN}</script> "><img src=x onerror="{OWN}"> {{{{ 7*7 }}}} javascript:\''
 
@@ -121,7 +124,7 @@ def page_of(browser):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda it: said.append(it.text) if it.type in ("error", "warning") else None)
         page.on("pageerror", lambda it: said.append(str(it)))
         page.on("dialog", lambda it: said.append(f"dialog: {it.message}"))
