@@ -11,6 +11,7 @@ from emoloop.agents.schemas import (
     REWRITER_SCHEMA,
     CriticAnswer,
     RewriterAnswer,
+    RewriterAnswers,
     average,
     signed,
     target_text,
@@ -28,10 +29,10 @@ PICTURE = Image.new("RGB", (16, 16), (200, 120, 90))
 TARGET = EmotionTarget(valence=2, arousal=-1)
 
 
-def candidate(round: int, valence: float, arousal: float, reward: float) -> Candidate:
+def candidate(round: int, valence: float, arousal: float, reward: float, prompt: str = "p") -> Candidate:
     critique = Critique(valence=valence, arousal=arousal, alignment=0.8, category=Emotion.AWE)
     return Candidate(
-        round=round, index=0, prompt="p", seed=1, sha256="0" * 64, critique=critique, reward=reward
+        round=round, index=0, prompt=prompt, seed=1, sha256="0" * 64, critique=critique, reward=reward
     )
 
 
@@ -348,9 +349,9 @@ async def test_a_rewrite():
 )
 async def test_a_bad_rewrite_keeps_the_best_prompt(answer, said):
     rounds = [
-        Round(prompt="first", candidates=[candidate(0, 0, 0, 0.2)]),
-        Round(prompt="better", candidates=[candidate(1, 1, 0, 0.6)]),
-        Round(prompt="worse", candidates=[candidate(2, 0, 0, 0.1)]),
+        Round(prompt="first", candidates=[candidate(0, 0, 0, 0.2, "first")]),
+        Round(prompt="better", candidates=[candidate(1, 1, 0, 0.6, "better")]),
+        Round(prompt="worse", candidates=[candidate(2, 0, 0, 0.1, "worse")]),
     ]
     rewrite = await SimpleRewriter(Scripted(fail=lambda *_: answer)).rewrite("a dog", TARGET, rounds)
     assert rewrite.prompt == "better"
@@ -395,3 +396,22 @@ def test_a_prompt_file_in_another_encoding_is_one_line(tmp_path):
     (tmp_path / "mine.yaml").write_bytes("name: café\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"mine\.yaml is not UTF-8"):
         load_prompt(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"why": "w", "prompts": [{"changes": "light", "prompt": " a\n dog "}, "a cat"]},
+        {"why": "w", "prompts": ["a dog", {"prompt": "a cat"}]},
+    ],
+)
+def test_several_rewrites_are_read_leniently(said):
+    answer = RewriterAnswers.model_validate(said)
+    assert [it.prompt for it in answer.prompts] == ["a dog", "a cat"]
+
+
+def test_one_rewrite_where_several_were_wanted_is_one():
+    answer = RewriterAnswers.model_validate({"why": "w", "changes": "light", "prompt": "a dog"})
+    assert [(it.prompt, it.changes) for it in answer.prompts] == [("a dog", "light")]
+    with pytest.raises(ValueError, match="prompts"):
+        RewriterAnswers.model_validate({"why": "w", "prompts": []})
