@@ -41,7 +41,12 @@ def _events(
     for number in range(rounds):
         if number:
             prompt += " in warm light"
-            about = {"changes": "light", "why": "warmer", "model": "fake", "prompt_version": "1"}
+            about: dict[str, Any] = {
+                "changes": "light",
+                "why": "warmer",
+                "model": "fake",
+                "prompt_version": "1",
+            }
             yield Rewritten(run_id=run_id, round=number, prompt=prompt, **about)
         for index in range(images):
             place: dict[str, Any] = {"run_id": run_id, "round": number, "index": index}

@@ -248,8 +248,12 @@ class RunRequest(Document):
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     rounds: int | None = Field(default=None, ge=1, le=50)
     images: int | None = Field(default=None, ge=1, le=256)
+    proposals: int | None = Field(default=None, ge=1, le=256, description="Distinct prompts in a round.")
     tolerance: float | None = Field(default=None, ge=0, le=6)
     patience: int | None = Field(default=None, ge=1, le=50)
+    max_images: int | None = Field(default=None, ge=1, le=100_000)
+    max_calls: int | None = Field(default=None, ge=1, le=1_000_000)
+    max_seconds: float | None = Field(default=None, gt=0, le=1_000_000)
     review: bool | None = Field(default=None, description="Wait for a person before each rewrite.")
 
 

@@ -36,6 +36,9 @@ _PLACE = {
     "seconds",
 }
 
+#: What the seconds of an event were spent on.
+_SPENT: dict[type[Any], str] = {ImageGenerated: "images", Critiqued: "critiques", Rewritten: "rewrites"}
+
 #: What stands for a missing number in an order.
 _LOWEST = -1e9
 
@@ -81,14 +84,12 @@ def document(events: Sequence[Event], held: Set[str] = frozenset()) -> RunDocume
                 first = critics.get((event.round, event.index))
                 if first is None or not isinstance(first.critique, Critique):
                     critics[event.round, event.index] = event
-                seconds["critiques"] += event.seconds or 0.0
             case Rewritten():
                 rewrites[event.round].append(event)
-                seconds["rewrites"] += event.seconds or 0.0
-            case ImageGenerated():
-                seconds["images"] += event.seconds or 0.0
             case _:
                 pass
+        if (spent := getattr(event, "seconds", None)) is not None:
+            seconds[_SPENT[type(event)]] += spent
         for key, count in getattr(event, "usage", {}).items():
             if key in ("input_tokens", "output_tokens"):
                 tokens[key.removesuffix("_tokens")] += count

@@ -208,7 +208,11 @@ async def test_each_candidate_shows_its_own_prompt(tmp_path):
             place = {"run_id": "r", "index": index, "sha256": f"{index}" * 64, "seed": index}
             store.append(ImageGenerated(**place, prompt=prompt, model="m", height=8, width=8))
     async with client_of(Service(settings, models=False)) as client:
-        [round_] = (await client.get(f"{API}/runs/r")).json()["rounds"]
+        run = (await client.get(f"{API}/runs/r")).json()
+        page = (await client.get("/runs/r", headers={"Accept": "text/html"})).text
+    assert set(run["seconds"]) == {"wall"} and run["tokens"] == {}, "what nobody measured stays unknown"
+    assert "a<ins> red</ins> dog" in page and "a<ins> calm</ins> dog" in page
+    [round_] = run["rounds"]
     shown = [(it["prompt"], [shot["index"] for shot in it["candidates"]]) for it in round_["proposals"]]
     assert shown == [("a red dog", [0, 2]), ("a calm dog", [1])]
     assert round_["proposals"][1]["diff"] == [["=", "a"], ["+", " calm"], ["=", " dog"]]
