@@ -151,7 +151,7 @@ class Rewritten(_Event):
 
 
 class HumanFeedback(_Event):
-    """A person rated a candidate, or commented on one or on the run.
+    """A person rated or marked a candidate, or commented on one or on the run.
 
     What tells several apart is `index`; without it the time of a rating and the words of a comment, so that
     nothing is lost and a node that runs again says a comment once.
@@ -163,6 +163,7 @@ class HumanFeedback(_Event):
     valence: float | None = None
     arousal: float | None = None
     rating: float | None = None
+    favourite: bool | None = None
     comment: str = ""
 
     @model_validator(mode="before")
@@ -172,7 +173,7 @@ class HumanFeedback(_Event):
         if not isinstance(data, dict) or "node" in data:
             return data
         data = {"time": datetime.now(UTC), **data}
-        rated = any(data.get(axis) is not None for axis in ("valence", "arousal", "rating"))
+        rated = any(data.get(axis) is not None for axis in ("valence", "arousal", "rating", "favourite"))
         parts = ["human", "rating" if rated else "comment", data.get("sha256")]
         if "index" not in data:
             comment = hashlib.sha256(str(data.get("comment", "")).encode()).hexdigest()[:12]

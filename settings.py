@@ -29,7 +29,7 @@ from typing_extensions import TypedDict
 from .domain import Emotion, UserError, first_line
 
 #: Settings whose values are never printed.
-SECRETS = frozenset({"api_key", "database_url"})
+SECRETS = frozenset({"api_key", "database_url", "token"})
 
 #: What Kubernetes sets in every container for a service called emoloop, or emoloop-something.
 _KUBERNETES = re.compile(
@@ -172,6 +172,25 @@ class TraceSettings(_Section):
     metrics_endpoint: str | None = None
 
 
+class ServiceSettings(_Section):
+    """The HTTP service, `emoloop serve`."""
+
+    #: Address to listen on. Any but this machine's own needs a token, or a proxy in front.
+    host: str = "127.0.0.1"
+    #: 0 takes a free one.
+    port: int = Field(default=8765, ge=0, le=65535)
+    #: What a client has to know (`Authorization: Bearer …`; the page asks for it once); never logged.
+    token: str | None = Field(default=None, min_length=16, repr=False)
+    #: A reverse proxy in front says who comes in.
+    behind_proxy: bool = False
+    #: Names by which browsers reach the server beside this machine's own, separated by commas.
+    hosts: str = ""
+    #: Runs at a time; another one is refused.
+    runs: int = Field(default=16, ge=1)
+    #: Bytes of a request's body.
+    body_bytes: int = Field(default=1_000_000, ge=1000)
+
+
 class Settings(BaseSettings):
     """All settings of emoloop; see the sections."""
 
@@ -188,6 +207,7 @@ class Settings(BaseSettings):
     lvlm: LVLMSettings = LVLMSettings()
     loop: LoopSettings = LoopSettings()
     traces: TraceSettings = TraceSettings()
+    service: ServiceSettings = ServiceSettings()
 
     @field_validator("home")
     @classmethod

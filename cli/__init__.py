@@ -20,6 +20,7 @@ from .distill import distill
 from .evals import doctor, eval_
 from .lvlm import app as lvlm
 from .run import resume, run
+from .serve import serve
 from .traces import app as traces
 from .train import app as train
 
@@ -37,6 +38,7 @@ app.command()(distill)
 app.command()(bench)
 app.add_typer(train, name="train")
 app.add_typer(bank, name="bank")
+app.command()(serve)
 app.add_typer(lvlm, name="lvlm")
 app.add_typer(traces, name="traces")
 app.command("eval")(eval_)

@@ -10,7 +10,7 @@ import tiny
 import torch
 from emoloop.domain import Emotion, EmotionTarget, UserError
 from emoloop.settings import GeneratorSettings
-from emoloop.tools.diffusion.adapter import LORA_FILE, TOKENS_FILE, load_artifact, save_artifact
+from emoloop.tools.diffusion.adapter import LORA_FILE, TOKENS_FILE, load_artifact, rescale, save_artifact
 from emoloop.tools.diffusion.conditioners import EmotionConditioner
 from emoloop.tools.diffusion.families import family_of
 from emoloop.tools.images.base import ImageRequest
@@ -107,6 +107,15 @@ async def test_scale_zero_is_the_base_and_half_lies_between(name: str, artifact:
     assert half.describe()["adapter"] == f"{full.describe()['adapter']}@0.5"
     (made,) = await half.generate([ImageRequest("a dog", 1, target)])
     assert made.provenance["adapter"] == half.describe()["adapter"]
+
+
+async def test_a_bound_adapter_takes_another_strength(name: str, artifact: Path):
+    target = EmotionTarget(valence=2, arousal=-1)
+    source = generator(name, adapter=str(artifact))
+    for scale in (0.5, 0.0, 1.0):
+        source.adapter = rescale(source.pipe, source.adapter, scale)
+        loaded = generator(name, adapter=str(artifact), adapter_scale=scale)
+        assert np.array_equal(await draw(source, target), await draw(loaded, target))
 
 
 async def test_the_target_moves_the_picture_and_only_with_an_artifact(name: str, artifact: Path):

@@ -29,7 +29,7 @@ TRAINING = {
     ],
 )
 def test_the_hub_reads_the_base_model_and_the_guards(model: str, base: str | None):
-    text = card("StableDiffusionXLPipeline", LORA, model, None, TRAINING)
+    text = card("StableDiffusionXLPipeline", LORA, model, TRAINING)
     said = ModelCard(text).data
     assert said.base_model == base and (said.get("base_model_relation") == "adapter") == (base is not None)
     assert (said.library_name, said.pipeline_tag, said.license) == ("diffusers", "text-to-image", "other")

@@ -189,6 +189,18 @@ def load_artifact(
     return adapter
 
 
+def rescale(pipe: Any, adapter: Adapter, scale: float) -> Adapter:
+    """Give an adapter that is bound another strength; at 0 the output is the base model's.
+
+    Returns:
+        The adapter at that strength, in place of the one given.
+    """
+    _scale(pipe, adapter.name, scale)
+    changed = dataclasses.replace(adapter, scale=scale)
+    pipe.__dict__[_KNOWN][adapter.name] = changed
+    return changed
+
+
 def unload(pipe: Any, adapter: Adapter) -> None:
     """Take an adapter off the pipeline again; the others stay as they are."""
     if known(pipe).pop(adapter.name, None) is None:
