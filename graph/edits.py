@@ -80,7 +80,9 @@ async def follow(recorder: StoreRecorder, state: State) -> tuple[str, list[Event
     if not painted and number >= max(fold.numbers) and fold.status is not RunStatus.COMPLETED:
         return run_id, [edit]
     before = [it for it in await recorder.events(run_id) if it.round < number]
-    return _fork(started, state, number, digest, [*before, edit])
+    fork, begun = _fork(started, state, number, digest, [*before, edit])
+    # A step that is tried again goes on with the same fork.
+    return fork, [] if (await recorder.fold(fork)).started is not None else begun
 
 
 async def answered(recorder: StoreRecorder, state: State, given: dict[str, Any]) -> tuple[str, list[Event]]:
