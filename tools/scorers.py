@@ -138,7 +138,8 @@ class HPSv2(Scorer):
         except (OSError, KeyError, RuntimeError) as error:
             raise UserError(f"hpsv2: {file} holds no weights of {base}: {first_line(error)}") from error
         self.model, self.version = str(file), f"{file.name}@{content_hash(file)[:12]}"
-        self.size = self.clip.config.vision_config.image_size
+        vision: Any = self.clip.config.vision_config
+        self.size: int = vision.image_size
 
     def score(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         """See `Scorer`; as in HPSv2's own code the longer side fits, and the rest is black."""
