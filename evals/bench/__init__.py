@@ -25,6 +25,7 @@ BENCHES: dict[str, str] = {
     "lvlm": ".evals.bench.lvlm:main",
     "log": ".evals.bench.log:main",
     "overhead": ".evals.bench.overhead:main",
+    "serve": ".service.bench:main",
     "startup": ".evals.bench.startup:main",
 }
 

@@ -17,7 +17,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,6 +27,7 @@ from ...files import replacing
 from ..fingerprint import content_hash
 from ..presets import read_json
 from ..quiet import quiet
+from .card import card
 from .conditioners import Conditioner, EmotionConditioner, points
 from .families import Conditioning, Family, family_of
 from .visual import VISUAL, VisualBridge, VisualConditioner, VisualControl
@@ -189,6 +189,18 @@ def load_artifact(
     return adapter
 
 
+def rescale(pipe: Any, adapter: Adapter, scale: float) -> Adapter:
+    """Give an adapter that is bound another strength; at 0 the output is the base model's.
+
+    Returns:
+        The adapter at that strength, in place of the one given.
+    """
+    _scale(pipe, adapter.name, scale)
+    changed = dataclasses.replace(adapter, scale=scale)
+    pipe.__dict__[_KNOWN][adapter.name] = changed
+    return changed
+
+
 def unload(pipe: Any, adapter: Adapter) -> None:
     """Take an adapter off the pipeline again; the others stay as they are."""
     if known(pipe).pop(adapter.name, None) is None:
@@ -269,7 +281,6 @@ def save_artifact(
         for key, value in config.to_dict().items()
     }
     parts = {TOKENS_FILE: emotion_tokens, VISUAL_FILE: visual_prompts}
-    card = jinja2.Template(Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"))
     with contextlib.ExitStack() as stack:
 
         def beside(name: str) -> Path:
@@ -287,10 +298,15 @@ def save_artifact(
                 module.save(beside(file))
         text = json.dumps(training or {}, indent=2, sort_keys=True, default=str)
         beside(TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
-        about = {"base_model": base_model, "pipeline": type(pipe).__name__, "config": config}
-        beside(CARD_FILE).write_text(
-            card.render(about, tokens=emotion_tokens, visual=visual_prompts), encoding="utf-8"
+        about = card(
+            type(pipe).__name__,
+            config,
+            base_model,
+            training or {},
+            tokens=emotion_tokens,
+            visual=visual_prompts,
         )
+        beside(CARD_FILE).write_text(about, encoding="utf-8")
     for file, module in parts.items():
         if module is None:
             (directory / file).unlink(missing_ok=True)
