@@ -258,12 +258,15 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         knobs, named = self.config.train, self.policy.parameters()
-        rates = {"denoiser.": knobs.lr, "tokens.": knobs.emotion_lr or knobs.lr}
-        if self.policy.visual is not None:
-            rates["visual."] = knobs.visual_lr or knobs.lr
+        rates = {
+            "denoiser.": knobs.lr,
+            "tokens.": knobs.emotion_lr or knobs.lr,
+            "visual.": knobs.visual_lr or knobs.lr,
+        }
         groups = [
-            {"params": [p for name, p in named.items() if name.startswith(part)], "lr": rate}
+            {"params": params, "lr": rate}
             for part, rate in rates.items()
+            if (params := [p for name, p in named.items() if name.startswith(part)])
         ]
         optimizer = torch.optim.AdamW(groups, betas=knobs.betas, weight_decay=knobs.weight_decay)
         # One step further than diffusers counts, so that the first step has a rate too.

@@ -507,7 +507,7 @@ def test_a_checkpoint_of_other_tokens_is_refused(
 
     with pytest.raises(RuntimeError, match="gone"):
         run(world, tmp_path / "out", "sft", watch=stop)
-    monkeypatch.setattr("emoloop.tools.diffusion.conditioners._VERSION", 99)
+    monkeypatch.setattr("emoloop.tools.diffusion.conditioners.EmotionConditioner.version", 99)
     with pytest.raises(UserError, match="another version of emoloop"):
         run(world, tmp_path / "out", "sft", resume=True)
 
