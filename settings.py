@@ -54,6 +54,8 @@ class GeneratorSettings(_Section):
     adapter: str | None = None
     #: How strongly the adapter speaks: 0 is the base model.
     adapter_scale: float = 1.0
+    #: Of a distilled artifact only its emotion tokens, or only its LoRA; None is the whole.
+    adapter_part: Literal["tokens", "lora"] | None = None
     #: "auto" is cuda, then mps, then cpu.
     device: str = "auto"
     #: "auto" is bfloat16 on cuda, float32 elsewhere.

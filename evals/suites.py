@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..domain import EmotionTarget, Score, UserError
+from ..domain import Emotion, EmotionTarget, Score, UserError
 from ..settings import read_yaml
 
 Words = Annotated[str, Field(min_length=1, max_length=2000)]
@@ -167,6 +167,21 @@ class Suite(_Part):
         blocks = (block.prompts for block in self.blocks if isinstance(block.prompts, dict))
         pairs = (zip(block.get("paraphrase", ()), block.get("place", ()), strict=False) for block in blocks)
         return dict(chain.from_iterable(pairs))
+
+    @cached_property
+    def declared(self) -> dict[tuple[str, str, float | None, Emotion | None], set[float]]:
+        """The values of each sweep that the suite declares: by axis, prompt, the other axis, no category."""
+        return {
+            (sweep.axis, prompt, sweep.other, None): set(sweep.values)
+            for block in self.blocks
+            for sweep in block.sweeps
+            for prompt in block.kinds
+        }
+
+    @property
+    def budget(self) -> int:
+        """Images that an arm that selects may make."""
+        return self.rounds * self.images
 
     def limited(self, count: int) -> Suite:
         """The suite with its first so many neutral prompts."""

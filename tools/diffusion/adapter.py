@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import torch
@@ -54,6 +54,7 @@ class Adapter:
         scale: Its strength; at 0 nothing is bound.
         emotion_tokens: The artifact's emotion tokens; None for a LoRA alone.
         training: The artifact's `training.json`.
+        part: "tokens" or "lora" where the other is silent.
     """
 
     path: Path
@@ -62,13 +63,15 @@ class Adapter:
     scale: float = 1.0
     emotion_tokens: EmotionConditioner | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    part: str | None = None
 
     @property
     def id(self) -> str | None:
-        """For the record: the hash, with the scale where it is not 1; None where nothing is bound."""
+        """For the record: the hash, with part and scale where it is not all of it; None where nothing is bound."""
         if self.scale == 0:
             return None
-        return self.sha256 if self.scale == 1 else f"{self.sha256}@{self.scale:g}"
+        named = f"{self.sha256}:{self.part}" if self.part else self.sha256
+        return named if self.scale == 1 else f"{named}@{self.scale:g}"
 
     @property
     def guidance(self) -> float | None:
@@ -102,6 +105,7 @@ def load_artifact(
     path: Path | str,
     *,
     scale: float = 1.0,
+    part: Literal["tokens", "lora"] | None = None,
     name: str | None = None,
     call: dict[str, Any] | None = None,
     base: Mapping[str, str | None] | None = None,
@@ -112,12 +116,13 @@ def load_artifact(
         pipe: A pipeline of a supported class. Left as it was when this fails.
         path: A distilled artifact, a folder with a LoRA in diffusers' or PEFT's format, or a LoRA file.
         scale: Strength; 0 checks the adapter and binds nothing.
+        part: Which part of a distilled artifact speaks; None is both.
         name: The adapter's name in the pipeline; None takes a free one.
         call: Extra arguments of the pipeline's call (`call` of `emoloop.json`).
         base: `model` and `revision` of the pipeline; an adapter that says it was made for others is warned of.
 
     Raises:
-        UserError: Nothing there, not a LoRA, made for another model, or `name` is taken.
+        UserError: Nothing there, not a LoRA, made for another model, without the part, or `name` is taken.
     """
     path = Path(path).expanduser()
     family = family_of(pipe, call)
@@ -127,6 +132,8 @@ def load_artifact(
     names = chain(["emoloop"], (f"emoloop_{n}" for n in count(2)))
     name = name or next(it for it in names if it not in taken)
     lora, tokens = _files(path)
+    if part == "tokens" and tokens is None:
+        raise UserError(f"adapter {path} has no emotion tokens ({TOKENS_FILE})")
     module = EmotionConditioner.load(tokens).to(pipe._execution_device) if tokens else None
     if module is not None and not module.fits(family.encode("")):
         raise UserError(f"adapter {path}: its emotion tokens are made for another model ({module.config})")
@@ -152,11 +159,11 @@ def load_artifact(
         raise UserError(told) from error
     config = lora.with_name(_PEFT_CONFIG) if lora.name == _PEFT_WEIGHTS else None
     hashed = content_hash([file for file in (lora, tokens, config) if file is not None])
-    adapter = Adapter(path, name, hashed, scale, module, training)
+    adapter = Adapter(path, name, hashed, scale, None if part == "lora" else module, training, part)
     if scale == 0:
         _remove(pipe, name, active)
     else:
-        _scale(pipe, name, scale)
+        _scale(pipe, name, 0.0 if part == "tokens" else scale)
         pipe.__dict__.setdefault(_KNOWN, {})[name] = adapter
     return adapter
 

@@ -130,7 +130,12 @@ class DiffusersGenerator:
         if settings.adapter is not None:
             base = {"model": self._model, "revision": revision}
             self.adapter = load_artifact(
-                pipe, settings.adapter, scale=settings.adapter_scale, call=self._call, base=base
+                pipe,
+                settings.adapter,
+                scale=settings.adapter_scale,
+                part=settings.adapter_part,
+                call=self._call,
+                base=base,
             )
             if settings.guidance is None and self.adapter.guidance is not None:
                 self.guidance = self.adapter.guidance
