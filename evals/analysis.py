@@ -107,7 +107,9 @@ def of_request(
 def _bias(row: Row) -> Iterator[float | None]:
     """The judge's error minus the critic's on each image handed over: above 0 the critic is too pleased with it."""
     target = row.request.target
-    for one, reading in zip(row.handed_over, row.readings, strict=True):
+    for one, reading in zip(
+        row.handed_over, row.readings, strict=False
+    ):  # one without a picture has a reading alone
         ours = metrics.error(one.critique, target) if isinstance(one.critique, Critique) else None
         theirs = metrics.error(reading, target) if reading else None
         yield None if ours is None or theirs is None else theirs - ours
