@@ -6,7 +6,8 @@ them. An arm with one round of its own has nothing to choose from and hands over
 mean, what one image is expected to be); any other hands over one, picked by the critic's reward.
 
 The controls are what makes a gain mean something: best-of-N at the loop's image budget (is it selection?),
-one rewrite without feedback (is it knowing the words?), both together (does feedback add anything?), the teacher
+one rewrite without feedback (is it knowing the words?), both together, as many different rewrites as images (does
+feedback add anything to exploring?), the teacher
 (what of it could weights learn?), a phrase looked up in the log (did weights learn more than that?), and a reader that
 looks at no picture (what does the suite give for nothing?).
 """
@@ -29,6 +30,7 @@ from ..graph.loop import Loop
 from ..graph.state import Context, candidate_seed
 from ..settings import Settings, merged, read_set
 from ..tools.registry import resolve
+from ..traces.fold import answers
 from .lookup import Phrases
 from .records import Cost, Reading, Row
 from .reuse import Reuse, digest
@@ -140,13 +142,12 @@ def _lacks(result: RunResult, images: int) -> bool:
 def _row(arm: Arm, request: Request, result: RunResult, events: Sequence[Event], samples: int) -> Row:
     selects = arm.options.get("rounds") != 1
     made = [candidate for round in result.rounds for candidate in round.candidates]
-    # A prompt that was kept without asking a model says nothing.
-    written = [e for e in events if isinstance(e, Rewritten) and (e.usage or e.changes or e.why)]
+    written = [e for e in events if isinstance(e, Rewritten)]
     read = [e for e in events if isinstance(e, Critiqued)] if selects else []
     cost = Cost(
         images=len(made) if selects else 1,
         critiques=len(read),
-        rewrites=len(written),
+        rewrites=sum(map(answers, written)),
         samples=samples,
         tokens=sum(event.usage.get("total_tokens", 0) for event in [*read, *written]),
     )
@@ -195,6 +196,13 @@ ARMS = {
         "rewrite": {"rewriter": "one_shot", "rewrite_first": True, "rounds": 1},
         "best_of_n": {"rewriter": "keep", "exhaust": True},
         "rewrite_best_of_n": {"rewriter": "one_shot", "rewrite_first": True, "exhaust": True},
+        # A round has no more prompts than images: one for each.
+        "diverse_best_of_n": {
+            "rewriter": "diverse",
+            "rewrite_first": True,
+            "exhaust": True,
+            "proposals": 256,
+        },
         "loop": {},
     }.items()
 } | {arm.__name__: Arm(arm.__name__, answer=arm) for arm in (teacher, constant, lookup)}

@@ -144,15 +144,19 @@ class Reuse:
         return None
 
     def rewrite(self, rewriter: Rewriter, prompt: str, target: EmotionTarget) -> Rewrite | None:
-        """What this rewriter made of a neutral prompt without feedback."""
+        """What this rewriter made of a neutral prompt without feedback, asked for one prompt alone."""
         where = events.c.round == 0, runs.c.prompt_hash == hash_prompt(prompt), *_aimed(target)
         for event in self._events(Rewritten, f"eval-________{self.prefix[13:]}", *where):
             own = (event.model, event.prompt_version) == (rewriter.model, rewriter.prompt_id)
-            if own and not event.why.startswith(KEPT):
+            if own and not event.why.startswith(KEPT) and self._alone(event.run_id):
                 return Rewrite(
                     event.prompt, event.changes, event.why, None, event.usage, event.seconds or 0.0
                 )
         return None
+
+    def _alone(self, run_id: str) -> bool:
+        started = self.store.fold(run_id).started
+        return started is not None and started.settings["loop"].get("proposals", 1) == 1
 
     def _events(self, kind: type[E], prefix: str, *where: ColumnElement[bool]) -> list[E]:
         query = select(events.c.body).join(runs, runs.c.run_id == events.c.run_id)
@@ -232,6 +236,10 @@ class _Rewriter:
     def __init__(self, inner: Rewriter, reuse: Reuse) -> None:
         self._inner, self._reuse = inner, reuse
         self.name, self.model, self.prompt_id = inner.name, inner.model, inner.prompt_id
+        self.one_prompt = getattr(inner, "one_prompt", False)
+        # Several are sampled with the run's own seed, so the run's own log is the only place to find them again.
+        if propose := getattr(inner, "propose", None):
+            self.propose: Callable[..., Any] = propose
 
     async def rewrite(
         self,

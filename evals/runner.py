@@ -86,7 +86,7 @@ async def open_harness(
             "name": critic.model,
             "prompts": [critic.prompt.id, rewriter.prompt_id],
             "samples": critic.samples,
-            "temperature": settings.lvlm.temperature,
+            "temperature": [settings.lvlm.temperature, settings.lvlm.rewriter_temperature],
             "max_tokens": settings.lvlm.max_tokens,
         }
         reuse = Reuse(loop.parts, reader)
