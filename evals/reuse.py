@@ -236,10 +236,11 @@ class _Rewriter:
     def __init__(self, inner: Rewriter, reuse: Reuse) -> None:
         self._inner, self._reuse = inner, reuse
         self.name, self.model, self.prompt_id = inner.name, inner.model, inner.prompt_id
-        self.one_prompt = getattr(inner, "one_prompt", False)
-        # Several are sampled with the run's own seed, so the run's own log is the only place to find them again.
-        if propose := getattr(inner, "propose", None):
-            self.propose: Callable[..., Any] = propose
+
+    def __getattr__(self, name: str) -> Any:
+        # `propose` and `one_prompt`, where the rewriter has them. Several prompts are sampled with the run's own seed, so
+        # the run's own log is the only place to find them again.
+        return getattr(self._inner, name)
 
     async def rewrite(
         self,
