@@ -144,19 +144,20 @@ class Reuse:
         return None
 
     def rewrite(self, rewriter: Rewriter, prompt: str, target: EmotionTarget) -> Rewrite | None:
-        """What this rewriter made of a neutral prompt without feedback, asked for one prompt alone."""
+        """What this rewriter made of a neutral prompt without feedback."""
         where = events.c.round == 0, runs.c.prompt_hash == hash_prompt(prompt), *_aimed(target)
         for event in self._events(Rewritten, f"eval-________{self.prefix[13:]}", *where):
             own = (event.model, event.prompt_version) == (rewriter.model, rewriter.prompt_id)
-            if own and not event.why.startswith(KEPT) and self._alone(event.run_id):
+            # One of several was asked for at another temperature.
+            if own and not event.why.startswith(KEPT) and not self._several(event.run_id):
                 return Rewrite(
                     event.prompt, event.changes, event.why, None, event.usage, event.seconds or 0.0
                 )
         return None
 
-    def _alone(self, run_id: str) -> bool:
+    def _several(self, run_id: str) -> bool:
         started = self.store.fold(run_id).started
-        return started is not None and started.settings["loop"].get("proposals", 1) == 1
+        return started is not None and (started.settings.get("loop", {}).get("proposals") or 1) > 1
 
     def _events(self, kind: type[E], prefix: str, *where: ColumnElement[bool]) -> list[E]:
         query = select(events.c.body).join(runs, runs.c.run_id == events.c.run_id)
