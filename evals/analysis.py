@@ -89,6 +89,7 @@ def of_request(
         "alignment": looks("alignment"),
         "quality": looks("quality"),
         "aesthetic": looks("aesthetic"),
+        "preference": looks("preference"),
         "diversity": float(diversity(np.array(features))) if len(features) > 1 else None,
         "content_kept": looks("kept"),
         "drift": looks("unasked"),

@@ -29,6 +29,7 @@ class Reading(BaseModel):
         kept: Whether every companion and attribute that the neutral prompt names is in the picture; None where it
             names none.
         unasked: How many companions and weathers are in the picture that the neutral prompt does not name.
+        preference: Which picture people would choose for the prompt, on the scorer's own scale.
         features: A description of the picture for distances.
     """
 
@@ -44,6 +45,7 @@ class Reading(BaseModel):
     aesthetic: float | None = None
     kept: bool | None = None
     unasked: int | None = None
+    preference: float | None = None
     features: list[float] | None = Field(default=None, repr=False)
 
 

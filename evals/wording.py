@@ -30,6 +30,7 @@ METRICS: dict[str, Metric] = {
     "drift": Metric("drift", less_is_better=True),
     "quality": Metric("CLIP-IQA"),
     "aesthetic": Metric("aesthetic"),
+    "preference": Metric("preference"),
     "diversity": Metric("diversity", 3),
     "reward": Metric("critic's reward"),
     "estimate_bias": Metric("estimate bias", less_is_better=True),

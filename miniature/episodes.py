@@ -132,15 +132,19 @@ def _told(rng: Rng, scene: Scene) -> str:
 
 
 def critic_example(rng: Rng, folds: tuple[int, ...], score_only: float = 0.12) -> Example:
-    """A rendered scene, a prompt that may or may not fit it, and the law's reading of it.
-
-    The prompt is of fold 0 only where that is among `folds`.
-    """
+    """A rendered scene, a prompt that may or may not fit it, and the law's reading of it."""
     scene = world.sample_scene(rng, folds)
-    pixels = world.render(scene)
+    return critique_of(rng, scene, world.render(scene), score_only)
+
+
+def critique_of(rng: Rng, scene: Scene, pixels: NDArray[np.uint8], score_only: float = 0.0) -> Example:
+    """A picture of a scene, a prompt that may or may not fit it, and the law's reading of it.
+
+    The prompt is of fold 0 only where the scene is.
+    """
     valence, arousal = law.affect(scene, pixels)
     prompt = _told(rng, scene)
-    while held_out(prompt) and 0 not in folds:
+    while held_out(prompt) and scene.fold:
         prompt = _told(rng, scene)
     wanted, target = _draw_target(rng)
     task = f"prompt: {prompt}\ntarget: {target}\n"
