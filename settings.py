@@ -54,6 +54,8 @@ class GeneratorSettings(_Section):
     adapter: str | None = None
     #: How strongly the adapter speaks: 0 is the base model.
     adapter_scale: float = 1.0
+    #: Of a distilled artifact only its emotion tokens, or only its LoRA; None is the whole.
+    adapter_part: Literal["tokens", "lora"] | None = None
     #: How strongly its visual prompts do, where it has some: 0 leaves them out.
     visual_scale: float = 1.0
     #: How far guidance goes along what they change, as a multiple of the text's; other than 1 takes a third pass.

@@ -53,6 +53,12 @@ def eval_(
             "--allow-reward-judge", help="Let a judge speak that gave the reward; the report says so."
         ),
     ] = False,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again", help="Read a suite that this release was read on before; the ledger says so."
+        ),
+    ] = False,
     home: opt.Home = None,
     as_json: opt.AsJson = False,
     set_: opt.Set = None,
@@ -84,6 +90,7 @@ def eval_(
         adapter=adapter,
         allow_reward_judge=allow_reward_judge,
         limit=limit,
+        again=again,
         # `--adapter` is an arm here, not a setting of every arm.
         settings=opt.overrides({**context.params, "adapter": None}),
     )

@@ -12,7 +12,16 @@ from rich.table import Table
 from ..evals.wording import METRICS, interval, number, shown
 
 #: Columns of the terminal's table; the report has all.
-_SHOWN = ("error", "error_reduction", "amortisation", "subject_accuracy", "alignment", "images", "lvlm_calls")
+_SHOWN = (
+    "error",
+    "error_reduction",
+    "amortisation",
+    "subject_accuracy",
+    "content_kept",
+    "estimate_bias",
+    "images",
+    "lvlm_calls",
+)
 
 
 def show(document: dict[str, Any], folder: Path) -> None:

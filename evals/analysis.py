@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
+from ..domain import Critique
 from ..tools.measures import diversity
 from . import metrics
 from .metrics import mean
 from .records import Row
 from .stats import Estimate, difference, estimate, sign_test
+from .suites import Suite
 from .wording import METRICS
 
 #: How far a guard may fall before it counts: 3 points of alignment or subject accuracy, a fifth of diversity.
@@ -25,10 +27,13 @@ _PARTS = (
     ("selection", "picking the best of as many images", "base", "best_of_n"),
     ("words", "knowing the words: one rewrite, no feedback", "base", "rewrite"),
     ("both", "one rewrite and picking the best", "base", "rewrite_best_of_n"),
-    ("feedback", "what the loop adds to both", "rewrite_best_of_n", "loop"),
+    ("variety", "as many rewrites as images", "rewrite_best_of_n", "diverse_best_of_n"),
     ("total", "the loop", "base", "loop"),
     ("teachable", "the loop's prompt without its selection", "base", "teacher"),
 )
+
+#: What feedback is measured against: the nearest arm without any that a suite has.
+_WITHOUT_FEEDBACK = ("diverse_best_of_n", "rewrite_best_of_n")
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,15 @@ class Column:
         return estimate([self.values], self.clusters)
 
 
-def of_request(row: Row, pace: Mapping[str, float] | None = None) -> dict[str, float | None]:
+def of_request(
+    row: Row, pace: Mapping[str, float] | None = None, budget: int | None = None
+) -> dict[str, float | None]:
     """The metrics that one request has: means over what was handed over, and the cost of one such image.
 
     Args:
         row: The row.
         pace: Seconds for one `image`, `critique` and `rewrite`; without it there are no seconds.
+        budget: Images that an arm that selects may make; without it there is no `images_to_target`.
     """
     target = row.request.target
     readings = [reading for reading in row.readings if reading]
@@ -66,6 +74,10 @@ def of_request(row: Row, pace: Mapping[str, float] | None = None) -> dict[str, f
         seen = mean(getattr(reading, name) for reading in guards)
         return mean(getattr(reading, name) for reading in readings) if seen is None else seen
 
+    led = [
+        (count, reading and metrics.error(reading, target))
+        for (count, _), reading in zip(row.leaders, row.led, strict=True)
+    ]
     features = [reading.features for reading in row.guard if reading and reading.features]
     errors = [metrics.axis_errors(reading, target) for reading in readings]
     return {
@@ -79,9 +91,29 @@ def of_request(row: Row, pace: Mapping[str, float] | None = None) -> dict[str, f
         "aesthetic": looks("aesthetic"),
         "preference": looks("preference"),
         "diversity": float(diversity(np.array(features))) if len(features) > 1 else None,
+        "content_kept": looks("kept"),
+        "drift": looks("unasked"),
         "reward": mean(one.reward for one in row.handed_over),
+        "estimate_bias": mean(_bias(row)),
+        **{
+            f"error_at_{images}": metrics.error_at(images, led)
+            for images in metrics.IMAGES
+            if budget is None or images <= budget
+        },
+        "images_to_target": None if budget is None else metrics.images_to_target(led, budget),
         **_cost(row, pace or {}),
     }
+
+
+def _bias(row: Row) -> Iterator[float | None]:
+    """The judge's error minus the critic's on each image handed over: above 0 the critic is too pleased with it."""
+    target = row.request.target
+    for one, reading in zip(
+        row.handed_over, row.readings, strict=False
+    ):  # one without a picture has a reading alone
+        ours = metrics.error(one.critique, target) if isinstance(one.critique, Critique) else None
+        theirs = metrics.error(reading, target) if reading else None
+        yield None if ours is None or theirs is None else theirs - ours
 
 
 def _cost(row: Row, pace: Mapping[str, float]) -> dict[str, float | None]:
@@ -98,14 +130,14 @@ def _cost(row: Row, pace: Mapping[str, float]) -> dict[str, float | None]:
     }
 
 
-def of_sweeps(rows: Sequence[Row]) -> dict[str, Column]:
-    """τ and smoothness of one arm's rows, one unit for each sweep.
+def of_sweeps(rows: Sequence[Row], suite: Suite | None = None) -> dict[str, Column]:
+    """τ and smoothness of one arm's rows, one unit for each sweep: those that the suite declares, else all found.
 
     An arm that hands over several images has as many sweeps of the same noise; their mean is the sweep's
     value.
     """
     found: defaultdict[str, list[tuple[float | None, str, str]]] = defaultdict(list)
-    for axis, places in metrics.sweeps([row.request for row in rows]):
+    for axis, places in metrics.sweeps([row.request for row in rows], suite and suite.declared):
         chosen = [rows[place] for place in places]
         wanted = [getattr(row.request.target, axis) for row in chosen]
         taus, steps = [], []
@@ -126,20 +158,23 @@ class Table:
     Args:
         rows: From the runner.
         pace: Seconds for one image, critique and rewrite.
+        suite: What was asked: its budget, kinds and sweeps.
     """
 
-    def __init__(self, rows: Sequence[Row], pace: Mapping[str, float] | None = None) -> None:
-        self.rows = list(rows)
+    def __init__(
+        self, rows: Sequence[Row], pace: Mapping[str, float] | None = None, suite: Suite | None = None
+    ) -> None:
+        self.rows, self.suite = list(rows), suite
         self.arms = list(dict.fromkeys(row.arm for row in rows))
         self.columns: dict[str, dict[str, Column]] = {}
         for arm in self.arms:
             mine = [row for row in rows if row.arm == arm]
-            values = [of_request(row, pace) for row in mine]
+            values = [of_request(row, pace, suite and suite.budget) for row in mine]
             units, clusters = [row.request.id for row in mine], [row.request.prompt for row in mine]
             columns = {key: Column([v[key] for v in values], units, clusters) for key in values[0]}
             self.columns[arm] = {
                 key: column
-                for key, column in (columns | of_sweeps(mine)).items()
+                for key, column in (columns | of_sweeps(mine, suite)).items()
                 if any(value is not None for value in column.values)
             }
 
@@ -196,24 +231,64 @@ class Table:
             for arm, columns in self.columns.items()
         }
         for arm in self.arms:
+            if (gap := self.paraphrase_gap(arm)).value is not None:
+                found[arm]["paraphrase_gap"] = gap
             if arm != "base" and self.has(arm, "base"):
                 found[arm]["error_reduction"] = self.error_reduction(arm)
             if self.has(arm, "base", "loop"):
                 found[arm]["amortisation"] = self.amortisation(arm)
         return found
 
-    def change(self, before: str, after: str) -> dict[str, Any]:
+    def change(self, before: str, after: str, metric: str = "error") -> dict[str, Any]:
         """The fall of the error from one arm to another: the paired estimate and the sign test's p."""
-        found, p = self.difference("error", before, after)
+        found, p = self.difference(metric, before, after)
         return {**asdict(found), "p": p}
+
+    def kinds(self) -> dict[str, dict[str, Estimate]]:
+        """kind of prompt → arm → error, where the suite names kinds."""
+        kind_of = self.suite.kinds if self.suite else {}
+        found: dict[str, dict[str, Estimate]] = {}
+        for kind in dict.fromkeys(filter(None, kind_of.values())):
+            for arm in (arm for arm in self.arms if self.has(arm)):
+                column = self.columns[arm]["error"]
+                values = [
+                    value if kind_of[prompt] == kind else None
+                    for value, prompt in zip(column.values, column.clusters, strict=True)
+                ]
+                found.setdefault(kind, {})[arm] = estimate([values], column.clusters)
+        return found
+
+    def paraphrase_gap(self, arm: str) -> Estimate:
+        """Error of paraphrases minus error of the prompts that they restate, target by target."""
+        restated = self.suite.restated if self.suite else {}
+        mine = [row for row in self.rows if row.arm == arm]
+        errors = {(row.request.prompt, row.request.target): of_request(row)["error"] for row in mine}
+        asked = [
+            (it.prompt, restated[it.prompt], it.target)
+            for it in (row.request for row in mine)
+            if it.prompt in restated
+        ]
+        ours = [errors[prompt, target] for prompt, _, target in asked]
+        theirs = [errors.get((plain, target)) for _, plain, target in asked]
+        return difference(ours, theirs, [plain for _, plain, _ in asked])
 
     def gains(self) -> list[dict[str, Any]]:
         """Where the loop's gain comes from, as falls of the error with paired intervals."""
         return [
-            {"part": part, "about": about, "from": before, "to": after, **self.change(before, after)}
-            for part, about, before, after in _PARTS
-            if self.has(before, after)
+            {"part": part, "about": about, "from": before, "to": after, **self.change(before, after, metric)}
+            for part, about, before, after, metric in [*((*it, "error") for it in _PARTS), *self._feedback()]
+            if self.has(before, after, metric=metric)
         ]
+
+    def _feedback(self) -> Iterator[tuple[str, str, str, str, str]]:
+        """What the loop adds to the nearest arm without feedback, in the end and at fewer images."""
+        without = next((arm for arm in _WITHOUT_FEEDBACK if self.has(arm)), None)
+        if without:
+            yield "feedback", f"what the loop adds to {without}", without, "loop", "error"
+        if without == _WITHOUT_FEEDBACK[0]:
+            for images in metrics.IMAGES:
+                about = f"the same after {images} images of each"
+                yield f"feedback_at_{images}", about, without, "loop", f"error_at_{images}"
 
     def comparisons(self) -> list[dict[str, Any]]:
         """All pairs of arms: difference of the error (negative: the first is nearer), interval, sign test."""
@@ -238,7 +313,7 @@ def verdict(gains: Iterable[dict[str, Any]]) -> str | None:
             f"Feedback adds to selection and to knowing the words: it takes another {interval} off the error."
         )
     if part["high"] < 0:
-        return f"Feedback hurts here: the loop loses to one rewrite with as many images: {interval}."
+        return f"Feedback hurts here: the loop loses to {part['from']} at as many images: {interval}."
     return f"Feedback adds nothing that can be told from chance here: {interval} off the error."
 
 

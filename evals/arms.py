@@ -6,8 +6,10 @@ them. An arm with one round of its own has nothing to choose from and hands over
 mean, what one image is expected to be); any other hands over one, picked by the critic's reward.
 
 The controls are what makes a gain mean something: best-of-N at the loop's image budget (is it selection?),
-one rewrite without feedback (is it knowing the words?), both together (does feedback add anything?), and
-the teacher (what of it could weights learn?).
+one rewrite without feedback (is it knowing the words?), both together, as many different rewrites as images (does
+feedback add anything to exploring?), the teacher
+(what of it could weights learn?), a phrase looked up in the log (did weights learn more than that?), and a reader that
+looks at no picture (what does the suite give for nothing?).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import inspect
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,11 @@ from ..domain import RunResult, RunStatus, UserError
 from ..events import Critiqued, Event, Rewritten, RunStarted
 from ..graph.loop import Loop
 from ..graph.state import Context, candidate_seed
-from ..settings import read_set
+from ..settings import Settings, merged, read_set
 from ..tools.registry import resolve
 from ..traces.fold import answers
-from .records import Cost, Row
+from .lookup import Phrases
+from .records import Cost, Reading, Row
 from .reuse import Reuse, digest
 from .suites import Request, Suite
 
@@ -66,10 +70,16 @@ class Harness:
         loop: Over the models of the arms.
         suite: Rounds and images.
         reuse: Wrapped around the loop's parts.
+        log: Whose log `lookup` reads: the runs that distillation learns from.
     """
 
-    def __init__(self, loop: Loop, suite: Suite, reuse: Reuse) -> None:
-        self.loop, self.suite, self.reuse = loop, suite, reuse
+    def __init__(self, loop: Loop, suite: Suite, reuse: Reuse, log: Settings) -> None:
+        self.loop, self.suite, self.reuse, self.log = loop, suite, reuse, log
+
+    @cached_property
+    def phrases(self) -> Phrases:
+        """What the log's rewrites added and how that was read."""
+        return Phrases.of_log(self.log)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -166,6 +176,18 @@ async def teacher(harness: Harness, request: Request, seed: int, name: str) -> R
     return replace(made, cost=replace(found.cost, images=found.cost.images + 1))
 
 
+async def constant(harness: Harness, request: Request, seed: int, name: str) -> Row:
+    """No picture at all: a reader that says (0, 0) to everything. A suite's error without looking."""
+    return Row(name, request, readings=[Reading(valence=0.0, arousal=0.0)])
+
+
+async def lookup(harness: Harness, request: Request, seed: int, name: str) -> Row:
+    """The neutral prompt with the phrase of the log whose reading was nearest to the target, as plain text."""
+    phrase = harness.phrases.nearest(request.target)
+    arm = Arm(name, {"rewriter": "keep", "rewrite_first": True, "rounds": 1})
+    return await harness.run(arm, request, seed, start=f"{request.prompt}{phrase}")
+
+
 #: Arms by name.
 ARMS = {
     name: Arm(name, options)
@@ -174,9 +196,19 @@ ARMS = {
         "rewrite": {"rewriter": "one_shot", "rewrite_first": True, "rounds": 1},
         "best_of_n": {"rewriter": "keep", "exhaust": True},
         "rewrite_best_of_n": {"rewriter": "one_shot", "rewrite_first": True, "exhaust": True},
+        # A round has no more prompts than images: one for each.
+        "diverse_best_of_n": {
+            "rewriter": "diverse",
+            "rewrite_first": True,
+            "exhaust": True,
+            "proposals": 256,
+        },
         "loop": {},
     }.items()
-} | {"teacher": Arm("teacher", answer=teacher)}
+} | {arm.__name__: Arm(arm.__name__, answer=arm) for arm in (teacher, constant, lookup)}
+
+#: How a part of an adapter is named, `tokens_of_NAME`.
+PARTS = ("tokens", "lora")
 
 
 def load_arm(spec: str, adapters: dict[str, Path]) -> Arm:
@@ -184,8 +216,9 @@ def load_arm(spec: str, adapters: dict[str, Path]) -> Arm:
 
     Args:
         spec: A name in `ARMS`; a name in `adapters` (one pass of the neutral prompt on those weights);
-            `loop_on_NAME` (the loop on them); a dotted path to a function like `teacher`; any of these may
-            be given a name of its own, `mine=pkg.mod:arm`. `mine=FOLDER` is an adapter, and
+            `loop_on_NAME` (the loop on them); `tokens_of_NAME` or `lora_of_NAME` (one pass of that part alone); a
+            dotted path to a function like `teacher`; any of these may be given a name of its own,
+            `mine=pkg.mod:arm`. `mine=FOLDER` is an adapter, and
             `mine=KEY=VALUE,…` the loop with these settings: those of a run by their names, any other as
             `section.key`, and `adapter=FOLDER`.
         adapters: Name → artifact folder.
@@ -199,13 +232,18 @@ def load_arm(spec: str, adapters: dict[str, Path]) -> Arm:
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"arm name {name!r}: letters, digits and . + - _ are allowed")
     on_adapter = what.removeprefix("loop_on_")
+    part, _, whole = what.partition("_of_")
     if "=" in what:
         return _of_settings(name, what.split(","))
     if what in ARMS:
         return replace(ARMS[what], name=name)
     if on_adapter in adapters:
         return Arm(name, ARMS["base" if on_adapter == what else "loop"].options, _on(adapters[on_adapter]))
-    if on_adapter == "adapter":
+    if part in PARTS and whole in adapters:
+        return Arm(
+            name, ARMS["base"].options, merged(_on(adapters[whole]), {"generator": {"adapter_part": part}})
+        )
+    if "adapter" in (on_adapter, whole):
         raise UserError(f"arm {what!r} needs an adapter: --adapter DIR")
     if given and ":" not in what:
         return Arm(name, ARMS["base"].options, _on(Path(what)))

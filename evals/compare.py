@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..domain import UserError
-from .metrics import mean
-from .stats import difference, sign_test
+from .stats import difference, estimate, sign_test
 from .wording import METRICS
 
 
@@ -66,8 +65,8 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
                 {
                     "arm": arm,
                     "metric": metric,
-                    "a": mean(left),
-                    "b": mean(right),
+                    "a": estimate([left], clusters).value,
+                    "b": estimate([right], clusters).value,
                     **asdict(found),
                     "p": sign_test(right, left, clusters),
                     "better": (found.value < 0) == METRICS[metric].less_is_better if certain else None,

@@ -31,6 +31,7 @@ class Options:
         suite: Name or path.
         arms: Instead of the suite's.
         more_arms: Beside those.
+        again: Read a suite that this release was read on before.
         judge: Headline judge instead of the suite's.
         guard: Guard instead of the suite's.
         adapter: Folder behind the arms `adapter` and `loop_on_adapter`.
@@ -48,6 +49,7 @@ class Options:
     limit: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     more_arms: list[str] = field(default_factory=list)
+    again: bool = False
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Plan:
 def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
     """The report as one JSON document."""
     suite = ready.suite
-    table = analysis.Table(outcome.rows, outcome.pace)
+    table = analysis.Table(outcome.rows, outcome.pace, suite)
     estimates = table.estimates()
     gains = table.gains()
     trained = [arm.name for arm in ready.arms if arm.adapter]
@@ -98,6 +100,9 @@ def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
                 **_losses([row for row in outcome.rows if row.arm == arm.name]),
             }
             for arm in ready.arms
+        },
+        "kinds": {
+            kind: {arm: asdict(found) for arm, found in arms.items()} for kind, arms in table.kinds().items()
         },
         "measures": {name: asdict(found) for name, found in outcome.measures.items()},
         "gains": gains,
@@ -142,4 +147,5 @@ def _command(options: Options) -> str:
     words = [f"--{flag} {value}" for flag, value in given.items() if value is not None]
     words += [f"--arm {arm}" for arm in options.more_arms]
     words += ["--allow-reward-judge"] if options.allow_reward_judge else []
+    words += ["--again"] if options.again else []
     return " ".join(["emoloop", "eval", options.suite, *words])

@@ -20,9 +20,11 @@ from ..graph.state import Context
 from ..settings import load_settings, merged, pruned
 from ..tools.children import GuardedProcess
 from ..tools.registry import resolve
-from .arms import load_arm
+from .arms import load_arm, lookup
 from .document import Options, Plan, describe
 from .judges import conflict, load_judge, reward_sources
+from .ledger import check, record, release_of
+from .lookup import Phrases
 from .records import Outcome
 from .report import write_report
 from .runner import run, settings_of
@@ -49,6 +51,8 @@ def plan(options: Options) -> Plan:
     for arm, its in zip(arms, ours, strict=True):
         resolve(Context(**arm.options).over(its.loop)["rewriter"], REWRITERS, "rewriter")
     twice = [name for name, count in Counter(arm.name for arm in arms).items() if count > 1]
+    if any(arm.answer is lookup for arm in arms):
+        Phrases.of_log(settings)
     if twice:
         raise UserError(f"two arms are called {twice[0]!r}: name one of them, NAME={twice[0]}")
     spec = options.judge or suite.judge
@@ -84,10 +88,14 @@ def evaluate(
         The document (with `figures`) and the rows behind it.
 
     Raises:
-        UserError: As `plan`; or `out` cannot be written.
+        UserError: As `plan`; `out` cannot be written; or the suite is read once and was.
         Failure: An arm answered nothing at all; what is made is kept.
     """
     ready = plan(options)
+    ledger = ready.suite.ledger
+    release = ledger and release_of(settings_of(ready.settings, arm.models) for arm in ready.arms)
+    if ledger and release:
+        check(ledger, ready.suite.name, release, options.again)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,6 +107,8 @@ def evaluate(
     )
     document = describe(ready, outcome, options)
     write_report(document, outcome, out)
+    if ledger and release:
+        record(ledger, document, release, options.again)
     return document, outcome
 
 

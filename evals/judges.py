@@ -79,7 +79,7 @@ class Judge(Protocol):
 
 
 class PixelReader(Protocol):
-    """The simple form, pixels only. `subject_of`, `alignment` and `version` are used where they exist."""
+    """The simple form, pixels only. `subject_of`, `alignment`, `content` and `version` are used where they exist."""
 
     def read(self, images: list[Image]) -> Sequence[Any]:
         """Readings with `valence` and `arousal`, and perhaps `category`, `subject`, `features`."""
@@ -110,7 +110,10 @@ class PixelJudge:
         self.reader, self.name, self.batch = reader, name, batch
         # What it reads follows from its weights and from the rule that turns them into numbers.
         told = getattr(reader, "version", None)
-        self.version = "-".join(str(part) for part in (told, _weights(reader)) if part is not None) or "1"
+        content = "content 1" if hasattr(reader, "content") else None
+        self.version = (
+            "-".join(str(part) for part in (told, content, _weights(reader)) if part is not None) or "1"
+        )
         kind = type(reader)
         self.models = frozenset({name, f"{kind.__module__}:{kind.__qualname__}"})
 
@@ -121,16 +124,20 @@ class PixelJudge:
     def _read(self, items: Sequence[Item]) -> list[Reading | None]:
         images = [item.open() for item in items]
         subject_of = getattr(self.reader, "subject_of", lambda _: None)
+        content_of = getattr(self.reader, "content", lambda *_: (None, None))
         aligned = self._aligned(items, images)
         readings: list[Reading | None] = []
         for item, seen, alignment in zip(items, self.reader.read(images), aligned, strict=True):
             said = {name: getattr(seen, name, None) for name in ("valence", "arousal", "category", "subject")}
             asked, features = subject_of(item.prompt), getattr(seen, "features", None)
+            kept, unasked = content_of(seen, item.prompt)
             readings.append(
                 Reading(
                     **said,
                     subject_right=None if None in (asked, said["subject"]) else said["subject"] == asked,
                     alignment=alignment,
+                    kept=kept,
+                    unasked=unasked,
                     features=None if features is None else [round(float(value), 5) for value in features],
                 )
             )

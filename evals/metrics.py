@@ -7,14 +7,14 @@ None and never 0: a missing reading must not look like a perfect or a hopeless o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 from scipy.spatial.distance import cosine
 from scipy.stats import kendalltau
 
-from ..domain import EmotionTarget
+from ..domain import Critique, Emotion, EmotionTarget
 from .records import Reading
 from .suites import Request
 
@@ -25,7 +25,7 @@ def mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(kept)) if kept else None
 
 
-def axis_errors(reading: Reading, target: EmotionTarget) -> tuple[float | None, float | None]:
+def axis_errors(reading: Reading | Critique, target: EmotionTarget) -> tuple[float | None, float | None]:
     """(|valence - wanted|, |arousal - wanted|); None on an axis that is not wanted or was not read."""
 
     def off(read: float | None, wanted: float | None) -> float | None:
@@ -35,12 +35,41 @@ def axis_errors(reading: Reading, target: EmotionTarget) -> tuple[float | None, 
     return off(reading.valence, valence), off(reading.arousal, arousal)
 
 
-def error(reading: Reading, target: EmotionTarget) -> float | None:
+def error(reading: Reading | Critique, target: EmotionTarget) -> float | None:
     """|ΔV| + |ΔA| over the wanted axes; None where a wanted axis was not read."""
     errors = axis_errors(reading, target)
     if any(off is None for off, wanted in zip(errors, target.point, strict=True) if wanted is not None):
         return None
     return sum(off for off in errors if off is not None)
+
+
+#: Counts of images at which the error is told.
+IMAGES = (1, 2, 4, 8, 12, 24)
+
+#: A picture has reached its target where |ΔV| + |ΔA| by the judge is no more than this.
+NEAR = 0.5
+
+
+def error_at(images: int, led: Sequence[tuple[int, float | None]]) -> float | None:
+    """The error of what would have been handed over after so many images.
+
+    Args:
+        images: How many.
+        led: (images so far, error) each time that the critic's favourite changes; None where nobody read it.
+    """
+    so_far = [error for count, error in led if count <= images]
+    return so_far[-1] if so_far else None
+
+
+def images_to_target(led: Sequence[tuple[int, float | None]], budget: int) -> float | None:
+    """Images until the critic's favourite lies within `NEAR` of the target, by the judge.
+
+    An answer that never does counts the whole budget, so a mean over requests says how many images are spent on
+    one (the restricted mean of survival analysis), and is no mean over the lucky ones.
+    """
+    if not led or any(error is None for _, error in led):
+        return None
+    return float(next((count for count, error in led if error is not None and error <= NEAR), budget))
 
 
 def emotion_right(reading: Reading, target: EmotionTarget) -> float | None:
@@ -86,19 +115,29 @@ def amortisation(base: np.ndarray, student: np.ndarray, loop: np.ndarray) -> np.
     return (base - student) / (base - loop)
 
 
-def sweeps(requests: Sequence[Request]) -> list[tuple[str, list[int]]]:
-    """Every sweep hidden in the requests: one prompt, one axis over 3 values or more, the rest equal.
+#: One line through the targets of a prompt: (axis, prompt, value of the other axis, category).
+Line = tuple[str, str, float | None, Emotion | None]
+
+
+def sweeps(
+    requests: Sequence[Request], declared: Mapping[Line, Collection[float]] | None = None
+) -> list[tuple[str, list[int]]]:
+    """The sweeps of some requests: one prompt, one axis over 3 values or more, the rest equal.
+
+    Args:
+        requests: The requests.
+        declared: The values of each line that counts; without it every line that is found counts.
 
     Returns:
         ("valence" | "arousal", places in `requests` in rising order of that axis).
     """
-    found: dict[tuple, dict[float, int]] = {}
+    found: dict[Line, dict[float, int]] = {}
     for place, request in enumerate(requests):
         target = request.target
         for axis, other in (("valence", "arousal"), ("arousal", "valence")):
             value = getattr(target, axis)
-            if value is not None:
-                key = (axis, request.prompt, getattr(target, other), target.category)
+            key = (axis, request.prompt, getattr(target, other), target.category)
+            if value is not None and (not declared or value in declared.get(key, ())):
                 found.setdefault(key, {})[value] = place
     return [
         (key[0], [places[value] for value in sorted(places)])

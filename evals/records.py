@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..domain import Candidate, Emotion, RunResult
 from .stats import Estimate
-from .suites import Request
+from .suites import Request, Suite
 
 
 class Reading(BaseModel):
@@ -25,6 +26,9 @@ class Reading(BaseModel):
         alignment: How much of the neutral prompt is in the picture, 0 to 1.
         quality: CLIP-IQA, 0 to 1.
         aesthetic: Score of an aesthetic head, on the head's own scale.
+        kept: Whether every companion and attribute that the neutral prompt names is in the picture; None where it
+            names none.
+        unasked: How many companions and weathers are in the picture that the neutral prompt does not name.
         preference: Which picture people would choose for the prompt, on the scorer's own scale.
         features: A description of the picture for distances.
     """
@@ -39,6 +43,8 @@ class Reading(BaseModel):
     alignment: float | None = None
     quality: float | None = None
     aesthetic: float | None = None
+    kept: bool | None = None
+    unasked: int | None = None
     preference: float | None = None
     features: list[float] | None = Field(default=None, repr=False)
 
@@ -76,6 +82,7 @@ class Row:
         failure: Why nothing was handed over.
         readings: The judge's reading of each image handed over; None where it could not say.
         guard: The guard's reading of each image in `siblings`.
+        led: The judge's reading of each image in `leaders`.
     """
 
     arm: str
@@ -86,6 +93,7 @@ class Row:
     failure: str | None = None
     readings: list[Reading | None] = field(default_factory=list)
     guard: list[Reading | None] = field(default_factory=list)
+    led: list[Reading | None] = field(default_factory=list)
 
     @property
     def run_id(self) -> str | None:
@@ -112,6 +120,25 @@ class Row:
         return [candidate for candidate in self.made if candidate.prompt == self.prompt]
 
     @property
+    def leaders(self) -> list[tuple[int, Candidate]]:
+        """What an arm that selects would have handed over if it had stopped earlier: (images so far, candidate).
+
+        One entry each time that the critic's favourite changes, the earliest among equals; what is handed over
+        stands last. Empty for an arm that does not select.
+        """
+        if len(self.handed_over) != 1 or not self.cost.critiques:
+            return []
+        [delivered], best = self.handed_over, -math.inf
+        found: list[tuple[int, Candidate]] = []
+        for count, one in enumerate(self.made, start=1):
+            if one.reward is not None and one.reward > best:
+                best = one.reward
+                found.append((count, one))
+        if not found or found[-1][1].sha256 != delivered.sha256:
+            found.append((len(self.made), delivered))
+        return found
+
+    @property
     def guard_of_delivered(self) -> list[Reading | None]:
         """The guard's readings of what was handed over."""
         by_sha = {one.sha256: reading for one, reading in zip(self.siblings, self.guard, strict=True)}
@@ -131,6 +158,7 @@ class Outcome:
         seconds: Wall clock.
         pace: Seconds for one image, critique and rewrite, in full batches on this device.
         measures: The suite's further figures.
+        suite: What was asked.
     """
 
     rows: list[Row]
@@ -141,3 +169,4 @@ class Outcome:
     seconds: float
     pace: dict[str, float]
     measures: dict[str, Estimate] = field(default_factory=dict)
+    suite: Suite | None = None

@@ -10,6 +10,7 @@ import base64
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from ..traces.blobs import BlobStore
 from . import metrics
 from .analysis import of_request
 from .records import Outcome, Row
-from .wording import COSTS, METRICS, interval, number, target_words
+from .suites import Suite
+from .wording import COSTS, CURVE, METRICS, interval, number, target_words
 
 #: Sweeps shown for each axis, and cases at each end.
 STRIPS, CASES = 3, 3
@@ -35,7 +37,8 @@ def write_report(document: dict[str, Any], outcome: Outcome, out: Path) -> None:
         outcome: The rows behind it.
         out: Folder, existing.
     """
-    rows = [flat_row(row, outcome.pace) for row in outcome.rows]
+    budget = outcome.suite and outcome.suite.budget
+    rows = [flat_row(row, outcome.pace, budget) for row in outcome.rows]
     (out / "report.json").write_text(
         json.dumps({**document, "rows": rows}, indent=1, ensure_ascii=False, allow_nan=False),
         encoding="utf-8",
@@ -48,7 +51,7 @@ def write_report(document: dict[str, Any], outcome: Outcome, out: Path) -> None:
     (out / "report.html").write_text(render(document, outcome), encoding="utf-8")
 
 
-def flat_row(row: Row, pace: dict[str, float]) -> dict[str, Any]:
+def flat_row(row: Row, pace: dict[str, float], budget: int | None) -> dict[str, Any]:
     """One arm × request as plain values."""
     target = row.request.target
     return {
@@ -61,7 +64,7 @@ def flat_row(row: Row, pace: dict[str, float]) -> dict[str, Any]:
         "run_id": row.run_id,
         "failure": row.failure,
         "delivered_prompt": row.prompt,
-        **of_request(row, pace),
+        **of_request(row, pace, budget),
         "shots": [one.sha256 for one in row.handed_over],
         "readings": [
             reading and reading.model_dump(mode="json", exclude={"features"}, exclude_none=True)
@@ -91,23 +94,38 @@ def render(document: dict[str, Any], outcome: Outcome) -> str:
         lstrip_blocks=True,
     )
     environment.globals |= {"number": number, "interval": interval, "about": METRICS, "getattr": getattr}
-    environment.filters["target"] = target_words
+    environment.filters |= {"target": target_words, "log2": math.log2}
     environment.filters["uri"] = cache(partial(data_uri, BlobStore(outcome.home / "blobs")))
     shown = [key for key in METRICS if any(key in arm["metrics"] for arm in document["arms"].values())]
     return environment.get_template("report.html.jinja").render(
         doc=document,
-        metrics=[key for key in shown if key not in COSTS],
+        metrics=[key for key in shown if key not in (*COSTS, *CURVE)],
         cost_metrics=[key for key in shown if key in COSTS],
         planes=planes(outcome.rows),
-        strips=strips(outcome.rows),
+        curves=curves(document),
+        counts=metrics.IMAGES,
+        strips=strips(outcome.rows, outcome.suite),
         cases=cases(outcome.rows),
     )
+
+
+def curves(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The error after 1 … 24 images of each arm that selects; of any other its error, a level to compare with."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, arm in document["arms"].items():
+        told = arm["metrics"]
+        along = zip(metrics.IMAGES, CURVE, strict=True)
+        points = [(images, told[key]["value"]) for images, key in along if key in told]
+        if "error" in told:
+            level = [(images, told["error"]["value"]) for images in (metrics.IMAGES[0], metrics.IMAGES[-1])]
+            found[name] = {"points": points or level, "selects": bool(points)}
+    return found if any(curve["selects"] for curve in found.values()) else {}
 
 
 def planes(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """For each arm the valence-arousal plane: where it was to go and where the judge saw it."""
     found: dict[str, dict[str, Any]] = {}
-    for row in rows:
+    for row in (row for row in rows if row.made):
         plane = found.setdefault(row.arm, {"arm": row.arm, "targets": set(), "points": []})
         wanted = row.request.target.point
         if None not in wanted:
@@ -118,10 +136,11 @@ def planes(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{**plane, "targets": sorted(plane["targets"])} for plane in found.values() if plane["points"]]
 
 
-def strips(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def strips(rows: Sequence[Row], suite: Suite | None = None) -> list[dict[str, Any]]:
     """Sweeps as picture strips: for each of a few, one line of rows an arm, whose first images are shown."""
     by_arm = {arm: [row for row in rows if row.arm == arm] for arm in dict.fromkeys(row.arm for row in rows)}
-    sweeps = metrics.sweeps([row.request for row in next(iter(by_arm.values()), [])])
+    requests = [row.request for row in next(iter(by_arm.values()), [])]
+    sweeps = metrics.sweeps(requests, suite and suite.declared)
     found = []
     for axis, other in (("valence", "arousal"), ("arousal", "valence")):
         for places in [places for swept, places in sweeps if swept == axis][:STRIPS]:

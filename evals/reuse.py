@@ -239,7 +239,8 @@ class _Rewriter:
         self.name, self.model, self.prompt_id = inner.name, inner.model, inner.prompt_id
 
     def __getattr__(self, name: str) -> Any:
-        # `propose` and `one_prompt`, where the rewriter has them.
+        # `propose` and `one_prompt`, where the rewriter has them. Several prompts are sampled with the run's own
+        # seed, so the run's own log is the only place to find them again.
         return getattr(self._inner, name)
 
     async def rewrite(

@@ -74,7 +74,7 @@ async def open_harness(
         models: What these arms set besides.
         lvlm: A chat model instead of the settings' one.
     """
-    settings = settings_of(settings, models or {})
+    log, settings = settings, settings_of(settings, models or {})
     async with open_loop(settings, lvlm=lvlm) as loop:
         critic, rewriter = loop.parts.critic, loop.parts.rewriter(settings.loop.rewriter)
         model: Any = settings.lvlm.model
@@ -86,12 +86,12 @@ async def open_harness(
             "name": critic.model,
             "prompts": [critic.prompt.id, rewriter.prompt_id],
             "samples": critic.samples,
-            "temperature": settings.lvlm.temperature,
+            "temperature": [settings.lvlm.temperature, settings.lvlm.rewriter_temperature],
             "max_tokens": settings.lvlm.max_tokens,
         }
         reuse = Reuse(loop.parts, reader)
         try:
-            yield Harness(loop, suite, reuse)
+            yield Harness(loop, suite, reuse, log)
         finally:
             await reuse.aclose()
 
@@ -127,7 +127,7 @@ async def run(
     requests = [request for request in suite.requests if request.prompt in prompts]
     kept = Kept(home_of(settings) / "cache")
     rows: dict[tuple[str, str], Row] = {}
-    outcome = Outcome([], home_of(settings), {}, {}, 0, 0.0, {})
+    outcome = Outcome([], home_of(settings), {}, {}, 0, 0.0, {}, suite=suite)
     step = partial(progress.advance, progress.add_task("requests × arms", total=len(requests) * len(arms)))
     groups = {json.dumps(arm.models, sort_keys=True): arm.models for arm in arms}
     for models in groups.values():
@@ -143,8 +143,9 @@ async def run(
                 measure = resolve(suite.measures, {}, "measures")
                 outcome.measures = await measure(harness.loop.parts, group, outcome.pace)
             outcome.made += harness.reuse.fresh
-            adapter = next((arm.adapter for arm in here if len(models) == 1 and arm.adapter), None)
-            label = str(adapter) if adapter else json.dumps(models) if models else ""
+            adapter = models.get("generator", {}).get("adapter")
+            alone = models == {"generator": {"adapter": adapter}}
+            label = adapter if alone else json.dumps(models) if models else ""
             outcome.generators[label] = harness.reuse.generator.describe()
             outcome.identity = {**harness.identity, **outcome.identity}
     outcome.rows = [rows[arm.name, request.id] for arm in arms for request in requests]
@@ -192,10 +193,12 @@ async def read(
     blobs: BlobStore,
     progress: Progress,
 ) -> None:
-    """Fill `readings` and `guard` of the rows; an image that was read before is not read again."""
-    handed_over = [(row.request, row.handed_over) for row in rows]
-    for row, readings in zip(rows, await _read(judge, handed_over, kept, blobs, progress), strict=True):
-        row.readings = readings
+    """Fill `readings`, `led` and `guard` of the rows; an image that was read before is not read again."""
+    shown = [(row.request, [*row.handed_over, *(one for _, one in row.leaders)]) for row in rows]
+    for row, readings in zip(rows, await _read(judge, shown, kept, blobs, progress), strict=True):
+        if row.handed_over:  # an arm without pictures has said what it reads
+            count = len(row.handed_over)
+            row.readings, row.led = readings[:count], readings[count:]
     siblings = [(row.request, row.siblings) for row in rows]
     for row, readings in zip(rows, await _read(guard, siblings, kept, blobs, progress), strict=True):
         row.guard = readings

@@ -2,7 +2,8 @@
 
 Images of one prompt resemble each other, so they are not independent evidence: the unit that is drawn again
 is the *neutral prompt* with all of its requests (a cluster bootstrap), never the single image. Differences
-between arms are taken within a request first, because all arms share prompts, targets and seeds.
+between arms are taken within a request first, because all arms share prompts, targets and seeds. Each prompt
+weighs the same, however many requests it has: what is to be known is how other prompts would fare.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def estimate(
     Args:
         columns: One or more equally long columns, one value for each request; None is missing.
         clusters: The cluster (neutral prompt) of each row.
-        statistic: Takes the mean of each column, vectorised, and gives the number; the default is the mean
-            of a single column.
+        statistic: Takes the mean of each column over clusters (each the mean of its rows), vectorised, and
+            gives the number; the default is the mean of a single column.
 
     Returns:
         The estimate. A statistic that is not finite on the data itself (a ratio over nothing) gives None.
@@ -74,16 +75,14 @@ def estimate(
     order: dict[Hashable, int] = {}
     index = np.array([order.setdefault(cluster, len(order)) for cluster, _ in rows])
     table = np.array([values for _, values in rows], dtype=float).T
-    # Sums and counts for each prompt: a prompt with more requests weighs more, as in the plain mean.
-    sums = [np.bincount(index, weights=column, minlength=len(order)) for column in table]
-    counts = np.bincount(index, minlength=len(order)).astype(float)
+    counts = np.bincount(index)
+    means = [np.bincount(index, weights=column) / counts for column in table]
 
     def of(*drawn: np.ndarray, axis: int = -1) -> np.ndarray:
-        total = drawn[-1].sum(axis=axis)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray(statistic(*(column.sum(axis=axis) / total for column in drawn[:-1])))
+            return np.asarray(statistic(*(column.mean(axis=axis) for column in drawn)))
 
-    value = float(of(*sums, counts))
+    value = float(of(*means))
     if not np.isfinite(value):
         return Estimate(None, n=len(rows), clusters=len(order))
     if len(order) < 2:
@@ -92,7 +91,7 @@ def estimate(
         # Where every prompt has the same value the interval has no width, which is right and needs no warning.
         warnings.simplefilter("ignore", DegenerateDataWarning)
         interval = bootstrap(
-            (*sums, counts),
+            means,
             of,
             paired=True,
             vectorized=True,
@@ -109,7 +108,7 @@ def estimate(
 def difference(
     ours: Sequence[float | None], theirs: Sequence[float | None], clusters: Sequence[Hashable]
 ) -> Estimate:
-    """Mean of `ours - theirs` over requests that have both, with its interval."""
+    """Mean of `ours - theirs` over requests that have both, each prompt weighing the same, with its interval."""
     return estimate([ours, theirs], clusters, lambda a, b: a - b)
 
 

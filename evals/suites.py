@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..domain import EmotionTarget, Score, UserError
+from ..domain import Emotion, EmotionTarget, Score, UserError
 from ..settings import read_yaml
 
 Words = Annotated[str, Field(min_length=1, max_length=2000)]
+Prompts = Annotated[list[Words], Field(min_length=1)]
 
 
 class _Part(BaseModel):
@@ -45,13 +46,13 @@ class Block(_Part):
     """Prompts × targets; targets come as a list, a grid, sweeps, or all of them.
 
     Attributes:
-        prompts: Neutral prompts.
+        prompts: Neutral prompts, or such lists by kind. The n-th `paraphrase` says what the n-th `place` says.
         targets: Targets as `{valence, arousal, category}`.
         grid: A grid of (valence, arousal).
         sweeps: Sweeps of one axis.
     """
 
-    prompts: list[Words] = Field(min_length=1)
+    prompts: Prompts | Annotated[dict[str, Prompts], Field(min_length=1)]
     targets: list[EmotionTarget] = []
     grid: Grid | None = None
     sweeps: list[Sweep] = []
@@ -61,6 +62,12 @@ class Block(_Part):
         if not self.points:
             raise ValueError("a block needs targets, a grid or sweeps")
         return self
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Each prompt's kind; empty where the suite names none."""
+        by_kind = self.prompts if isinstance(self.prompts, dict) else {"": self.prompts}
+        return {prompt: kind for kind, prompts in by_kind.items() for prompt in prompts}
 
     @property
     def points(self) -> list[EmotionTarget]:
@@ -103,6 +110,7 @@ class Suite(_Part):
         adapters: Further arms: name → distilled artifact (path from the suite's file, or absolute).
         judge: Headline judge: a name in the registry or a dotted path.
         guard: Second reader for alignment, diversity and smoothness; likewise.
+        ledger: Where each reading is recorded (path from the suite's file, or absolute); a release is read once.
         measures: Further figures: dotted path of an async function `(kit, rows, pace) -> {name: Estimate}`.
         settings: Overrides of emoloop's settings that belong to the suite, nested by section.
         blocks: The requests.
@@ -118,6 +126,7 @@ class Suite(_Part):
     adapters: dict[str, Path] = {}
     judge: str | None = None
     guard: str | None = None
+    ledger: Path | None = None
     measures: str | None = None
     settings: dict[str, dict[str, Any]] = {}
     blocks: list[Block] = Field(min_length=1)
@@ -136,7 +145,7 @@ class Suite(_Part):
             dict.fromkeys(
                 Request(prompt=prompt, target=target)
                 for block in self.blocks
-                for prompt in block.prompts
+                for prompt in block.kinds
                 for target in block.points
             )
         )
@@ -144,17 +153,47 @@ class Suite(_Part):
     @cached_property
     def sha256(self) -> str:
         """Content hash of what decides the figures: everything but the words about it."""
-        kept = self.model_dump(mode="json", exclude={"about", "arms", "adapters", "measures"})
+        kept = self.model_dump(mode="json", exclude={"about", "arms", "adapters", "ledger", "measures"})
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def kinds(self) -> dict[str, str]:
+        """Neutral prompt → its kind; empty where it has none."""
+        return {prompt: kind for block in self.blocks for prompt, kind in block.kinds.items()}
+
+    @cached_property
+    def restated(self) -> dict[str, str]:
+        """Each paraphrase and the plain prompt that it says in other words, where its block has both."""
+        blocks = (block.prompts for block in self.blocks if isinstance(block.prompts, dict))
+        pairs = (zip(block.get("paraphrase", ()), block.get("place", ()), strict=False) for block in blocks)
+        return dict(chain.from_iterable(pairs))
+
+    @cached_property
+    def declared(self) -> dict[tuple[str, str, float | None, Emotion | None], set[float]]:
+        """The values of each sweep that the suite declares: by axis, prompt, the other axis, no category."""
+        return {
+            (sweep.axis, prompt, sweep.other, None): set(sweep.values)
+            for block in self.blocks
+            for sweep in block.sweeps
+            for prompt in block.kinds
+        }
+
+    @property
+    def budget(self) -> int:
+        """Images that an arm that selects may make."""
+        return self.rounds * self.images
 
     def limited(self, count: int) -> Suite:
         """The suite with its first so many neutral prompts."""
         kept = list(dict.fromkeys(request.prompt for request in self.requests))[:count]
-        blocks = [
-            {**block.model_dump(), "prompts": prompts}
-            for block in self.blocks
-            if (prompts := [prompt for prompt in block.prompts if prompt in kept])
-        ]
+        blocks = []
+        for block in self.blocks:
+            prompts: dict[str, list[str]] = {}
+            for prompt, kind in block.kinds.items():
+                if prompt in kept:
+                    prompts.setdefault(kind, []).append(prompt)
+            if prompts:
+                blocks.append({**block.model_dump(), "prompts": prompts.get("", prompts)})
         return Suite.model_validate({**self.model_dump(), "blocks": blocks})
 
     def seed_of(self, prompt: str) -> int:
@@ -193,4 +232,5 @@ def load_suite(name: str | Path) -> Suite:
         where = ".".join(str(part) for part in first["loc"]) or "suite"
         raise UserError(f"{path}: {where}: {first['msg']}") from error
     adapters = {arm: (path.parent / folder).resolve() for arm, folder in suite.adapters.items()}
-    return suite.model_copy(update={"adapters": adapters})
+    ledger = suite.ledger and (path.parent / suite.ledger).resolve()
+    return suite.model_copy(update={"adapters": adapters, "ledger": ledger})

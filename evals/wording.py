@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..domain import EmotionTarget
+from .metrics import IMAGES
 
 
 class Metric(NamedTuple):
@@ -25,20 +26,27 @@ METRICS: dict[str, Metric] = {
     "emotion_accuracy": Metric("Emo-A"),
     "subject_accuracy": Metric("subject"),
     "alignment": Metric("alignment"),
+    "content_kept": Metric("content kept"),
+    "drift": Metric("drift", less_is_better=True),
     "quality": Metric("CLIP-IQA"),
     "aesthetic": Metric("aesthetic"),
     "preference": Metric("preference"),
     "diversity": Metric("diversity", 3),
     "reward": Metric("critic's reward"),
+    "estimate_bias": Metric("estimate bias", less_is_better=True),
+    "paraphrase_gap": Metric("paraphrase gap", less_is_better=True),
     "valence_tau": Metric("τ valence"),
     "arousal_tau": Metric("τ arousal"),
     "smoothness": Metric("step distance", 3, less_is_better=True),
+    **{f"error_at_{images}": Metric(f"|ΔV| + |ΔA| at {images}", less_is_better=True) for images in IMAGES},
+    "images_to_target": Metric("images to target", 1, less_is_better=True),
     "images": Metric("images", 1, less_is_better=True),
     "lvlm_calls": Metric("LVLM calls", 1, less_is_better=True),
     "tokens": Metric("tokens", 0, less_is_better=True),
     "seconds": Metric("seconds", less_is_better=True),
 }
-COSTS = ("images", "lvlm_calls", "tokens", "seconds")
+CURVE = tuple(f"error_at_{images}" for images in IMAGES)
+COSTS = ("images_to_target", "images", "lvlm_calls", "tokens", "seconds")
 
 
 def number(value: float | None, digits: int = 2, sign: bool = False) -> str:

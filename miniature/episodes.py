@@ -5,6 +5,8 @@ An episode has hidden truths of its own (how its place biases feeling, how each 
 commonly felt), readings that follow them, and a next prompt that is an edit of the last one; the target is then
 set to what that edit would read (hindsight). So the rewriter learns what words commonly feel like, and to
 correct for the difference between the expected reading and the critic's.
+
+Fold 0 is held out of all that is trained on: no prompt of an example names one of its compositions.
 """
 
 from __future__ import annotations
@@ -32,6 +34,12 @@ def signed(value: float) -> str:
 def word(value: str, factor: str) -> str:
     """The first synonym of a factor's value."""
     return FACTORS[factor][value].words[0]
+
+
+def held_out(prompt: str) -> bool:
+    """Whether what a prompt names (subject, place if any, companions) is a composition of fold 0."""
+    named = world.parse(prompt)
+    return Scene(named.subject or "", named.place or "", companions=named.companions).fold == 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,15 @@ def _suggest(rng: Rng, scene: Scene, miss: Sequence[float | None]) -> str:
     return f"{', '.join(words)}; {best}"
 
 
+def _told(rng: Rng, scene: Scene) -> str:
+    """A caption of a scene, or of one that it resembles."""
+    told = scene
+    if rng.random() < 0.25:
+        other = world.sample_scene(rng)
+        told = replace(scene, **{f: getattr(other, f) for f in ("subject", "place") if rng.random() < 0.6})
+    return world.caption(rng, told, world.sample_named(rng, told))
+
+
 def critic_example(rng: Rng, folds: tuple[int, ...], score_only: float = 0.12) -> Example:
     """A rendered scene, a prompt that may or may not fit it, and the law's reading of it."""
     scene = world.sample_scene(rng, folds)
@@ -121,13 +138,14 @@ def critic_example(rng: Rng, folds: tuple[int, ...], score_only: float = 0.12) -
 
 
 def critique_of(rng: Rng, scene: Scene, pixels: NDArray[np.uint8], score_only: float = 0.0) -> Example:
-    """A picture of a scene, a prompt that may or may not fit it, and the law's reading of it."""
+    """A picture of a scene, a prompt that may or may not fit it, and the law's reading of it.
+
+    The prompt is of fold 0 only where the scene is.
+    """
     valence, arousal = law.affect(scene, pixels)
-    told = scene
-    if rng.random() < 0.25:
-        other = world.sample_scene(rng)
-        told = replace(scene, **{f: getattr(other, f) for f in ("subject", "place") if rng.random() < 0.6})
-    prompt = world.caption(rng, told, world.sample_named(rng, told))
+    prompt = _told(rng, scene)
+    while held_out(prompt) and scene.fold:
+        prompt = _told(rng, scene)
     wanted, target = _draw_target(rng)
     task = f"prompt: {prompt}\ntarget: {target}\n"
     answer = seen(scene, pixels)
@@ -248,7 +266,15 @@ def _difference(now: Parsed, after: Parsed) -> list[tuple[str, NDArray[np.float6
 
 def rewriter_example(rng: Rng) -> Example:
     """One step of a simulated episode: up to two tried prompts with readings, and the next prompt."""
-    scene = world.sample_scene(rng)
+    while True:
+        example, prompts = _episode(rng)
+        if not any(map(held_out, prompts)):
+            return example
+
+
+def _episode(rng: Rng) -> tuple[Example, list[str]]:
+    """An episode, and every prompt in it."""
+    scene = world.sample_scene(rng, world.FOLDS["generator"])
     named = world.sample_named(rng, scene)
     if rng.random() < 0.6:
         named = replace(
@@ -296,7 +322,8 @@ def rewriter_example(rng: Rng) -> Example:
     aims = [float(x) if axis else None for x, axis in zip(target, axes, strict=True)]
     wanted_text = _target_text(rng, aims[0], aims[1], law.category(*target))
     task = f"prompt: {neutral}\ntarget: {wanted_text}\n"
+    prompts = [neutral, answer["prompt"]]
     for state, reading in history[-2:]:
-        prompt = neutral if state is base else write(neutral, base, state)
-        task += f"tried: {prompt}\nread: valence {signed(reading[0])} arousal {signed(reading[1])}\n"
-    return Example("rewriter", task, "rewrite:", json.dumps(answer))
+        prompts.append(neutral if state is base else write(neutral, base, state))
+        task += f"tried: {prompts[-1]}\nread: valence {signed(reading[0])} arousal {signed(reading[1])}\n"
+    return Example("rewriter", task, "rewrite:", json.dumps(answer)), prompts

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from . import law, world
 from .episodes import alignment
-from .vocabulary import COMPANIONS, FACTORS, SUBJECTS, Side
+from .vocabulary import COMPANIONS, FACTORS, LIGHT, SUBJECTS, Side
 from .world import Placed, Scene
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -186,6 +186,25 @@ class Reader:
         """The same for several pictures of one prompt."""
         named = world.parse(neutral_prompt)
         return [alignment(named, reading.scene) for reading in self.read(images)]
+
+    @staticmethod
+    def content(reading: Reading, neutral_prompt: str) -> tuple[bool | None, int]:
+        """What became of the rest of a neutral prompt.
+
+        Returns:
+            Whether every companion and every attribute (weather, light) that it names is in the picture, None where
+            it names none; and how many companions and weathers the picture has that it does not name.
+        """
+        named, shown = world.parse(neutral_prompt), set(reading.companions)
+        asked = {thing.name for thing in named.companions}
+        hits = [name in shown for name in asked]
+        hits += [
+            value == getattr(reading.scene, factor)
+            for factor in ("weather", *LIGHT)
+            if (value := getattr(named, factor))
+        ]
+        weather = named.weather is None and reading.scene.weather != "clear"
+        return all(hits) if hits else None, len(shown - asked) + weather
 
     @staticmethod
     def subject_of(prompt: str) -> str | None:

@@ -4,7 +4,8 @@
     python tests/tables.py            # fills the tables in README.md and docs/*.md
     python tests/tables.py --check    # exit 1 and the names of files that differ
 
-A table stands between `<!-- results: SUITE KIND -->` and `<!-- /results -->`; KIND is arms, gain, cost or health.
+A table stands between `<!-- results: SUITE KIND -->` and `<!-- /results -->`; KIND is arms, curve, content, kinds,
+gain, cost or health.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from emoloop.evals.wording import METRICS, interval, number, shown
+from emoloop.evals.wording import CURVE, METRICS, interval, number, shown
 
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
@@ -33,6 +34,8 @@ _ARMS = (
     "images",
     "lvlm_calls",
 )
+_CURVE = (*CURVE, "images_to_target")
+_CONTENT = ("content_kept", "drift", "paraphrase_gap", "emotion_accuracy", "estimate_bias")
 _COST = ("images", "lvlm_calls", "tokens", "seconds")
 
 
@@ -93,6 +96,21 @@ def _arms(document: dict[str, Any]) -> Iterator[str]:
     yield from _columns(document, _ARMS)
 
 
+def _curve(document: dict[str, Any]) -> Iterator[str]:
+    yield from _columns(document, _CURVE)
+
+
+def _content(document: dict[str, Any]) -> Iterator[str]:
+    yield from _columns(document, _CONTENT)
+
+
+def _kinds(document: dict[str, Any]) -> Iterator[str]:
+    yield _row(["arm", *document["kinds"]])
+    yield _row(["---", *["---:"] * len(document["kinds"])])
+    for arm in document["arms"]:
+        yield _row([f"`{arm}`", *(shown(arms.get(arm), 2) for arms in document["kinds"].values())])
+
+
 def _cost(document: dict[str, Any]) -> Iterator[str]:
     yield from _columns(document, _COST)
 
@@ -116,7 +134,15 @@ def _health(document: dict[str, Any]) -> Iterator[str]:
         yield _row([name.replace("_", " "), number(found["value"], 3), interval(found, 3), str(found["n"])])
 
 
-_KINDS = {"arms": _arms, "gain": _gain, "cost": _cost, "health": _health}
+_KINDS = {
+    "arms": _arms,
+    "curve": _curve,
+    "content": _content,
+    "kinds": _kinds,
+    "gain": _gain,
+    "cost": _cost,
+    "health": _health,
+}
 
 
 def main() -> None:

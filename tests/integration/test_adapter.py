@@ -131,6 +131,23 @@ async def test_the_target_moves_the_picture_and_only_with_an_artifact(name: str,
     assert np.array_equal(none, await draw(lora_alone, EmotionTarget(valence=2.5)))
 
 
+async def test_a_part_speaks_alone(name: str, artifact: Path):
+    target = EmotionTarget(valence=2, arousal=-1)
+    base, whole = generator(name), generator(name, adapter=str(artifact))
+    lora = generator(name, adapter=str(artifact), adapter_part="lora")
+    tokens = generator(name, adapter=str(artifact), adapter_part="tokens")
+    assert np.array_equal(await draw(lora, target), await draw(whole))
+    assert np.array_equal(await draw(tokens), await draw(base))
+    assert len({(await draw(it, target)).tobytes() for it in (base, whole, lora, tokens)}) == 4
+    ids = [it.describe()["adapter"] for it in (whole, tokens, lora)]
+    assert ids == [ids[0], f"{ids[0]}:tokens", f"{ids[0]}:lora"]
+
+
+async def test_a_lora_has_no_tokens_to_speak_alone(artifact: Path, name: str):
+    with pytest.raises(UserError, match="no emotion tokens"):
+        generator(name, adapter=str(artifact / LORA_FILE), adapter_part="tokens")
+
+
 async def test_extra_tokens_draw_the_same_bits_in_mixed_company(name: str, tmp_path: Path):
     source = generator(name, adapter=str(save(name, tmp_path / "extra", tokens=3)), batch_window_ms=30)
     requests = [

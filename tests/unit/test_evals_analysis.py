@@ -1,11 +1,11 @@
 """Rows become figures: by hand on small cases, and planted effects are found while honest arms pass."""
 
 import pytest
-from emoloop.domain import EmotionTarget
+from emoloop.domain import Candidate, Critique, EmotionTarget, Round
 from emoloop.evals.analysis import Table, figures, flags, of_request, verdict
-from emoloop.evals.records import Reading
-from emoloop.evals.suites import Request
-from eval_rows import CORNERS, off, row, rows_of
+from emoloop.evals.records import Cost, Reading, Row
+from emoloop.evals.suites import Request, Suite
+from eval_rows import CORNERS, off, row, rows_of, run_of
 
 
 def test_a_row_by_hand():
@@ -116,3 +116,146 @@ def test_sweeps_give_tau_and_smoothness_over_lanes_of_equal_noise():
     assert found["valence_tau"].value == pytest.approx(0.0)  # one lane +1, the other -1
     assert found["smoothness"].value == pytest.approx(0.5)  # one lane 0, the other 1
     assert "arousal_tau" not in found
+
+
+AIM = EmotionTarget(valence=2, arousal=-1)
+
+
+def walk(errors, perceived, arm="loop", prompt="a dog", target=AIM, delivered=None, budget=24):
+    """A run of pictures that miss by `errors` for the judge and by `perceived` for the critic."""
+    request = Request(prompt=prompt, target=target)
+    made = [
+        Candidate(
+            round=place // 2,
+            index=place % 2,
+            prompt=prompt,
+            seed=place,
+            sha256=f"{arm}{prompt}{place}",
+            critique=Critique(valence=target.valence - seen, arousal=target.arousal, alignment=1),
+            reward=1 - seen,
+        )
+        for place, seen in enumerate(perceived)
+    ]
+    rounds = [Round(prompt=prompt, candidates=made[start : start + 2]) for start in range(0, len(made), 2)]
+    best = made[delivered] if delivered is not None else max(made, key=lambda one: one.reward)
+    found = Row(arm, request, run_of(request, rounds, arm), [best], Cost(len(made), len(made)))
+    misses = {one.sha256: error for one, error in zip(made, errors, strict=True)}
+    found.readings = [off(target, misses[best.sha256])]
+    found.led = [off(target, misses[one.sha256]) for _, one in found.leaders]
+    found.guard = [None] * len(found.siblings)
+    return found
+
+
+def test_error_against_images_follows_the_critics_choice_by_the_judge():
+    # The critic's favourites are the 1st, 2nd and 5th picture; the judge thinks the last is worse than the 2nd.
+    found = walk([2.0, 0.4, 0.1, 3.0, 0.9, 0.2], [1.5, 0.6, 0.6, 1.0, 0.3, 0.7])
+    assert [count for count, _ in found.leaders] == [1, 2, 5]
+    values = of_request(found, budget=24)
+    at = {images: values[f"error_at_{images}"] for images in (1, 2, 4, 8, 12, 24)}
+    assert at == pytest.approx({1: 2.0, 2: 0.4, 4: 0.4, 8: 0.9, 12: 0.9, 24: 0.9})
+    assert values["error"] == at[24]
+    assert values["images_to_target"] == 2
+    assert "error_at_8" not in of_request(found, budget=6)
+
+
+def test_what_is_delivered_may_be_another_than_the_favourite():
+    found = walk([2.0, 0.4, 0.1], [1.5, 0.3, 0.6], delivered=2)
+    assert [(count, one.seed) for count, one in found.leaders] == [(1, 0), (2, 1), (3, 2)]
+    assert of_request(found)["error_at_24"] == pytest.approx(0.1)
+
+
+def test_images_to_target_counts_the_budget_where_it_is_never_reached():
+    rows = [walk([0.3], [0.1]), walk([2.0, 2.0], [0.5, 0.2], prompt="a cat")]
+    suite = suite_of({"place": ["a dog", "a cat"]})
+    found = Table(rows, suite=suite).estimates()["loop"]["images_to_target"]
+    assert found.value == pytest.approx((1 + 24) / 2)
+    rows[1].led[0] = None  # nobody could read the favourite: unknown, and not "never"
+    assert Table(rows, suite=suite).estimates()["loop"]["images_to_target"].value == 1
+
+
+def test_the_bias_of_an_estimate_is_the_judges_error_minus_the_critics():
+    rows = [walk([0.9, 1.0], [0.5, 0.2]), walk([0.1], [0.3], prompt="a cat")]
+    assert of_request(rows[0])["estimate_bias"] == pytest.approx(1.0 - 0.2)
+    assert of_request(rows[1])["estimate_bias"] == pytest.approx(0.1 - 0.3)
+    assert Table(rows).estimates()["loop"]["estimate_bias"].value == pytest.approx((0.8 - 0.2) / 2)
+
+
+def test_feedback_is_measured_against_as_many_different_rewrites_at_equal_images():
+    rows = []
+    for number in range(6):
+        prompt = f"thing {number}"
+        rows.append(walk([2.0, 1.0 + 0.1 * number], [1.0, 0.5], "diverse_best_of_n", prompt))
+        rows.append(walk([2.0, 0.6], [1.0, 0.5], "loop", prompt))
+        rows.append(walk([2.0], [1.0], "rewrite_best_of_n", prompt))
+    flat = figures(Table(rows))
+    assert flat["gain_feedback"] == pytest.approx(1.25 - 0.6)
+    assert flat["gain_feedback_low"] > 0
+    assert flat["gain_feedback_at_1"] == pytest.approx(0)
+    assert flat["gain_feedback_at_8_low"] == pytest.approx(flat["gain_feedback_low"])
+    assert flat["gain_variety"] == pytest.approx(2.0 - 1.25)
+
+
+def suite_of(prompts):
+    block = {"prompts": prompts, "targets": [AIM.model_dump()]}
+    return Suite.model_validate({"name": "small", "version": 1, "arms": ["loop"], "blocks": [block]})
+
+
+def test_kinds_and_paraphrases():
+    suite = suite_of({"place": ["a dog"], "paraphrase": ["there is a dog"], "bare": ["a cat"]})
+    rows = [
+        walk([error], [0.1], prompt=prompt)
+        for prompt, error in zip(suite.kinds, (0.5, 0.75, 2.0), strict=True)
+    ]
+    table = Table(rows, suite=suite)
+    assert {kind: arms["loop"].value for kind, arms in table.kinds().items()} == pytest.approx(
+        {"place": 0.5, "paraphrase": 0.75, "bare": 2.0}
+    )
+    assert figures(table)["loop_paraphrase_gap"] == pytest.approx(0.25)
+
+
+def test_a_reader_without_a_picture_has_an_error_and_costs_nothing():
+    rows = [
+        Row("constant", Request(prompt="a dog", target=target), readings=[Reading(valence=0, arousal=0)])
+        for target in CORNERS
+    ]
+    found = Table(rows).estimates()["constant"]
+    assert found["error"].value == pytest.approx(3.0)
+    assert found["images"].value == found["lvlm_calls"].value == 0
+    assert "error_at_1" not in found
+
+
+def test_content_comes_from_the_guard_and_a_prompt_without_any_does_not_count():
+    request = Request(prompt="a dog", target=AIM)
+    rows = [
+        row(
+            "base",
+            request,
+            [Reading(valence=2, arousal=-1)] * 2,
+            [Reading(kept=True, unasked=1), Reading(kept=False)],
+        )
+    ]
+    rows += [
+        row(
+            "base",
+            Request(prompt="a cat", target=AIM),
+            [Reading(valence=2, arousal=-1)],
+            [Reading(unasked=2)],
+        )
+    ]
+    found = Table(rows).estimates()["base"]
+    assert (found["content_kept"].value, found["content_kept"].n) == (0.5, 1)
+    assert found["drift"].value == pytest.approx(1.5)
+
+
+def test_only_declared_sweeps_count_where_a_suite_declares_some():
+    sweep = {"axis": "valence", "values": [-2, 0, 2], "other": 0}
+    block = {"prompts": ["a cat"], "sweeps": [sweep], "grid": {"valence": [-1, 0, 1], "arousal": [-1, 0, 1]}}
+    suite = Suite.model_validate({"name": "small", "version": 1, "arms": ["base"], "blocks": [block]})
+    rows = [
+        row("base", request, [Reading(valence=request.target.valence, arousal=0)])
+        for request in suite.requests
+    ]
+    declared, found = Table(rows, suite=suite), Table(rows)
+    assert [len(it["sweep"].split()) for it in declared.sweeps("base")["valence_tau"]] == [1 + 3]
+    assert len(found.sweeps("base")["valence_tau"]) == 3
+    assert "arousal_tau" not in declared.estimates()["base"]

@@ -56,6 +56,39 @@ async def test_a_reader_of_pixels_is_a_judge(items):
     assert judge.version == "3"
 
 
+class Content(Brightness):
+    def content(self, reading, prompt):
+        return prompt == "a dog", round(float(reading.valence) + 1.5)
+
+
+async def test_a_reader_may_tell_what_became_of_the_content(items):
+    judge = PixelJudge(Content(), "content")
+    readings = await judge.read(items)
+    assert [(r.kept, r.unasked) for r in readings] == [(True, 0), (False, 3), (False, 2)]
+    # What is kept from before there was such a thing is read again.
+    assert judge.version != PixelJudge(Brightness(), "brightness").version
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kept", "unasked"),
+    [
+        ("a fox with a star", True, 2),  # a skull, and rain
+        ("in the rain a dark fox, beside a star", True, 1),
+        ("a bright fox with a star", False, 2),
+        ("a fox with a star and a leaf", False, 2),
+        ("a fox by the sea", None, 3),  # the place is no matter of content, alignment has it
+    ],
+)
+def test_the_guard_tells_what_became_of_companions_and_attributes(prompt, kept, unasked):
+    from emoloop.miniature.judge import Guard, Reading
+    from emoloop.miniature.world import Placed, Scene
+
+    things = (Placed("star", "left"), Placed("skull", "right"))
+    scene = Scene("fox", "snow", weather="rain", brightness="dark", companions=things)
+    seen = Reading(0, 0, "fox", [it.name for it in things], "snow", "fear", scene, np.zeros(1, np.float32))
+    assert Guard.content(seen, prompt) == (kept, unasked)
+
+
 def test_the_laws_version_is_part_of_its_judges():
     from emoloop.miniature import law
 

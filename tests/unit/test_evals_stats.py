@@ -46,10 +46,19 @@ def test_clusters_widen_the_interval():
     assert by_prompt.high - by_prompt.low == pytest.approx(theory, rel=0.1)
 
 
-def test_missing_rows_leave_all_columns_and_prompts_weigh_by_their_requests():
+def test_missing_rows_leave_all_columns_and_each_prompt_weighs_the_same():
     found = estimate([[1.0, 3.0, None, 5.0], [0.0, 0.0, 9.0, 1.0]], ["a", "a", "b", "b"], lambda a, b: a - b)
-    assert found.value == pytest.approx((1 + 3 + 4) / 3)
+    assert found.value == pytest.approx(((1 + 3) / 2 + 4) / 2)
     assert (found.n, found.clusters) == (3, 2)
+
+
+def test_a_prompt_with_many_requests_counts_once_in_mean_and_interval():
+    values, prompts = [1.0, 4.0, 7.0], ["a", "b", "c"]
+    once = estimate([values], prompts)
+    often = estimate([[1.0] * 10 + values[1:]], ["a"] * 10 + prompts[1:])
+    assert (often.value, often.low, often.high) == (once.value, once.low, once.high) == (4.0, 1.0, 7.0)
+    ratio = estimate([[2.0, 2.0, 6.0], [1.0, 1.0, 1.0]], ["a", "a", "b"], lambda a, b: a / b)
+    assert ratio.value == pytest.approx((2 + 6) / 2)
 
 
 def test_one_prompt_has_no_interval_and_nothing_has_no_value():

@@ -27,6 +27,16 @@ def test_a_block_is_prompts_times_targets_without_repeats():
     assert len({request.id for request in suite.requests}) == 12
 
 
+def test_prompts_by_kind():
+    block = {"prompts": {"place": ["a dog by the sea"], "bare": ["a cat"]}, "targets": [{"valence": 2}]}
+    block["prompts"]["paraphrase"] = ["by the sea, a dog"]
+    suite = Suite.model_validate(SMALL | {"blocks": [block]})
+    assert suite.kinds == {"a dog by the sea": "place", "a cat": "bare", "by the sea, a dog": "paraphrase"}
+    assert suite.restated == {"by the sea, a dog": "a dog by the sea"}
+    assert [request.prompt for request in suite.limited(2).requests] == ["a dog by the sea", "a cat"]
+    assert suite.limited(2).kinds == {"a dog by the sea": "place", "a cat": "bare"}
+
+
 def test_an_open_axis_in_a_sweep():
     block = {"prompts": ["a dog"], "sweeps": [{"axis": "valence", "values": [-1, 0, 1], "other": None}]}
     suite = Suite.model_validate(SMALL | {"blocks": [block]})
@@ -77,9 +87,11 @@ def test_unknown_names_and_files(tmp_path):
         load_suite(tmp_path / "latin.yaml")
 
 
-def test_adapters_are_found_from_the_suites_file(tmp_path):
+def test_adapters_and_ledger_are_found_from_the_suites_file(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(SMALL | {"adapters": {"opd": "weights/opd"}}))
+    path.write_text(yaml.safe_dump(SMALL | {"adapters": {"opd": "weights/opd"}, "ledger": "../read.jsonl"}))
+    assert load_suite(path).ledger == tmp_path.resolve().parent / "read.jsonl"
+    assert load_suite(path).sha256 == Suite.model_validate(SMALL).sha256
     assert load_suite(path).adapters["opd"] == (tmp_path / "weights" / "opd").resolve()
 
 

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -59,6 +59,7 @@ class Adapter:
         visual: How they are used.
         bridge: What hands them to the pipeline's denoiser; None where nothing is bound.
         training: The artifact's `training.json`.
+        part: "tokens" or "lora" where the other is silent.
     """
 
     path: Path
@@ -70,13 +71,15 @@ class Adapter:
     visual: VisualControl = VISUAL
     bridge: VisualBridge | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    part: str | None = None
 
     @property
     def id(self) -> str | None:
-        """For the record: the hash, with the scale where it is not 1; None where nothing is bound."""
+        """For the record: the hash, with part and scale where it is not all of it; None where nothing is bound."""
         if self.scale == 0:
             return None
-        told = self.sha256 if self.scale == 1 else f"{self.sha256}@{self.scale:g}"
+        told = f"{self.sha256}:{self.part}" if self.part else self.sha256
+        told = told if self.scale == 1 else f"{told}@{self.scale:g}"
         return told if self.visual_prompts is None else f"{told}{self.visual}"
 
     @property
@@ -122,6 +125,7 @@ def load_artifact(
     path: Path | str,
     *,
     scale: float = 1.0,
+    part: Literal["tokens", "lora"] | None = None,
     name: str | None = None,
     call: dict[str, Any] | None = None,
     base: Mapping[str, str | None] | None = None,
@@ -133,14 +137,15 @@ def load_artifact(
         pipe: A pipeline of a supported class. Left as it was when this fails.
         path: A distilled artifact, a folder with a LoRA in diffusers' or PEFT's format, or a LoRA file.
         scale: Strength; 0 checks the adapter and binds nothing.
+        part: Which part of a distilled artifact speaks; None is both.
         name: The adapter's name in the pipeline; None takes a free one.
         call: Extra arguments of the pipeline's call (`call` of `emoloop.json`).
         base: `model` and `revision` of the pipeline; an adapter that says it was made for others is warned of.
         visual: How the artifact's visual prompts are used, where it has some.
 
     Raises:
-        UserError: Nothing there, not a LoRA, made for another model, `name` is taken, or a second adapter with visual
-            prompts.
+        UserError: Nothing there, not a LoRA, made for another model, without the part, `name` is taken, or a second
+            adapter with visual prompts.
     """
     path = Path(path).expanduser()
     family = family_of(pipe, call)
@@ -150,6 +155,11 @@ def load_artifact(
     names = chain(["emoloop"], (f"emoloop_{n}" for n in count(2)))
     name = name or next(it for it in names if it not in taken)
     lora, parts = _files(path)
+    every = list(parts.values())
+    if part == "tokens" and TOKENS_FILE not in parts:
+        raise UserError(f"adapter {path} has no emotion tokens ({TOKENS_FILE})")
+    if part is not None:
+        parts = {TOKENS_FILE: parts[TOKENS_FILE]} if part == "tokens" else {}
     tokens, prompts = (
         EmotionConditioner.load(parts[TOKENS_FILE]) if TOKENS_FILE in parts else None,
         VisualConditioner.load(parts[VISUAL_FILE]) if VISUAL_FILE in parts else None,
@@ -179,12 +189,12 @@ def load_artifact(
         told = f"adapter {path} does not fit this {type(pipe).__name__}: {first_line(error)}"
         raise UserError(told) from error
     config = lora.with_name(_PEFT_CONFIG) if lora.name == _PEFT_WEIGHTS else None
-    hashed = content_hash([file for file in (lora, *parts.values(), config) if file is not None])
-    adapter = Adapter(path, name, hashed, scale, tokens, prompts, visual, bridge, training)
+    hashed = content_hash([file for file in (lora, *every, config) if file is not None])
+    adapter = Adapter(path, name, hashed, scale, tokens, prompts, visual, bridge, training, part)
     if scale == 0:
         _remove(pipe, name, active)
     else:
-        _scale(pipe, name, scale)
+        _scale(pipe, name, 0.0 if part == "tokens" else scale)
         pipe.__dict__.setdefault(_KNOWN, {})[name] = adapter
     return adapter
 
@@ -195,7 +205,7 @@ def rescale(pipe: Any, adapter: Adapter, scale: float) -> Adapter:
     Returns:
         The adapter at that strength, in place of the one given.
     """
-    _scale(pipe, adapter.name, scale)
+    _scale(pipe, adapter.name, 0.0 if adapter.part == "tokens" else scale)
     changed = dataclasses.replace(adapter, scale=scale)
     pipe.__dict__[_KNOWN][adapter.name] = changed
     return changed

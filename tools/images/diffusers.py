@@ -131,7 +131,8 @@ class DiffusersGenerator:
         if settings.adapter is not None:
             base, against = {"model": self._model, "revision": revision}, settings.visual_negative
             self.adapter = load_artifact(
-                pipe, settings.adapter, scale=settings.adapter_scale, call=self._call, base=base,
+                pipe, settings.adapter, scale=settings.adapter_scale, part=settings.adapter_part,
+                call=self._call, base=base,
                 visual=VisualControl(
                     settings.visual_scale, settings.visual_guidance,
                     None if against is None else EmotionTarget(category=against),
