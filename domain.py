@@ -175,14 +175,31 @@ class Candidate(BaseModel):
             return image.convert("RGB")
 
 
+class Proposal(BaseModel):
+    """One prompt of a round.
+
+    Attributes:
+        prompt: The prompt.
+        changes: What the rewriter changed to get there; empty for the neutral prompt.
+        why: Its reason.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    changes: str = ""
+    why: str = ""
+
+
 class Round(BaseModel):
     """One generate-critique iteration.
 
     Attributes:
-        prompt: The prompt of this round; round 0 has the neutral prompt.
-        changes: What the rewriter changed to get here; empty in round 0.
+        prompt: The first prompt of this round; round 0 begins with the neutral prompt.
+        changes: What the rewriter changed to get to it; empty for the neutral prompt.
         why: Its reason.
-        candidates: The images, in order of index.
+        candidates: The images, in order of index; each names the prompt that made it.
+        proposals: All prompts of the round, the first one too; empty where nobody told them apart.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -191,6 +208,7 @@ class Round(BaseModel):
     changes: str = ""
     why: str = ""
     candidates: list[Candidate] = []
+    proposals: list[Proposal] = []
 
     @property
     def mean_reward(self) -> float | None:
@@ -217,6 +235,7 @@ class StopReason(StrEnum):
     TARGET_REACHED = "target_reached"
     NO_IMPROVEMENT = "no_improvement"
     ROUNDS_USED = "rounds_used"
+    BUDGET_USED = "budget_used"
     NO_CRITIQUE = "no_critique"
     NO_REWARD = "no_reward"
     STOPPED = "stopped"
@@ -234,7 +253,7 @@ class RunResult(BaseModel):
         target: The wanted emotion.
         best: The candidate with the highest reward over all rounds; None where nothing was rewarded.
         rounds: Every round in order.
-        gain: Mean reward of the winning round minus mean reward of round 0.
+        gain: Mean reward of the winning prompt's images minus that of the neutral prompt's.
         best_gain: Best reward minus best reward of round 0.
         home: Folder that holds trace and blobs.
         warnings: One line for each thing that went wrong without ending the run.

@@ -127,7 +127,12 @@ class Rewarded(_Event):
 
 
 class Rewritten(_Event):
-    """The prompt of the next round; `round` is the round that the prompt is for."""
+    """A prompt of the next round; `round` is the round that the prompt is for, `index` its number in it.
+
+    In a round 0 that shows the neutral prompt, that one is number 0. Several prompts are committed together. Where one
+    answer of a model gave several, the first has its tokens and seconds; `usage["calls"]` says how many answers
+    a prompt took, where it was more than one. A prompt by model "human" stands in place of all others.
+    """
 
     type: Literal["rewritten"] = "rewritten"
     node: str = "rewrite"

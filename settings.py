@@ -96,6 +96,8 @@ class LVLMSettings(_Section):
     #: Prompt files in `agents/prompts/`, by name; None takes the model's preset.
     critic_prompt: str | None = None
     rewriter_prompt: str | None = None
+    #: Temperature of a rewriter that is asked for several different prompts; one prompt is asked at `temperature`.
+    rewriter_temperature: float = Field(default=0.9, ge=0)
     #: The interpreter of vLLM's own environment, for `emoloop lvlm serve` and "vllm-offline".
     vllm_python: str | None = None
     device: str = "auto"
@@ -107,6 +109,11 @@ class LoopSettings(_Section):
 
     rounds: int = Field(default=3, ge=1, le=50)
     images: int = Field(default=8, ge=1, le=256)
+    #: Distinct prompts in a round, at most one for each image; None takes the generator's preset
+    #: (`proposals_per_image`). 1 paints one prompt with `images` seeds.
+    proposals: int | None = Field(default=None, ge=1, le=256)
+    #: Of several prompts' round 0, how many images show the neutral prompt; the others show first rewrites.
+    neutral_images: int = Field(default=1, ge=1, le=256)
     #: The target is reached when the best candidate is within this of it, on each wanted axis.
     tolerance: float = Field(default=0.2, ge=0)
     #: Stop after this many rounds in a row without a better candidate.
@@ -119,6 +126,11 @@ class LoopSettings(_Section):
     rewrite_first: bool = False
     #: Use all rounds whatever was reached; the best candidate over all of them wins.
     exhaust: bool = False
+    #: No round begins that would make more images than this in all.
+    max_images: int | None = Field(default=None, ge=1)
+    #: No round begins once the LVLM was asked so often, or so many seconds (of the clock) have passed.
+    max_calls: int | None = Field(default=None, ge=1)
+    max_seconds: float | None = Field(default=None, gt=0)
     #: Pause before each rewrite for a person (`interrupt()`).
     review: bool = False
     #: Seconds for one node before it is retried.

@@ -81,6 +81,7 @@ class Asker:
         timeout: Seconds for one request; None leaves that to the model, as ours know better (a client that
             waits for a server to come back is not late).
         name: The model's name for the log; by default what it calls itself.
+        variety: Temperature at which several different answers are asked for.
     """
 
     def __init__(
@@ -89,8 +90,10 @@ class Asker:
         slots: int = 16,
         timeout: float | None = None,
         name: str | None = None,
+        variety: float = 0.9,
     ):
         self.model = model
+        self.variety = variety
         self.name = name or model_id(model)
         self.timeout = timeout
         self.slots = asyncio.Semaphore(slots)
@@ -106,6 +109,7 @@ class Asker:
         schema: dict[str, Any],
         *,
         seed: int | None = None,
+        **more: Any,
     ) -> Reply[Answer]:
         """One question, at most two attempts.
 
@@ -115,14 +119,16 @@ class Asker:
             schema_name: Name of the schema for the server.
             schema: JSON schema of the answer.
             seed: For models that sample; given only to those that take a schema, since others may refuse it.
+            **more: `temperature` and `max_tokens` of this question; likewise.
 
         Raises:
             UserError: The model's own setting is wrong; all else ends as a `Missing`.
         """
         model: Any = self.model
         if self._takes_schema:
-            extra = {"seed": seed} if seed is not None and self._samples else {}
-            model = model.bind(response_format=response_format(schema_name, schema), **extra)
+            if seed is not None and (self._samples or more.get("temperature")):
+                more["seed"] = seed
+            model = model.bind(response_format=response_format(schema_name, schema), **more)
         usage: dict[str, int] = {}
         started = time.perf_counter()
         raw: str | None = None

@@ -37,6 +37,8 @@ class Prompt:
         system: Template of the system message.
         task: Template of the text before the pictures.
         question: Template of the text after them.
+        several: Of a rewriter, the file that asks for several prompts in one answer; without it this one is asked
+            several times.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Prompt:
     system: str
     task: str
     question: str
+    several: str = ""
 
     @property
     def id(self) -> str:
@@ -96,6 +99,8 @@ def load_prompt(name: str) -> Prompt:
         raise UserError(f"no prompt {name!r}: known are {known}, or give a path to a .yaml file")
     content = read_yaml(path)
     keys = ("name", "version", "system", "task", "question")
-    if set(content) != set(keys):
-        raise UserError(f"prompt {path}: the keys {', '.join(keys)} are wanted, no more and no fewer")
-    return Prompt(**{key: str(content[key]) for key in keys})
+    if set(content) - {"several"} != set(keys):
+        raise UserError(
+            f"prompt {path}: the keys {', '.join(keys)} are wanted, no more (but several) and no fewer"
+        )
+    return Prompt(**{key: str(value) for key, value in content.items()})

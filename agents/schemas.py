@@ -12,7 +12,7 @@ import math
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from ..domain import HIGH, LOW, Critique, Emotion, EmotionTarget
 
@@ -47,6 +47,19 @@ REWRITER_SCHEMA: dict[str, Any] = _object(
     changes={"type": "string", "maxLength": 200},
     prompt={"type": "string", "maxLength": PROMPT_LIMIT},
 )
+
+
+def several_schema(limit: int, most: int) -> dict[str, Any]:
+    """The schema of several rewrites in one answer.
+
+    Args:
+        limit: Longest prompt, in characters.
+        most: Most prompts.
+    """
+    one = _object(changes={"type": "string", "maxLength": 200}, prompt={"type": "string", "maxLength": limit})
+    return _object(
+        why={"type": "string", "maxLength": 300}, prompts={"type": "array", "items": one, "maxItems": most}
+    )
 
 
 def response_format(name: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -179,6 +192,27 @@ class RewriterAnswer(_Answer):
     @classmethod
     def _one_line(cls, value: str) -> str:
         return " ".join(value.split())
+
+
+class RewriterAnswers(_Answer):
+    """Several rewrites in one answer, read leniently.
+
+    Attributes:
+        why: The reason behind all of them.
+        prompts: At least one; a prompt may stand as plain text.
+    """
+
+    why: _Said = ""
+    prompts: Annotated[list[RewriterAnswer], Field(min_length=1)]
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _objects(cls, value: Any) -> Any:
+        return (
+            [{"prompt": it} if isinstance(it, str) else it for it in value]
+            if isinstance(value, list)
+            else value
+        )
 
 
 def average(answers: list[Critique]) -> Critique:

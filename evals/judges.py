@@ -402,7 +402,7 @@ def _lvlm(argument: str, settings: Settings) -> Judge:
 
     ours = settings.lvlm.model_copy(update={"model": argument} if argument else {})
     # A model that was trained on a prompt of its own knows no other, and that one tells it the target.
-    prompt = presets.defaults_if_known(ours.model).get("critic_prompt")
+    prompt = presets.defaults_if_known(ours.model, "lvlm").get("critic_prompt")
     critic = Critic(
         load_lvlm(ours), prompt or str(Path(__file__).parent / "prompts" / "judge.yaml"), ours.samples
     )

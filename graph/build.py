@@ -17,6 +17,7 @@ from ..settings import LoopSettings
 from .nodes import Nodes
 from .parts import Parts
 from .retry import retry_policy
+from .rounds import wanted
 from .state import Context, RunInput, State
 
 
@@ -69,7 +70,7 @@ def build_graph(
 
 
 def _first(state: State) -> str:
-    return "rewrite" if state["options"]["rewrite_first"] else "generate"
+    return "rewrite" if wanted(0, state["options"]) else "generate"
 
 
 def _or_finish(onward: str) -> Any:

@@ -46,12 +46,13 @@ def check_prompt_stands(state: State, fold: Fold) -> None:
         )
 
 
-async def follow(recorder: StoreRecorder, state: State) -> tuple[str, str, list[Event]]:
-    """What is to be painted now, and the events that tell of an edit.
+async def follow(recorder: StoreRecorder, state: State) -> tuple[str, list[Event]]:
+    """The run that is to be painted now, and the events that tell of an edit.
 
     Returns:
-        The run, the prompt, and what is to be recorded first: nothing where the prompt is as the log has it; a
-        human's rewrite; or the beginning of a fork, which has its parent's events before the edited round.
+        The run, and what is to be recorded first: nothing where the prompt is as the log has it; a human's rewrite,
+        which stands in place of all of the round's prompts; or the beginning of a fork, which has its parent's events
+        before the edited round.
 
     Raises:
         UserError: The edited prompt is none, or more than that was edited.
@@ -61,7 +62,7 @@ async def follow(recorder: StoreRecorder, state: State) -> tuple[str, str, list[
     check_request_stands(state, fold)
     started = fold.started
     if started is None or prompt == fold.prompt(number):
-        return run_id, prompt, []
+        return run_id, []
     prompt = read_prompt(prompt)
     digest = hashlib.sha256(f"{number}:{prompt}".encode()).hexdigest()[:6]
     edit = Rewritten(
@@ -75,11 +76,11 @@ async def follow(recorder: StoreRecorder, state: State) -> tuple[str, str, list[
     )
     painted = any(tried.made for tried in fold.round(number).values())
     if not painted and number >= max(fold.numbers) and fold.status is not RunStatus.COMPLETED:
-        return run_id, prompt, [edit]
+        return run_id, [edit]
     # The name follows from the edit, so that a step that is tried again goes on with the same fork.
     fork = f"{run_id}+{digest}"
     if (await recorder.fold(fork)).started is not None:
-        return fork, prompt, []
+        return fork, []
     options = {key: value for key, value in state["options"].items() if key != "seed"}
     settings = {
         **started.settings,
@@ -95,7 +96,7 @@ async def follow(recorder: StoreRecorder, state: State) -> tuple[str, str, list[
         _copy(started, fork, settings=settings, time=datetime.now(UTC)),
         *(_copy(it, fork) for it in before),
     ]
-    return fork, prompt, [*begun, _copy(edit, fork)]
+    return fork, [*begun, _copy(edit, fork)]
 
 
 def _copy(event: Event, run_id: str, **changes: Any) -> Event:

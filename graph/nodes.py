@@ -19,6 +19,7 @@ from langgraph.types import interrupt
 from ..agents.ask import one_line
 from ..agents.critic import Reading, valued
 from ..agents.generator import paint
+from ..agents.rewriters import propose
 from ..domain import (
     Critique,
     EmotionTarget,
@@ -45,6 +46,7 @@ from . import policy
 from .edits import check_prompt_stands, follow
 from .parts import Parts, check_request, prompt_notes
 from .retry import ATTEMPTS, retryable
+from .rounds import rewritten, shown, wanted
 from .state import (
     Context,
     State,
@@ -77,6 +79,7 @@ class Nodes:
         seed = read_seed(state.get("seed"))
         asked = target.model_dump(mode="json", exclude_none=True)
         run_id, started = await self._find(runtime, prompt, target, seed)
+        options = self.parts.resolved(options)
         while started is None:
             begun = RunStarted(
                 run_id=run_id,
@@ -92,8 +95,10 @@ class Nodes:
                 started = stands
             else:  # another request took the name at the same moment
                 run_id, started = await self._find(runtime, prompt, target, seed)
-        # A run keeps the options that it began with, whatever the settings say by now.
-        options |= {k: v for k, v in started.settings.get("loop", {}).items() if k in options}
+        # A run keeps the options that it began with, whatever the settings say by now; one from before there were
+        # several prompts in a round has one.
+        kept = {"proposals": 1, **started.settings.get("loop", {})}
+        options = self.parts.resolved(options | {k: v for k, v in kept.items() if k in options})
         fold = await self.parts.recorder.fold(run_id, fresh=False)
         return {
             "run_id": run_id,
@@ -140,18 +145,16 @@ class Nodes:
     async def generate(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Make the round's pictures that are not there yet."""
         number, options = state["round"], state["options"]
-        run_id, prompt, edits = await follow(self.parts.recorder, state)
+        run_id, edits = await follow(self.parts.recorder, state)
         await self._record(runtime, *edits)
         fold = await self.parts.recorder.fold(run_id, fresh=False)
         node, target = _node("generate", fold), read_target(state["target"])
-        row = fold.round(number)
+        row, prompt = fold.round(number), fold.prompt(number)
         made = {index for index, tried in row.items() if tried.made}
         given_up = {index for index, tried in row.items() if tried.failed and tried.failed.node == node}
         requests = {
-            index: ImageRequest(
-                prompt=prompt, seed=candidate_seed(options["seed"], number, index), target=target
-            )
-            for index in range(options["images"])
+            index: ImageRequest(prompt=it, seed=candidate_seed(options["seed"], number, index), target=target)
+            for index, it in enumerate(shown([it.prompt for it in fold.proposals(number)], number, options))
             if index not in made | given_up
         }
 
@@ -192,7 +195,7 @@ class Nodes:
                     round=number,
                     index=index,
                     node=node,
-                    prompt=prompt,
+                    prompt=requests[index].prompt,
                     seed=requests[index].seed,
                     reason=one_line(error),
                 )
@@ -231,6 +234,7 @@ class Nodes:
             tolerance=options["tolerance"],
             patience=options["patience"],
             exhaust=options["exhaust"],
+            spent=policy.is_spent(fold, options),
         )
         summary = {
             "prompt": fold.prompt(number),
@@ -367,46 +371,38 @@ class Nodes:
         return {"comment": comment}
 
     async def rewrite(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
-        """Write the next round's prompt."""
+        """Write the next round's prompts."""
         # Before anything was painted, the rewrite is for round 0 itself.
         number = state["round"] + 1 if state["rounds"] else 0
         fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         check_prompt_stands(state, fold)
-        event = fold.rewrites.get(number) or await self._write(state, runtime, number)
-        warnings = (await self.parts.recorder.fold(state["run_id"], fresh=False)).warnings()
-        return {"round": number, "current": event.prompt, "comment": "", "warnings": warnings}
+        # They are committed together, so that there are all or none.
+        if number not in fold.rewrites:
+            await self._write(state, runtime, fold, number)
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        return {
+            "round": number,
+            "current": fold.prompt(number),
+            "comment": "",
+            "warnings": fold.warnings(),
+        }
 
-    async def _write(self, state: State, runtime: Runtime[Context], number: int) -> Rewritten:
-        parts, run_id = self.parts, state["run_id"]
-        fold = await parts.recorder.fold(run_id, fresh=False)
-        rewriter = parts.rewriter(state["options"]["rewriter"])
-        rewrite = await rewriter.rewrite(
+    async def _write(self, state: State, runtime: Runtime[Context], fold: Fold, number: int) -> None:
+        parts, options = self.parts, state["options"]
+        rewriter = parts.rewriter(options["rewriter"])
+        rewrites = await propose(
+            rewriter,
             state["prompt"],
             read_target(state["target"]),
             fold.rounds(parts.recorder.store.blobs.path)[:number],
+            count=wanted(number, options),
             comment=state.get("comment", ""),
-            seed=candidate_seed(state["options"]["seed"], number, -1),
+            seed=candidate_seed(options["seed"], number, -1),
         )
-        if rewrite.error is not None and self._try_again(rewrite.error, runtime):
-            raise rewrite.error
-        notes = prompt_notes(parts.generator, rewrite.prompt, state["warnings"])
-        [event] = await self._record(
-            runtime,
-            Rewritten(
-                run_id=run_id,
-                round=number,
-                prompt=rewrite.prompt,
-                changes=rewrite.changes,
-                why=rewrite.why,
-                model=rewriter.model,
-                prompt_version=rewriter.prompt_id,
-                usage=rewrite.usage,
-                seconds=round(rewrite.seconds, 4),
-                warnings=[*([rewrite.why] if rewrite.refused else []), *notes],
-            ),
-        )
-        assert isinstance(event, Rewritten)
-        return event
+        error = rewrites[0].error
+        if error is not None and self._try_again(error, runtime):
+            raise error
+        await self._record(runtime, *rewritten(rewrites, rewriter, parts.generator, state, number))
 
     # ---- finish
 

@@ -21,6 +21,11 @@ class RunOptions(TypedDict, total=False):
     rewriter: str | None
     rewrite_first: bool | None
     exhaust: bool | None
+    proposals: int | None
+    neutral_images: int | None
+    max_images: int | None
+    max_calls: int | None
+    max_seconds: float | None
 
 
 #: Gets each event of a run as it is committed; may be a coroutine function.

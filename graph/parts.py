@@ -55,6 +55,26 @@ class Parts:
         dumped["loop"].update(options)
         return {**dumped, "objects": list(self.objects)} if self.objects else dumped
 
+    def resolved(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a run with how many images and distinct prompts its rounds have.
+
+        Prompts as asked for, else by the generator's preset, else half as many as images; one where the rewriter has
+        but one.
+        """
+        images, proposals = options["images"], options["proposals"]
+        if options["max_images"] is not None:
+            images = min(images, options["max_images"])
+        if proposals is None:
+            known = (
+                {}
+                if "generator" in self.objects
+                else presets.defaults_if_known(self.settings.generator.model)
+            )
+            proposals = int(images * known.get("proposals_per_image", 0.5))
+        if getattr(self.rewriter(options["rewriter"]), "one_prompt", False):
+            proposals = 1
+        return {**options, "images": images, "proposals": max(1, min(proposals, images))}
+
     def check_same(self, run_id: str, events: list[Event]) -> None:
         """Refuse to mix: what was made, read or valued is not comparable with another model's.
 
@@ -130,12 +150,12 @@ def _load_lvlm(settings: Settings) -> Any:
 
 def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Callable[[str], Rewriter]]:
     lvlm = settings.lvlm
-    wanted = presets.defaults_if_known(lvlm.model) if own else {}
+    wanted = presets.defaults_if_known(lvlm.model, "lvlm") if own else {}
     # Our own clients know their time limits; anybody else's model is held to the setting.
     timeout, name = (None, lvlm.model) if own else (lvlm.timeout, None)
     # A model in this process fills its next batch while one runs.
     slots = max(lvlm.concurrency, 2 * getattr(model, "batch_size", 0))
-    asker = Asker(model, slots, timeout, name)
+    asker = Asker(model, slots, timeout, name, lvlm.rewriter_temperature)
     critic = Critic(asker, lvlm.critic_prompt or wanted.get("critic_prompt", "critic"), lvlm.samples)
     prompt = lvlm.rewriter_prompt or wanted.get("rewriter_prompt", "rewriter")
     return critic, cache(partial(load_rewriter, asker=asker, prompt=prompt))

@@ -53,10 +53,9 @@ class State(TypedDict):
         seed: As asked for; gone after the first step, so that the next run of a thread draws its own.
         run_id: The run's name in the log: the thread id, inside another graph with the calling task's digest, and
             with a number from the thread's second run on.
-        options: What the run goes by: seed, rounds, images, tolerance, patience, review,
-            rewriter, rewrite_first, exhaust.
+        options: What the run goes by: its seed, and what `Context` names.
         round: The current round.
-        current: Its prompt.
+        current: Its first prompt; the others stand in the log. Another one here is painted in place of them all.
         comment: What a person said in a review, for the next rewrite.
         rounds: For each finished round its prompt, images (SHA-256) and mean reward.
         best: The best candidate so far: round, index, sha256, prompt, seed, reward, image (path).
@@ -97,6 +96,11 @@ class Context:
         rewriter: Name or dotted path of the rewriter.
         rewrite_first: Round 0 paints a rewrite made without feedback.
         exhaust: Use all rounds whatever was reached.
+        proposals: Distinct prompts in a round.
+        neutral_images: Images of round 0 that show the neutral prompt, where there are several prompts.
+        max_images: Most images of the run.
+        max_calls: Questions to the LVLM after which no round begins.
+        max_seconds: Seconds after which no round begins.
     """
 
     rounds: int | None = None
@@ -107,6 +111,11 @@ class Context:
     rewriter: str | None = None
     rewrite_first: bool | None = None
     exhaust: bool | None = None
+    proposals: int | None = None
+    neutral_images: int | None = None
+    max_images: int | None = None
+    max_calls: int | None = None
+    max_seconds: float | None = None
 
     def over(self, base: LoopSettings) -> dict[str, Any]:
         """The options of a run.

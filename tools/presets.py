@@ -23,6 +23,7 @@ DEFAULTS_FILE = "emoloop.json"
 #: What it may say of a generator and of an LVLM.
 _KNOWN = {
     *("steps", "guidance", "height", "width", "micro_batch", "negative_prompt", "call", "load"),
+    "proposals_per_image",
     *("critic_prompt", "rewriter_prompt", "max_tokens", "batch_size", "threads"),
 }
 
@@ -101,10 +102,10 @@ def defaults(name: str | Path, kind: Kind = "generator") -> dict[str, Any]:
     return {**(table.defaults if table else {}), **(read_json(path) if path else {})}
 
 
-def defaults_if_known(model: str) -> dict[str, Any]:
-    """The defaults of an LVLM; none of one of which nothing is known here, as a server may have it."""
+def defaults_if_known(model: str, kind: Kind = "generator") -> dict[str, Any]:
+    """As `defaults`; none of a model of which nothing is known here, as a server may have it."""
     try:
-        return defaults(model, "lvlm")
+        return defaults(model, kind)
     except UserError:
         return {}
 

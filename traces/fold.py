@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..domain import Candidate, Critique, Missing, Round, RunResult, RunStatus, StopReason
+from ..domain import Candidate, Critique, Missing, Proposal, Round, RunResult, RunStatus, StopReason
 from ..events import (
     Critiqued,
     Event,
@@ -79,8 +79,10 @@ class Fold:
         started: Its beginning, or None.
         finished: How it ended; None while it goes on, and again when a failed run is resumed.
         failures: How often it ended without being complete.
-        rewrites: The rewrites by round.
+        rewrites: The rewrites by round and number.
         tried: Candidates by (round, index).
+        images: How many were made.
+        calls: How often the LVLM was asked, as far as its answers tell.
         best: (round, index) of the highest reward, the earliest of several; None where nothing was rewarded.
         updated: Time of the last event.
     """
@@ -91,12 +93,13 @@ class Fold:
         self.started: RunStarted | None = None
         self.finished: RunFinished | None = None
         self.failures = 0
-        self.rewrites: dict[int, Rewritten] = {}
+        self.rewrites: dict[int, dict[int, Rewritten]] = {}
         self.tried: dict[tuple[int, int], Tried] = {}
         self.best: tuple[int, int] | None = None
         self.updated: datetime | None = None
+        self.images = self.calls = 0
         self._rounds: dict[int, dict[int, Tried]] = {}
-        self._images = 0
+        self._of_prompt: dict[str, dict[tuple[int, int], Tried]] = {}
         self._rewarded = 0
         self._made_by: tuple[str, str | None] | None = None
         # What was made of a round, until its next event.
@@ -119,22 +122,29 @@ class Fold:
             case ImageGenerated():
                 self._reopen()
                 tried = self._at(event)
-                self._images += tried.made is None
+                self.images += tried.made is None
                 tried.made = event
+                self._of_prompt.setdefault(event.prompt, {})[event.round, event.index] = tried
                 self._made_by = self._made_by or (event.model, event.adapter)
             case GenerationFailed():
                 self._reopen()
                 tried = self._at(event)
                 tried.failed, tried.missing = event, event.reason
             case Critiqued():
+                if event.seconds is not None:  # a fork and an import ask nobody
+                    self.calls += getattr(event.critique, "samples", 1)
                 self._critiqued(self._at(event), event.critique)
             case Rewarded():
                 self._reward(self._at(event), event)
             case Rewritten():
                 self._reopen()
-                # A person's edit of what a model wrote stands in its place.
-                if event.model == "human" or event.round not in self.rewrites:
-                    self.rewrites[event.round] = event
+                self.calls += answers(event)
+                # What a person wrote stands in place of all that a model did.
+                row = self.rewrites.setdefault(event.round, {})
+                if event.model == "human":
+                    row.clear()
+                if not any(it.model == "human" for it in row.values()):
+                    row.setdefault(event.index, event)
             case RunFinished():
                 self.finished = event
                 self.failures += event.status is not RunStatus.COMPLETED
@@ -190,8 +200,16 @@ class Fold:
 
     @property
     def gain(self) -> float | None:
-        """Mean reward of the winning round minus mean reward of round 0; None where either has none."""
-        first, winning = (self.mean_reward(0), self.mean_reward(self.best[0])) if self.best else (None, None)
+        """Mean reward of the winning prompt's images minus that of the neutral prompt's; None where either has none.
+
+        Where the neutral prompt was not painted, round 0 stands for it.
+        """
+        if self.best is None or self.started is None:
+            return None
+        best = self.tried[self.best].made
+        winning = _mean(self._rewards(self._of_prompt.get(best.prompt if best else "", {})))
+        unaided = _mean(self._rewards(self._of_prompt.get(self.started.prompt, {})))
+        first = self.mean_reward(0) if unaided is None else unaided
         return None if first is None or winning is None else winning - first
 
     @property
@@ -203,34 +221,46 @@ class Fold:
 
     def rewards(self, number: int) -> list[float]:
         """The rewards of a round, in order of index whatever the order of the events."""
-        row = sorted(self.round(number).items())
-        return [tried.reward for _, tried in row if tried.reward is not None]
+        return self._rewards(self.round(number))
+
+    def _rewards(self, some: dict[Any, Tried]) -> list[float]:
+        return [tried.reward for _, tried in sorted(some.items()) if tried.reward is not None]
 
     def mean_reward(self, number: int) -> float | None:
         """Mean reward of a round; None where nothing in it was rewarded."""
-        known = self.rewards(number)
-        return sum(known) / len(known) if known else None
+        return _mean(self.rewards(number))
 
     def round(self, number: int) -> dict[int, Tried]:
         """The candidates of a round, by index."""
         return self._rounds.get(number, {})
 
+    def proposals(self, number: int) -> list[Proposal]:
+        """The distinct prompts of a round, in order; round 0 begins with the neutral one where no rewrite is first."""
+        written = sorted(self.rewrites.get(number, {}).items())
+        found = [Proposal(prompt=it.prompt, changes=it.changes, why=it.why) for _, it in written]
+        if number == 0 and self.started and not (written and written[0][0] == 0):
+            found.insert(0, Proposal(prompt=self.started.prompt))
+        if not found:
+            made = (tried.made for _, tried in sorted(self.round(number).items()))
+            found = [Proposal(prompt=event.prompt) for event in made if event]
+        distinct: dict[str, Proposal] = {}
+        for it in found:
+            distinct.setdefault(it.prompt, it)
+        return list(distinct.values())
+
     def prompt(self, number: int) -> str:
-        """The prompt of a round."""
-        if rewrite := self.rewrites.get(number):
-            return rewrite.prompt
-        if number == 0 and self.started:
-            return self.started.prompt
-        made = (tried.made for tried in self.round(number).values())
-        return next((event.prompt for event in made if event), "")
+        """The first prompt of a round."""
+        return next((it.prompt for it in self.proposals(number)), "")
 
     def warnings(self) -> list[str]:
         """One line for each thing that went wrong without ending the run, in the order of rounds."""
         lines = list(self.started.warnings) if self.started else []
         for number in self.numbers:
             if number not in self._warnings:
-                rewrite = self.rewrites.get(number)
-                found = [*(rewrite.warnings if rewrite else ()), *self.problems(number)]
+                told = (
+                    line for _, it in sorted(self.rewrites.get(number, {}).items()) for line in it.warnings
+                )
+                found = [*told, *self.problems(number)]
                 self._warnings[number] = [f"round {number}: {line}" for line in found]
             lines += self._warnings[number]
         return list(dict.fromkeys(lines))
@@ -293,13 +323,13 @@ class Fold:
         return [self._read[number] for number in self.numbers]
 
     def _round(self, number: int, path: Callable[[str], Path] | None) -> Round:
-        rewrite = self.rewrites.get(number)
+        proposals = self.proposals(number)
         found = (self.candidate((number, index), path) for index in sorted(self.round(number)))
+        first = proposals[0] if proposals else Proposal(prompt="")
         return Round(
-            prompt=self.prompt(number),
-            changes=rewrite.changes if rewrite else "",
-            why=rewrite.why if rewrite else "",
+            **first.model_dump(),
             candidates=[candidate for candidate in found if candidate],
+            proposals=proposals,
         )
 
     def result(self, path: Callable[[str], Path] | None = None, home: Path | None = None) -> RunResult:
@@ -359,7 +389,7 @@ class Fold:
             "adapter": self._made_by[1] if self._made_by else None,
             "events": self.events,
             "rounds": len(self._rounds),
-            "images": self._images,
+            "images": self.images,
             "missing": len(self.tried) - self._rewarded,
             "best_round": self.best[0] if self.best else None,
             "best_index": self.best[1] if self.best else None,
@@ -419,7 +449,7 @@ def result_json(result: RunResult) -> dict[str, Any]:
     """The document that `emoloop run --json` and `emoloop traces show --json` print."""
 
     def shot(it: Candidate) -> dict[str, Any]:
-        kept = it.model_dump(mode="json", include={"sha256", "seed", "reward", "critique"})
+        kept = it.model_dump(mode="json", include={"prompt", "sha256", "seed", "reward", "critique"})
         return {"image": None if it.path is None else str(it.path), **kept}
 
     document = result.model_dump(
@@ -445,10 +475,19 @@ def result_json(result: RunResult) -> dict[str, Any]:
     return document
 
 
+def answers(event: Rewritten) -> int:
+    """How many answers of a model a rewrite took: none for a person's, or one that another answer gave too."""
+    return event.usage.get("calls", 1) if event.usage or event.seconds else 0
+
+
 @lru_cache(4096)
 def hash_prompt(prompt: str) -> str:
     """SHA-256 of a prompt, in hexadecimal: what groups candidates of one prompt in SQL."""
     return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _most_common(reasons: list[str]) -> str:

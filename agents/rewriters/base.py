@@ -15,6 +15,7 @@ KEPT = "kept the best prompt so far"
 
 #: Rewriters by name; a value is called with the asker and the name of the prompt file.
 REWRITERS: dict[str, str] = {
+    "diverse": ".agents.rewriters.diverse:DiverseRewriter",
     "keep": ".agents.rewriters.keep:KeepRewriter",
     "one_shot": ".agents.rewriters.one_shot:OneShotRewriter",
     "simple": ".agents.rewriters.simple:SimpleRewriter",
@@ -33,6 +34,9 @@ class Rewrite:
         usage: Tokens: input_tokens, output_tokens, total_tokens; empty where no model was asked.
         seconds: Wall-clock time.
         error: The exception where the model itself failed.
+        number: Which of a round's several it is: its question can be made again by that.
+        prompt_id: Name and version of the prompt file that asked, where it is not the rewriter's own.
+        notes: What a run should be warned of.
     """
 
     prompt: str
@@ -42,10 +46,16 @@ class Rewrite:
     usage: dict[str, int] = field(default_factory=dict[str, int])
     seconds: float = 0.0
     error: Exception | None = None
+    number: int = 0
+    prompt_id: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Rewriter(Protocol):
     """Gives the next round's prompt.
+
+    One that gives several different prompts at once has a `propose` as `SimpleRewriter` has; any other is called once
+    for each, with seeds of their own. One whose round is one prompt by its nature sets `one_prompt = True`.
 
     Attributes:
         name: Its name in settings.

@@ -18,6 +18,7 @@ class KeepRewriter:
 
     name = model = "keep"
     prompt_id = "keep@1"
+    one_prompt = True
 
     def __init__(self, asker: object = None, prompt: str = "") -> None:
         pass

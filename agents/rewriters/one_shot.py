@@ -13,6 +13,7 @@ class OneShotRewriter(SimpleRewriter):
     """Rewrites the neutral prompt once, shown no round; later rounds keep that prompt."""
 
     name = "one_shot"
+    one_prompt = True
 
     async def rewrite(
         self,

@@ -6,17 +6,31 @@ does not become a prompt; the best prompt so far is kept and the reason said.
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 
-from ...domain import Candidate, Critique, EmotionTarget, Missing, Round
-from ..ask import Asker
+from ...domain import EmotionTarget, Missing, Round
+from ..ask import Asker, Reply
 from ..prompt import Prompt, load_prompt
-from ..schemas import PROMPT_LIMIT, REWRITER_SCHEMA, RewriterAnswer, target_text
+from ..schemas import (
+    PROMPT_LIMIT,
+    REWRITER_SCHEMA,
+    RewriterAnswer,
+    RewriterAnswers,
+    several_schema,
+    target_text,
+)
+from . import history
 from .base import KEPT, Rewrite
+
+#: Tokens that one prompt of several may take, with what was changed.
+_TOKENS = 220
 
 
 class SimpleRewriter:
@@ -53,40 +67,155 @@ class SimpleRewriter:
         seed: int = 0,
     ) -> Rewrite:
         """See `Rewriter`; an answer that cannot be used leaves the best prompt so far."""
-        limit = prompt_limit(neutral)
         messages = question(self.prompt, neutral, target, rounds, comment)
-        reply = await self.asker.ask(messages, RewriterAnswer, "rewrite", _schema(limit), seed=seed)
+        return await self._one(messages, neutral, rounds, seed=seed)
+
+    async def propose(
+        self,
+        neutral: str,
+        target: EmotionTarget,
+        rounds: Sequence[Round] = (),
+        *,
+        count: int,
+        start: int = 0,
+        comment: str = "",
+        seed: int = 0,
+    ) -> list[Rewrite]:
+        """Several prompts, which need not differ yet: `proposals.propose` tells them apart.
+
+        In one answer where the prompt file names one that asks so (`several`); else by sampling, each question about
+        another one of the best prompts so far, all at once, so that they share batches.
+
+        Args:
+            neutral: The neutral prompt.
+            target: The wanted emotion.
+            rounds: What was tried.
+            count: How many are wanted.
+            start: Number of the first: those before it were asked for earlier in this round.
+            comment: What a person said about the last round.
+            seed: For a model that samples.
+        """
+        if self.prompt.several:
+            return await self._several(neutral, target, rounds, count, start, comment, seed)
+        asked = (
+            self._one(
+                question(self.prompt, neutral, target, rounds, comment, number),
+                neutral,
+                rounds,
+                seed=number_seed(seed, number),
+                temperature=self.asker.variety,
+                number=number,
+            )
+            for number in range(start, start + count)
+        )
+        return list(await asyncio.gather(*asked))
+
+    async def _one(
+        self,
+        messages: list[BaseMessage],
+        neutral: str,
+        rounds: Sequence[Round],
+        *,
+        seed: int,
+        number: int = 0,
+        **more: Any,
+    ) -> Rewrite:
+        limit = prompt_limit(neutral)
+        reply = await self.asker.ask(messages, RewriterAnswer, "rewrite", _schema(limit), seed=seed, **more)
         answer = reply.answer
         if isinstance(answer, Missing):
             refused = answer.reason
-        elif not answer.prompt:
-            refused = "the rewriter wrote an empty prompt"
-        elif len(answer.prompt) > limit:
-            refused = f"the rewriter wrote {len(answer.prompt)} characters, {limit} are allowed"
-        else:
-            return Rewrite(answer.prompt, answer.changes, answer.why, None, reply.usage, reply.seconds)
-        kept = best_prompt(neutral, rounds)
-        return Rewrite(
-            kept,
-            "",
-            f"{KEPT}: {refused}",
-            refused,
-            reply.usage,
-            reply.seconds,
-            reply.error,
+        elif (refused := unusable(answer.prompt, limit)) is None:
+            spent: dict[str, Any] = {"usage": reply.usage, "seconds": reply.seconds}
+            return Rewrite(answer.prompt, answer.changes, answer.why, **spent, number=number)
+        return replace(_kept(neutral, rounds, refused, reply), number=number)
+
+    async def _several(
+        self,
+        neutral: str,
+        target: EmotionTarget,
+        rounds: Sequence[Round],
+        count: int,
+        start: int,
+        comment: str,
+        seed: int,
+    ) -> list[Rewrite]:
+        limit, prompt = prompt_limit(neutral), load_prompt(self.prompt.several)
+        messages = question(prompt, neutral, target, rounds, comment, start, count)
+        reply = await self.asker.ask(
+            messages,
+            RewriterAnswers,
+            "rewrites",
+            several_schema(limit, count),
+            seed=number_seed(seed, start),
+            temperature=self.asker.variety,
+            max_tokens=_TOKENS * (count + 1),
         )
+        answer, told = reply.answer, {"prompt_id": prompt.id}
+        if isinstance(answer, Missing):
+            return [replace(_kept(neutral, rounds, answer.reason, reply), number=start, **told)]
+        out: list[Rewrite] = []
+        for number, one in enumerate(answer.prompts[:count], start):
+            rewrite = Rewrite(one.prompt, one.changes, one.why or answer.why)
+            if refused := unusable(one.prompt, limit):
+                rewrite = _kept(neutral, rounds, refused, Reply(answer))
+            out.append(replace(rewrite, number=number, **told))
+        # The answer is paid for once.
+        return [replace(out[0], usage=reply.usage, seconds=reply.seconds), *out[1:]]
+
+
+def number_seed(seed: int, number: int) -> int:
+    """The seed of one of a round's several questions, in [0, 2³¹)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4]) >> 1
+
+
+def unusable(prompt: str, limit: int) -> str | None:
+    """Why a prompt that was written cannot be painted; None where it can."""
+    if not prompt:
+        return "the rewriter wrote an empty prompt"
+    return (
+        f"the rewriter wrote {len(prompt)} characters, {limit} are allowed" if len(prompt) > limit else None
+    )
+
+
+def _kept(neutral: str, rounds: Sequence[Round], refused: str, reply: Reply[Any]) -> Rewrite:
+    kept = best_prompt(neutral, rounds)
+    return Rewrite(kept, "", f"{KEPT}: {refused}", refused, reply.usage, reply.seconds, reply.error)
 
 
 def question(
-    prompt: Prompt, neutral: str, target: EmotionTarget, rounds: Sequence[Round], comment: str = ""
+    prompt: Prompt,
+    neutral: str,
+    target: EmotionTarget,
+    rounds: Sequence[Round],
+    comment: str = "",
+    number: int | None = None,
+    count: int | None = None,
 ) -> list[BaseMessage]:
-    """What the rewriter is asked, as a chat."""
+    """What the rewriter is asked, as a chat.
+
+    Args:
+        prompt: The prompt file.
+        neutral: The neutral prompt.
+        target: The wanted emotion.
+        rounds: What was tried.
+        comment: What a person said about the last round.
+        number: Which of several questions it is; None for the only one, which is about rounds.
+        count: Prompts that one answer shall give, with a prompt file for several.
+    """
+    if number is None:
+        told = history.by_round(rounds)
+    elif count is None:
+        told = history.lineage(neutral, rounds, number)
+    else:
+        told = history.telling(neutral, rounds, target)
     return prompt.messages(
         prompt=neutral,
         target=target_text(target),
-        rounds=[summary for number, round in enumerate(rounds) if (summary := _summary(number, round))],
+        rounds=told,
         comment=comment,
         limit=prompt_limit(neutral),
+        count=count or 1,
     )
 
 
@@ -96,9 +225,14 @@ def prompt_limit(neutral: str) -> int:
 
 
 def best_prompt(neutral: str, rounds: Sequence[Round]) -> str:
-    """The prompt of the round with the highest mean reward; the neutral one where nothing was rewarded."""
-    scored = [(round.mean_reward, round.prompt) for round in rounds if round.mean_reward is not None]
-    return max(scored, key=lambda pair: pair[0])[1] if scored else neutral
+    """The prompt with the highest mean reward of a round's images; the neutral one where nothing was rewarded."""
+    rewards: dict[tuple[int, str], list[float]] = {}
+    for number, round in enumerate(rounds):
+        for it in round.candidates:
+            if it.reward is not None:
+                rewards.setdefault((number, it.prompt), []).append(it.reward)
+    ranked = max(rewards, key=lambda place: sum(rewards[place]) / len(rewards[place]), default=(0, neutral))
+    return ranked[1]
 
 
 def _schema(limit: int) -> dict[str, Any]:
@@ -106,35 +240,3 @@ def _schema(limit: int) -> dict[str, Any]:
         return REWRITER_SCHEMA
     properties = {**REWRITER_SCHEMA["properties"], "prompt": {"type": "string", "maxLength": limit}}
     return {**REWRITER_SCHEMA, "properties": properties}
-
-
-def _summary(number: int, round: Round) -> dict[str, Any] | None:
-    """What a prompt file can say of a round; None for a round without any critique."""
-    read: list[tuple[Candidate, Critique]] = [
-        (candidate, candidate.critique)
-        for candidate in round.candidates
-        if isinstance(candidate.critique, Critique)
-    ]
-    if not read:
-        return None
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    ranked = sorted(
-        (pair for pair in read if pair[0].reward is not None),
-        key=lambda pair: pair[0].reward or 0.0,
-        reverse=True,
-    )
-    return {
-        "number": number,
-        "prompt": round.prompt,
-        "changes": round.changes,
-        "count": len(read),
-        "valence": mean([critique.valence for _, critique in read]),
-        "arousal": mean([critique.arousal for _, critique in read]),
-        "alignment": mean([critique.alignment for _, critique in read]),
-        "reward": round.mean_reward,
-        "best": ranked[0][1] if ranked else None,
-        "worst": ranked[-1][1] if len(ranked) > 1 else None,
-    }

@@ -75,7 +75,7 @@ async def main(
     name = (
         prompt
         or settings.critic_prompt
-        or presets.defaults_if_known(settings.model).get("critic_prompt", "critic")
+        or presets.defaults_if_known(settings.model, "lvlm").get("critic_prompt", "critic")
     )
     critic, rubric = load_prompt(name), load_prompt("critic")
     cases = _cases(max(n, runs * candidates), images, seed)

@@ -28,10 +28,10 @@ PICTURE = Image.new("RGB", (16, 16), (200, 120, 90))
 TARGET = EmotionTarget(valence=2, arousal=-1)
 
 
-def candidate(round: int, valence: float, arousal: float, reward: float) -> Candidate:
+def candidate(round: int, valence: float, arousal: float, reward: float, prompt: str = "p") -> Candidate:
     critique = Critique(valence=valence, arousal=arousal, alignment=0.8, category=Emotion.AWE)
     return Candidate(
-        round=round, index=0, prompt="p", seed=1, sha256="0" * 64, critique=critique, reward=reward
+        round=round, index=0, prompt=prompt, seed=1, sha256="0" * 64, critique=critique, reward=reward
     )
 
 
@@ -348,9 +348,9 @@ async def test_a_rewrite():
 )
 async def test_a_bad_rewrite_keeps_the_best_prompt(answer, said):
     rounds = [
-        Round(prompt="first", candidates=[candidate(0, 0, 0, 0.2)]),
-        Round(prompt="better", candidates=[candidate(1, 1, 0, 0.6)]),
-        Round(prompt="worse", candidates=[candidate(2, 0, 0, 0.1)]),
+        Round(prompt="first", candidates=[candidate(0, 0, 0, 0.2, "first")]),
+        Round(prompt="better", candidates=[candidate(1, 1, 0, 0.6, "better")]),
+        Round(prompt="worse", candidates=[candidate(2, 0, 0, 0.1, "worse")]),
     ]
     rewrite = await SimpleRewriter(Scripted(fail=lambda *_: answer)).rewrite("a dog", TARGET, rounds)
     assert rewrite.prompt == "better"

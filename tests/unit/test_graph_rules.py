@@ -258,7 +258,9 @@ def test_run_ids():
 def test_a_context_goes_over_the_settings():
     options = Context(rounds=2, review=True).over(LoopSettings(images=4))
     given = {"rounds": 2, "images": 4, "tolerance": 0.2, "patience": 2, "review": True}
-    assert options == given | {"rewriter": "simple", "rewrite_first": False, "exhaust": False}
+    given |= {"rewriter": "simple", "rewrite_first": False, "exhaust": False}
+    budget = dict.fromkeys(("max_images", "max_calls", "max_seconds"))
+    assert options == given | {"proposals": None, "neutral_images": 1} | budget
     with pytest.raises(UserError, match="rounds"):
         Context(rounds=0).over(LoopSettings())
 
