@@ -200,6 +200,7 @@ class Round(BaseModel):
         why: Its reason.
         candidates: The images, in order of index; each names the prompt that made it.
         proposals: All prompts of the round, the first one too; empty where nobody told them apart.
+        final: Whether the best prompts were painted again in it, to choose among them.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -209,6 +210,7 @@ class Round(BaseModel):
     why: str = ""
     candidates: list[Candidate] = []
     proposals: list[Proposal] = []
+    final: bool = False
 
     @property
     def mean_reward(self) -> float | None:
@@ -255,6 +257,7 @@ class RunResult(BaseModel):
         rounds: Every round in order.
         gain: Mean reward of the winning prompt's images minus that of the neutral prompt's.
         best_gain: Best reward minus best reward of round 0.
+        estimate: What the best's prompt is read as, by a reading that selected nothing; None without finalists.
         home: Folder that holds trace and blobs.
         warnings: One line for each thing that went wrong without ending the run.
     """
@@ -270,6 +273,7 @@ class RunResult(BaseModel):
     rounds: list[Round] = []
     gain: float | None = None
     best_gain: float | None = None
+    estimate: Critique | None = None
     home: Path | None = None
     warnings: list[str] = []
 

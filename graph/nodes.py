@@ -44,6 +44,7 @@ from ..tools.images.base import GenerationError, ImageRequest
 from ..traces.fold import Fold, Tried
 from . import policy
 from .edits import check_prompt_stands, follow
+from .finals import DELIVERS, final_round
 from .parts import Parts, check_request, prompt_notes
 from .retry import ATTEMPTS, retryable
 from .rounds import rewritten, shown, wanted
@@ -152,9 +153,11 @@ class Nodes:
         row, prompt = fold.round(number), fold.prompt(number)
         made = {index for index, tried in row.items() if tried.made}
         given_up = {index for index, tried in row.items() if tried.failed and tried.failed.node == node}
+        prompts = [it.prompt for it in fold.proposals(number)]
+        show = prompts * 2 if number == fold.final else shown(prompts, number, options)
         requests = {
             index: ImageRequest(prompt=it, seed=candidate_seed(options["seed"], number, index), target=target)
-            for index, it in enumerate(shown([it.prompt for it in fold.proposals(number)], number, options))
+            for index, it in enumerate(show)
             if index not in made | given_up
         }
 
@@ -203,7 +206,8 @@ class Nodes:
             ),
         )
         fold = await self.parts.recorder.fold(run_id, fresh=False)
-        stop = None if made else StopReason.ERROR.value
+        # Without final pictures there is still what was to be delivered.
+        stop = None if made or number == fold.final else StopReason.ERROR.value
         return {"run_id": run_id, "current": prompt, "warnings": fold.warnings(), "stop_reason": stop}
 
     # ---- critique
@@ -236,6 +240,9 @@ class Nodes:
             exhaust=options["exhaust"],
             spent=policy.is_spent(fold, options),
         )
+        if number == fold.final:
+            stop = StopReason(state.get("ended") or StopReason.ROUNDS_USED)
+        ended = stop if options.get("finalists") and number != fold.final and stop in DELIVERS else None
         summary = {
             "prompt": fold.prompt(number),
             "images": [tried.made.sha256 for _, tried in sorted(fold.round(number).items()) if tried.made],
@@ -244,7 +251,8 @@ class Nodes:
         return {
             "rounds": [*state["rounds"][:number], summary],
             "best": self._best(fold),
-            "stop_reason": stop.value if stop else None,
+            "stop_reason": stop.value if stop and not ended else None,
+            "ended": ended.value if ended else None,
             "warnings": fold.warnings(),
         }
 
@@ -406,6 +414,12 @@ class Nodes:
 
     # ---- finish
 
+    async def final(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
+        """Begin the round in which the best prompts are painted and read again."""
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        await self._record(runtime, *(begun := final_round(fold, state["options"]["finalists"])))
+        return {"round": begun[0].round, "current": begun[0].prompt}
+
     async def finish(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Name the winner and close the run."""
         stop = StopReason(state["stop_reason"] or StopReason.ERROR)
@@ -424,6 +438,7 @@ class Nodes:
                 best_round=best["round"] if best else None,
                 gain=fold.gain,
                 best_gain=fold.best_gain,
+                estimate=fold.estimate,
                 warnings=fold.warnings(),
             ),
         )

@@ -11,7 +11,8 @@ from emoloop.domain import EmotionTarget, RunStatus, StopReason
 from emoloop.events import ImageGenerated, Rewritten, RunStarted
 from emoloop.graph import build, retry
 from emoloop.graph.loop import Loop, open_loop
-from emoloop.traces.fold import fold, result_json
+from emoloop.traces.document import result_json
+from emoloop.traces.fold import fold
 from painter import Painter
 from scripted import Scripted
 
