@@ -49,6 +49,11 @@ class Prompt:
     several: str = ""
 
     @property
+    def lists(self) -> bool:
+        """Whether it asks for several rewrites in one answer: its question then says how many, by `count`."""
+        return "count" in self.question
+
+    @property
     def id(self) -> str:
         """How events name it: "critic@1"."""
         return f"{self.name}@{self.version}"

@@ -24,6 +24,7 @@ def collect(
     concurrency: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 8,
     rounds: opt.Rounds = None,
     images: opt.Images = None,
+    proposals: opt.Proposals = None,
     seed: Annotated[int, typer.Option(min=0, help="Lines without a seed get one from this.")] = 0,
     tolerance: opt.Tolerance = None,
     patience: opt.Patience = None,

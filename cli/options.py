@@ -61,6 +61,9 @@ Category = Annotated[
 ]
 Rounds = Annotated[int | None, _loop(help="Most rounds.")]
 Images = Annotated[int | None, _loop(help="Pictures in a round.")]
+Proposals = Annotated[
+    int | None, _loop(help="Different prompts in a round; by default the generator's preset says.")
+]
 Tolerance = Annotated[float | None, _loop(help="How near to the target is reached, on each axis.")]
 Patience = Annotated[int | None, _loop(help="Rounds without a better picture that end a run.")]
 Reward = Annotated[str | None, _loop(help="A name, or a path like my_pkg.my_mod:MyReward.")]
@@ -120,7 +123,9 @@ def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     from ..settings import lvlm_settings, merged, pruned, read_set
 
     generator = {key: given.get(key) for key in ("model", "adapter", "adapter_scale", "steps", "guidance")}
-    loop = {key: given.get(key) for key in ("rounds", "images", "tolerance", "patience", "reward")}
+    loop = {
+        key: given.get(key) for key in ("rounds", "images", "proposals", "tolerance", "patience", "reward")
+    }
     result = {
         "home": given.get("home"),
         "generator": {**generator, "strict": given.get("strict") or None},

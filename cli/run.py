@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 
 #: What a run keeps from its beginning.
-_KEPT = ("rounds", "images", "tolerance", "patience", "review")
+_KEPT = ("rounds", "images", "proposals", "tolerance", "patience", "review")
 
 
 def run(
@@ -45,6 +45,7 @@ def run(
     category: opt.Category = None,
     rounds: opt.Rounds = None,
     images: opt.Images = None,
+    proposals: opt.Proposals = None,
     seed: Annotated[
         int | None, typer.Option(help="Makes the run repeatable; drawn at random by default.")
     ] = None,

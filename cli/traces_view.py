@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..domain import Candidate, Critique, EmotionTarget, Missing, Round, RunResult
+from ..domain import Candidate, Critique, EmotionTarget, Missing, Proposal, Round, RunResult
 from ..traces.rows import RunRow
 
 #: Columns that are left out of a terminal with fewer signs in a line than this.
@@ -78,10 +78,15 @@ def target_text(target: EmotionTarget) -> str:
 
 
 def _round(number: int, round_: Round, best: Candidate | None) -> RenderableType:
-    parts: list[RenderableType] = [Text.assemble((f"round {number}  ", "bold"), round_.prompt)]
-    for name, words in (("changed", round_.changes), ("because", round_.why)):
-        if words:
-            parts.append(Text.assemble((f"  {name}  ", "dim"), words))
+    parts: list[RenderableType] = []
+    for place, one in enumerate(round_.proposals or [Proposal(prompt=round_.prompt)]):
+        head = f"round {number}  " if place == 0 else " " * len(f"round {number}  ")
+        shots = [str(it.index) for it in round_.candidates if it.prompt == one.prompt]
+        told = f"  #{', '.join(shots)}" if len(round_.proposals) > 1 else ""
+        parts.append(Text.assemble((head, "bold"), one.prompt, (told, "dim")))
+        for name, words in (("changed", one.changes), ("because", one.why)):
+            if words:
+                parts.append(Text.assemble((f"  {name}  ", "dim"), words))
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("", "#", "reward", "valence", "arousal", "category", "shows", "seed", "image"):
         table.add_column(name, justify="left" if name in ("category", "image") else "right", no_wrap=True)

@@ -60,10 +60,12 @@ class RunView:
                 )
                 if not event.settings.get("loop", {}).get("rewrite_first"):
                     self._begin(0, event.prompt)
+            case Rewritten() if len(self._fold.proposals(event.round)) > 1:
+                self._line(f"         {escape(event.prompt)}")
             case Rewritten():
-                self._begin(event.round, event.prompt, event.changes)
+                self._begin(event.round, event.prompt, event.changes if self._of("proposals") < 2 else "")
             case Rewarded() if self._is_read(event.round):
-                self._line(f"  {self._summary(event.round)}")
+                self._line(*(f"  {line}" for line in self._summary(event.round)))
         self._warn()
         row = self._fold.round(event.round).values()
         made, read = sum(it.made is not None for it in row), sum(it.rewarded is not None for it in row)
@@ -97,19 +99,24 @@ class RunView:
                 self._warned.add(warning)
                 self._line(f"  [yellow]warning: {escape(warning)}[/]")
 
-    def _summary(self, number: int) -> str:
+    def _summary(self, number: int) -> list[str]:
         seconds = f"[dim]{time.monotonic() - self._round_began:.0f} s[/]"
         row = self._fold.round(number)
         rewards = {index: it.reward for index, it in row.items() if it.reward is not None}
         read = f"{len(rewards)} of {sum(it.made is not None for it in row.values())} read"
         if not rewards:
-            return f"[red]{read}[/] · {seconds}"
+            return [f"[red]{read}[/] · {seconds}"]
         top = max(rewards, key=lambda index: rewards[index])
         critique = row[top].critique
         estimate = _estimate(critique) if isinstance(critique, Critique) else ""
         star = " [green]★[/]" if self._fold.best and self._fold.best[0] == number else ""
         mean = f"mean {self._fold.mean_reward(number):+.2f}"
-        return f"best {rewards[top]:+.2f} ({estimate}){star} · {mean} · {read} · {seconds}"
+        made = row[top].made
+        several = made is not None and len(self._fold.proposals(number)) > 1
+        return [
+            f"best {rewards[top]:+.2f} ({estimate}){star} · {mean} · {read} · {seconds}",
+            *([f"     {escape(made.prompt)}"] if several else []),
+        ]
 
     def _line(self, *lines: str) -> None:
         for line in lines:
@@ -133,7 +140,7 @@ def show_result(console: Console, result: RunResult, files: dict[str, str], seco
     if result.best is not None:
         line(f"best   {_best(result.best)}")
     if result.gain is not None and result.best_gain is not None:
-        line(f"gain   {result.gain:+.2f} in the round's mean, {result.best_gain:+.2f} from best to best")
+        line(f"gain   {result.gain:+.2f} in the prompt's mean, {result.best_gain:+.2f} from best to best")
     for name, path in files.items():
         line(f"{name:<6} {escape(path)}")
 

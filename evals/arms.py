@@ -27,6 +27,7 @@ from ..graph.loop import Loop
 from ..graph.state import Context, candidate_seed
 from ..settings import read_set
 from ..tools.registry import resolve
+from ..traces.fold import answers
 from .records import Cost, Row
 from .reuse import Reuse, digest
 from .suites import Request, Suite
@@ -131,13 +132,12 @@ def _lacks(result: RunResult, images: int) -> bool:
 def _row(arm: Arm, request: Request, result: RunResult, events: Sequence[Event], samples: int) -> Row:
     selects = arm.options.get("rounds") != 1
     made = [candidate for round in result.rounds for candidate in round.candidates]
-    # A prompt that was kept without asking a model says nothing.
-    written = [e for e in events if isinstance(e, Rewritten) and (e.usage or e.changes or e.why)]
+    written = [e for e in events if isinstance(e, Rewritten)]
     read = [e for e in events if isinstance(e, Critiqued)] if selects else []
     cost = Cost(
         images=len(made) if selects else 1,
         critiques=len(read),
-        rewrites=len(written),
+        rewrites=sum(map(answers, written)),
         samples=samples,
         tokens=sum(event.usage.get("total_tokens", 0) for event in [*read, *written]),
     )

@@ -233,6 +233,10 @@ class _Rewriter:
         self._inner, self._reuse = inner, reuse
         self.name, self.model, self.prompt_id = inner.name, inner.model, inner.prompt_id
 
+    def __getattr__(self, name: str) -> Any:
+        # `propose` and `one_prompt`, where the rewriter has them.
+        return getattr(self._inner, name)
+
     async def rewrite(
         self,
         neutral: str,

@@ -19,6 +19,8 @@ class Scenery:
     # Both go into the log: what wrote the prompt, and by which rules.
     model = "none"
     prompt_id = "scenery@1"
+    # A round of it is one prompt, painted with several seeds.
+    one_prompt = True
 
     def __init__(self, asker: Asker, prompt: str) -> None:
         pass
@@ -41,6 +43,7 @@ class Scenery:
 
 if __name__ == "__main__":
     # The same on the command line: `emoloop run … --set loop.rewriter=my_rewriter:Scenery`
+    # This one writes one prompt a round; one that gives several has a `propose` too (docs/howto/rewriter.md).
     with open_loop(loop={"rewriter": "my_rewriter:Scenery", "rounds": 3, "images": 2}) as loop:
         result = loop.run_sync("a dog by the sea", EmotionTarget(valence=-2, arousal=1), seed=7)
     for round in result.rounds:

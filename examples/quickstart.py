@@ -8,6 +8,7 @@ if __name__ == "__main__":
 
     assert result.best is not None, result.warnings
     for number, round in enumerate(result.rounds):
-        print(f"round {number}: mean reward {round.mean_reward:.2f}  {round.prompt}")
+        best = max(round.candidates, key=lambda it: it.reward or 0.0)
+        print(f"round {number}: mean reward {round.mean_reward:.2f}, best {best.reward:.2f}  {best.prompt}")
     print(f"best reward {result.best.reward:.2f}, gain {result.gain:+.2f}, run {result.run_id}")
     result.best.image.save("best.png")

@@ -114,9 +114,9 @@ def fingerprint(loop: Loop, seed: int) -> str:
     keys = ("model", "revision", "adapter", "steps", "guidance", "height", "width", "negative_prompt")
     lvlm = loop.settings.lvlm
     # Named only where they are not the default, so that a collection begun before they existed goes on.
-    newer = {"rewriter", "rewrite_first", "exhaust"} - loop.settings.loop.model_dump(
-        exclude_defaults=True
-    ).keys()
+    newer = {"rewriter", "rewrite_first", "exhaust", "proposals", "neutral_images"}
+    newer |= {"max_images", "max_calls", "max_seconds"}
+    newer -= loop.settings.loop.model_dump(exclude_defaults=True).keys()
     facts = {
         "seed": seed,
         "generator": {key: made.get(key) for key in keys},

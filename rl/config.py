@@ -37,7 +37,7 @@ class DataConfig(_Section):
 
     refined: Literal["all", "best", "winner"] = "all"
     """Which rewritten prompts teach: "all" that gained, "best" the one of each run that gained most,
-    "winner" that of the winning round (none where a lucky image of round 0 won)."""
+    "winner" the one of the best image (none where a lucky image of the neutral prompt won)."""
     told: Literal["wanted", "read"] = "wanted"
     """The target of a pair: "wanted" is the run's, "read" what the critic read in the rewritten round, in
     the mean (hindsight, Andrychowicz et al. 2017, arXiv 1707.01495): a prompt that missed its target
@@ -61,11 +61,12 @@ class DataConfig(_Section):
     min_margin: float = Field(default=0.1, ge=0)
     """Preference pairs need at least this difference of reward."""
     kinds: tuple[Kind, ...] = KINDS
-    """Which preference pairs: "rounds" (the best image against round 0's worst), "within" (best against
-    worst of round 0), "across" (two runs of one prompt with different targets), "human" (rated by a
+    """Which preference pairs: "rounds" (the best image against the neutral prompt's worst in round 0), "within"
+    (best against worst of those), "across" (two runs of one prompt with different targets), "human" (rated by a
     person; takes the place of a run's other pairs)."""
     group: Literal["first", "all"] = "first"
-    """Rounds that form a group: "first" is on-policy for what made the traces, "all" is not."""
+    """What forms a group: "first", the neutral prompt's images in round 0, is on-policy for what made the traces,
+    "all" is not."""
     min_group: int = Field(default=2, ge=2)
     """Groups need this many rewards."""
     held_out: float = Field(default=0.15, ge=0, lt=1)

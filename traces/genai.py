@@ -146,7 +146,7 @@ def call(event: Event) -> tuple[str, dict[str, Any]]:
                 **_chat(event),
                 "error.type": refused and _error_type(refused.partition(": ")[2], "refused_rewrite"),
             }
-        case Rewritten():  # a person's, or a rewriter's that asked no model
+        case Rewritten():  # a person's, a rewriter's that asked no model, or one that another's answer gave too
             return "rewrite", {"emoloop.prompt_version": event.prompt_version}
         case _:
             return "human_feedback", {
@@ -157,7 +157,9 @@ def call(event: Event) -> tuple[str, dict[str, Any]]:
 
 def _chat(event: Critiqued | Rewritten) -> dict[str, Any]:
     # LangChain says input_tokens and output_tokens, and so does the convention; it knows no total.
-    usage = {f"gen_ai.usage.{key}": n for key, n in event.usage.items() if key != "total_tokens"}
+    usage = {
+        f"gen_ai.usage.{key}": n for key, n in event.usage.items() if key in ("input_tokens", "output_tokens")
+    }
     return {
         "gen_ai.request.model": event.model,
         "gen_ai.output.type": "json",
@@ -274,19 +276,21 @@ def _words(target: EmotionTarget) -> str:
 
 
 def _tried(before: Sequence[Event], number: int) -> Iterator[str]:
-    """What a rewriter may look at: each round's prompt with what was read, and a person's words on the last."""
+    """What a rewriter may look at: each prompt of a round with what was read, and a person's words on the last."""
     fold = Fold(before[0].run_id, before) if before else Fold("")
-    if fold.started and fold.started.settings.get("loop", {}).get("rewriter") == "one_shot":
-        return  # it is shown no round
+    if fold.started and fold.started.settings.get("loop", {}).get("rewriter") in ("one_shot", "diverse"):
+        return  # they are shown no round
     for tried, round in zip(fold.numbers, fold.rounds(), strict=True):
-        read = [it.critique for it in round.candidates if isinstance(it.critique, Critique)]
-        if read and tried < number:
-            means = [
-                f"{axis} {fmean(getattr(it, axis) for it in read):.2f}" for axis in ("valence", "arousal")
-            ]
-            reward = [] if round.mean_reward is None else [f"reward {round.mean_reward:.2f}"]
-            yield f"round {tried}: {round.prompt}"
-            yield f"read: {', '.join([*means, *reward])}"
+        for prompt in dict.fromkeys(it.prompt for it in round.candidates if tried < number):
+            shots = [it for it in round.candidates if it.prompt == prompt]
+            read = [it.critique for it in shots if isinstance(it.critique, Critique)]
+            rewards = [it.reward for it in shots if it.reward is not None]
+            if read:
+                means = [
+                    f"{axis} {fmean(getattr(it, axis) for it in read):.2f}" for axis in ("valence", "arousal")
+                ]
+                yield f"round {tried}: {prompt}"
+                yield f"read: {', '.join([*means, *([f'reward {fmean(rewards):.2f}'] if rewards else [])])}"
     for event in before:
         if isinstance(event, HumanFeedback) and event.comment and event.round == number - 1:
             yield f"comment: {event.comment}"

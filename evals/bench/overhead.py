@@ -84,7 +84,8 @@ def _files(folder: Path) -> int:
 
 
 async def _ours(stack: AsyncExitStack, folder: Path, name: str, rounds: int, images: int) -> Any:
-    options = {"rounds": rounds, "images": images, "patience": rounds, "tolerance": 0.0}
+    # One prompt a round, as the graph by hand has it.
+    options = {"rounds": rounds, "images": images, "proposals": 1, "patience": rounds, "tolerance": 0.0}
     loop = open_loop(generator=FakeGenerator(), lvlm=FakeLVLM(), home=str(folder), loop=options)
     await stack.enter_async_context(loop)
     return lambda seed, **more: loop.run(*_REQUEST, seed=seed, **more)

@@ -7,8 +7,9 @@
 Each comes with `images`, which `datasets.load_dataset` opens. The question is the one that was asked, made again from
 the prompt file that the log names. A critic's answers teach as they are, or with the valence and arousal that a person
 read (the latest word on each axis); only where a person read otherwise there is a preference. A rewriter's answers
-teach where they gained: where their round has a higher mean reward than each round before it. Its preferences are all
-pairs of a run: an answer against each later one, which is taken as another answer to the same question.
+teach where they gained: where their images have a higher mean reward than those of each prompt of the rounds before.
+Its preferences are all pairs of a run: an answer against each later one, which is taken as another answer to the same
+question.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...agents.prompt import Prompt, load_prompt
-from ...agents.rewriters.base import KEPT
+from ...agents.rewriters.base import BLIND, KEPT
 from ...agents.rewriters.simple import question
 from ...agents.schemas import signed, target_text
-from ...domain import Critique, RunResult, UserError
+from ...domain import Critique, Round, RunResult, UserError
 from ...events import Critiqued, Event, HumanFeedback, Rewritten, RunStarted
 from ...tools.lvlm.chat import to_openai
 from ...traces.exchange.export import write_parquet
@@ -73,9 +74,10 @@ def critic_turns(run: RunResult, events: list[Event]) -> Iterator[Turn]:
 
 
 def rewriter_turns(run: RunResult, events: list[Event]) -> Iterator[Turn]:
-    """A turn for each rewrite by a model."""
+    """A turn for each answer of a model: one rewrite, or several."""
     started = next(event for event in events if isinstance(event, RunStarted))
-    alone = started.settings.get("loop", {}).get("rewriter") == "one_shot"
+    alone = started.settings.get("loop", {}).get("rewriter") in BLIND
+    several = started.settings.get("loop", {}).get("proposals", 1) > 1
     comments = {
         event.round: event.comment for event in events if isinstance(event, HumanFeedback) and event.comment
     }
@@ -85,22 +87,46 @@ def rewriter_turns(run: RunResult, events: list[Event]) -> Iterator[Turn]:
         if isinstance(event, Rewritten) and event.prompt_version != "human" and event.changes + event.why
         if not event.why.startswith(KEPT) and event.round < len(run.rounds)
         # One that a person edited before it was painted is told by no picture.
-        if event.prompt == run.rounds[event.round].prompt
+        if event.prompt in {it.prompt for it in run.rounds[event.round].proposals}
     ]
-    means = [it.mean_reward for it in run.rounds]
-    for place, event in enumerate(written):
-        before = run.rounds[: 0 if alone else event.round]
-        asked = question(_prompt(event), run.prompt, run.target, before, comments.get(event.round - 1, ""))
-        known = [mean for mean in means[: event.round] if mean is not None]
-        mean = means[event.round]
-        good = [_rewriter_answer(event)] if mean is not None and all(mean > other for other in known) else []
+    answers: list[list[Rewritten]] = []
+    for event in written:
+        # An answer that gave several is paid for by its first.
+        if answers and _prompt(event).lists and not event.usage and answers[-1][0].round == event.round:
+            answers[-1].append(event)
+        else:
+            answers.append([event])
+    means = [_mean(run.rounds[it[0].round], {event.prompt for event in it}) for it in answers]
+    tried = [
+        (number, mean)
+        for number, round in enumerate(run.rounds)
+        for prompt in dict.fromkeys(it.prompt for it in round.candidates)
+        if (mean := _mean(round, {prompt})) is not None
+    ]
+    for place, answer in enumerate(answers):
+        first, mean = answer[0], means[place]
+        before = run.rounds[: 0 if alone else first.round]
+        about: dict[str, Any] = {"number": first.index} if several else {}
+        if _prompt(first).lists:
+            about["count"] = len(answer)
+        asked = question(
+            _prompt(first), run.prompt, run.target, before, comments.get(first.round - 1, ""), **about
+        )
+        known = [other for number, other in tried if number < first.round]
+        said = _rewriter_answer(answer)
+        good = [said] if mean is not None and all(mean > other for other in known) else []
         pairs = []
-        for later in written[place + 1 :]:
-            other = means[later.round]
+        for later, other in zip(answers[place + 1 :], means[place + 1 :], strict=True):
             if mean is not None and other is not None and mean != other:
-                better, worse = (event, later) if mean > other else (later, event)
+                better, worse = (answer, later) if mean > other else (later, answer)
                 pairs.append((_rewriter_answer(better), _rewriter_answer(worse)))
         yield Turn(_plain(asked), [], good, pairs)
+
+
+def _mean(round: Round, prompts: set[str]) -> float | None:
+    """Mean reward of the images of some of a round's prompts."""
+    rewards = [it.reward for it in round.candidates if it.prompt in prompts and it.reward is not None]
+    return sum(rewards) / len(rewards) if rewards else None
 
 
 def export(
@@ -213,7 +239,11 @@ def _critic_answer(critique: Critique) -> str:
     return json.dumps(answer, ensure_ascii=False)
 
 
-def _rewriter_answer(event: Rewritten) -> str:
-    return json.dumps(
-        {"why": event.why, "changes": event.changes, "prompt": event.prompt}, ensure_ascii=False
-    )
+def _rewriter_answer(answer: list[Rewritten]) -> str:
+    first = answer[0]
+    if not _prompt(first).lists:
+        said: dict[str, Any] = {"why": first.why, "changes": first.changes, "prompt": first.prompt}
+    else:
+        prompts = [{"changes": event.changes, "prompt": event.prompt} for event in answer]
+        said = {"why": first.why, "prompts": prompts}
+    return json.dumps(said, ensure_ascii=False)

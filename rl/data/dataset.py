@@ -182,9 +182,10 @@ class Dataset:
                 phrase = self.phrasebook.phrases[row["phrase"]]
                 return {**told, "refined": f"{request.prompt}{phrase}", "phrase": int(row["phrase"])}
             case "pairs":
-                inside = [it for it in mine if it.round == row["round"]]
+                one = next(it for it in mine if (it.round, it.index) == (row["round"], row["index"]))
+                inside = [it for it in mine if (it.round, it.prompt) == (one.round, one.prompt)]
                 shown = inside[int(chance * len(inside))]
-                return {**told, "wanted": request.target, "refined": inside[-1].prompt, "image": shown.sha256}
+                return {**told, "wanted": request.target, "refined": one.prompt, "image": shown.sha256}
             case "bests":
                 return {"winner": _at(mine, row["round"], row["index"])}
             case "preferences":

@@ -6,8 +6,8 @@
     preferences  two images under one neutral prompt and target, the better one first
     groups       one image with the rewards of its whole group
 
-The gain is measured on images that selected nothing: round 0's against a rewritten round's, and of the winning
-round without the best image, since it won by that one.
+The gain of a rewritten prompt is measured on images that selected nothing: the neutral prompt's in round 0 against
+those of the prompt in a round, and of the winning prompt without the best image, since it won by that one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ SOURCES: dict[str, frozenset[str]] = {
 #: A row of each source's table: numbers only, so that a large log fits; the rest is fetched for a batch.
 TABLES: dict[str, np.dtype[Any]] = {
     "phrases": np.dtype([("run", "u4"), ("valence", "f4"), ("arousal", "f4"), ("phrase", "u4"), ("gain", "f4")]),
-    "pairs": np.dtype([("run", "u4"), ("round", "u2"), ("gain", "f4"), ("valence", "f4"), ("arousal", "f4")]),
+    "pairs": np.dtype([
+        ("run", "u4"), ("round", "u2"), ("index", "u2"), ("gain", "f4"), ("valence", "f4"), ("arousal", "f4"),
+    ]),
     "bests": np.dtype([("run", "u4"), ("round", "u2"), ("index", "u2")]),
     "preferences": np.dtype([
         ("run", "u4"), ("round", "u2"), ("index", "u2"),
@@ -121,7 +123,7 @@ def best_of(rollouts: Sequence[Rollout]) -> Rollout:
 
 def pairs(
     rollouts: Sequence[Rollout], config: DataConfig, rescore: Callable[[], Reward]
-) -> tuple[list[tuple[int, float, float, float]], list[float], str | None]:
+) -> tuple[list[tuple[int, int, float, float, float]], list[float], str | None]:
     """Refined prompts that gained.
 
     Args:
@@ -130,33 +132,34 @@ def pairs(
         rescore: Gives the reward, where it has to be computed for other targets.
 
     Returns:
-        (round, gain, told valence, told arousal) of each that teaches, NaN for the run's own target; the gains of
-        all rewritten rounds; and why there is no pair.
+        (round, index of one of its images, gain, told valence, told arousal) of each that teaches, NaN for the run's
+        own target; the gains of all; and why there is no pair.
     """
-    best, first = best_of(rollouts), [it for it in rollouts if it.round == 0]
+    best, first = best_of(rollouts), unaided(rollouts)
     if not first:
         return [], [], "no reward in round 0"
-    if config.refined == "winner" and best.round == 0:
+    if config.refined == "winner" and best in first:
         return [], [], "round 0 won"
-    found: list[tuple[int, float, float, float]] = []
-    for number in sorted({it.round for it in rollouts} - {0}):
-        every = [it for it in rollouts if it.round == number]
+    rewritten = [every for every in by_prompt(rollouts) if every[0] not in first]
+    found: list[tuple[int, int, float, float, float]] = []
+    for every in rewritten:
         images = [it for it in every if config.gate == "all" or it is not best]
-        if not images or (config.refined == "winner" and number != best.round):
+        if not images or (config.refined == "winner" and best not in every):
             continue
         hit = _mean_reading(every) if config.told == "read" else None
-        gained, unaided = (_values(some, hit, rescore) for some in (images, first))
+        gained, alone = (_values(some, hit, rescore) for some in (images, first))
         valence, arousal = (
             math.nan if axis is None else axis for axis in (hit.point if hit else (None, None))
         )
-        found.append((number, float(np.mean(gained) - np.mean(unaided)), valence, arousal))
-    gains = [gain for _, gain, *_ in found]
+        gain = float(np.mean(gained) - np.mean(alone))
+        found.append((every[0].round, every[0].index, gain, valence, arousal))
+    gains = [gain for _, _, gain, *_ in found]
     if not found:
-        alone = any(it.round for it in rollouts)
-        return [], [], "one image a round: none is left to measure the gain with" if alone else "no rewrite"
-    kept = [row for row in found if row[1] > config.min_gain]
+        why = "one image a prompt: none is left to measure the gain with" if rewritten else "no rewrite"
+        return [], [], why
+    kept = [row for row in found if row[2] > config.min_gain]
     if config.refined == "best" and kept:
-        kept = [max(kept, key=lambda row: row[1])]
+        kept = [max(kept, key=lambda row: row[2])]
     return kept, gains, None if kept else "gain too small"
 
 
@@ -168,11 +171,11 @@ def preferences(rollouts: Sequence[Rollout], config: DataConfig) -> Iterator[tup
         if high[0] != low[0]:
             yield high[1], low[1], "human"
             return
-    first = [it for it in rollouts if it.round == 0]
+    first = unaided(rollouts)
     if not first:
         return
     best, worst, top = best_of(rollouts), min(first, key=_value), max(first, key=_value)
-    if "rounds" in config.kinds and best.round and _value(best) - _value(worst) >= config.min_margin:
+    if "rounds" in config.kinds and best not in first and _value(best) - _value(worst) >= config.min_margin:
         yield best, worst, "rounds"
     if "within" in config.kinds and _value(top) - _value(worst) >= max(config.min_margin, 1e-9):
         yield top, worst, "within"
@@ -203,19 +206,34 @@ def across(prompts: Sequence[bytes], points: np.ndarray, bests: np.ndarray) -> l
 
 def group_of(rollouts: Sequence[Rollout], config: DataConfig) -> list[Rollout]:
     """The usable rollouts that form the run's group; empty where they are too few or all alike."""
-    group = [it for it in rollouts if it.round == 0 or config.group == "all"]
+    group = list(rollouts) if config.group == "all" else unaided(rollouts)
     values = {it.reward for it in group}
     return group if len(group) >= config.min_group and len(values) > 1 else []
 
 
-def mean_readings(rollouts: Sequence[Rollout]) -> Iterator[tuple[int, float, float, float]]:
-    """(round, valence, arousal, alignment) in the mean over each round's images."""
-    for number in sorted({it.round for it in rollouts}):
-        read = [it.critique for it in rollouts if it.round == number and it.critique is not None]
+def by_prompt(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """Those of each prompt in each round, in order."""
+    groups: dict[tuple[int, str | None], list[Rollout]] = {}
+    for it in rollouts:
+        groups.setdefault((it.round, it.prompt), []).append(it)
+    return list(groups.values())
+
+
+def unaided(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Round 0's of the neutral prompt, or of the one prompt that a run began with in its place."""
+    first = [it for it in rollouts if it.round == 0]
+    neutral = [it for it in first if it.prompt == it.request.prompt]
+    return neutral if neutral or len({it.prompt for it in first}) > 1 else first
+
+
+def mean_readings(rollouts: Sequence[Rollout]) -> Iterator[tuple[Rollout, float, float, float]]:
+    """(first image, valence, arousal, alignment) of each prompt in each round, in the mean over its images."""
+    for group in by_prompt(rollouts):
+        read = [it.critique for it in group if it.critique is not None]
         if read:
             axes = ("valence", "arousal", "alignment")
             valence, arousal, alignment = (fmean(getattr(it, axis) for it in read) for axis in axes)
-            yield number, valence, arousal, alignment
+            yield group[0], valence, arousal, alignment
 
 
 def _value(it: Rollout) -> float:

@@ -29,7 +29,7 @@ from ...tools.reward import value_now
 from ...tools.words import WordModel
 from ..config import DataConfig
 from ..rollouts import RolloutSource
-from .examples import mean_readings, usable
+from .examples import mean_readings, unaided, usable
 
 #: A word is ordinary (in, the) when this share of the neutral prompts use it, and content when fewer do.
 _ORDINARY = 0.15
@@ -47,11 +47,11 @@ _SEED = 0
 
 
 class Tried(NamedTuple):
-    """One round of a run.
+    """One prompt of a run's round.
 
     Attributes:
         neutral: The run's neutral prompt.
-        prompt: The round's.
+        prompt: The prompt.
         valence: What the critic read, in the mean over its images.
         arousal: The same.
         alignment: The same.
@@ -193,12 +193,12 @@ def tell(
         found = rollouts.fetch(ids[some].tolist())
         for run in some:
             mine = usable(found[str(ids[run])], config)
-            neutral, prompts = mine[0].request.prompt, {it.round: str(it.prompt) for it in mine}
-            for number, *means in mean_readings(mine):
-                if number == 0:
+            neutral, first = mine[0].request.prompt, unaided(mine)
+            for one, *means in mean_readings(mine):
+                if one in first:
                     base[run] = neutral, _read_as(means)
                 if not held[run]:
-                    tried.append(Tried(neutral, prompts[number], *means))
+                    tried.append(Tried(neutral, str(one.prompt), *means))
     if not tried or not base:
         lacking = "no run outside the held-out prompts" if base else "no run's round 0"
         raise UserError(

@@ -1,5 +1,6 @@
 """A round of several prompts: over a real log, checkpoints and graph; generator and chat model follow simple rules."""
 
+import io
 import json
 from collections import Counter
 from typing import Any
@@ -7,13 +8,21 @@ from typing import Any
 import pytest
 from emoloop.agents.rewriters import Rewrite, propose
 from emoloop.agents.rewriters.simple import SimpleRewriter
+from emoloop.cli.traces_view import show_run
+from emoloop.cli.view import RunView
 from emoloop.domain import EmotionTarget, RunStatus, StopReason
 from emoloop.events import ImageGenerated, Rewritten, RunStarted
 from emoloop.graph import build, retry
 from emoloop.graph.loop import Loop, open_loop
+from emoloop.rl.config import DataConfig
+from emoloop.rl.data.chats import rewriter_turns
+from emoloop.rl.data.dataset import Dataset
+from emoloop.rl.rollouts import LogRollouts
+from emoloop.tools.images.sheet import draw_sheet
 from emoloop.traces.document import result_json
 from emoloop.traces.fold import fold
 from painter import Painter
+from rich.console import Console
 from scripted import Scripted
 
 TARGET = EmotionTarget(valence=2, arousal=-1)
@@ -361,6 +370,70 @@ async def test_a_fork_has_its_parents_prompts_up_to_the_edit(tmp_path):
     assert out["run_id"] != "t" and painted(events, 0) == painted(before, 0)
     assert painted(events, 1) == ["a red house"] * 4 and len(set(painted(events, 2))) == 4
     assert fold(events).rounds[0].proposals == fold(before).rounds[0].proposals
+
+
+# ---- who reads the log
+
+
+def said(messages: Any) -> str:
+    parts = [part for it in messages for part in (it["content"] if isinstance(it, dict) else it.content)]
+    return "".join(part if isinstance(part, str) else part["text"] for part in parts)
+
+
+@pytest.mark.parametrize("model", [Inventive(repeats=2), Lister()])
+async def test_a_rewriters_questions_are_made_again(tmp_path, model):
+    loop = make(tmp_path, model=model, rewriter="simple", proposals=3)
+    if isinstance(model, Inventive):
+        loop.settings.lvlm.rewriter_prompt = "rewriter-compact"
+    async with loop:
+        result = await loop.run("a dog", TARGET, seed=7)
+        events = await loop.recorder.events(result.run_id)
+    turns = list(rewriter_turns(result, events))
+    asked = {said(it) for it in model.seen if not any(isinstance(part, dict) and "image_url" in part
+                                                       for part in it[-1].content)}  # fmt: skip
+    assert turns and {said(turn.question) for turn in turns} <= asked
+    rewrites = [e for e in events if isinstance(e, Rewritten)]
+    assert len(turns) == (3 if isinstance(model, Lister) else len(rewrites))
+    for turn in turns:
+        for answer in turn.good:
+            told = json.loads(answer)
+            prompts = [it["prompt"] for it in told.get("prompts", [told])]
+            assert set(prompts) <= {e.prompt for e in rewrites}
+
+
+async def test_examples_are_of_a_prompt_each(tmp_path):
+    async with scripted(tmp_path, images=6, proposals=3, neutral_images=2) as loop:
+        for seed in range(3):
+            await loop.run("a dog", TARGET, seed=seed)
+        store = loop.recorder.store
+        config = DataConfig(held_out=0, min_gain=-9, gate="all")
+        dataset = Dataset(LogRollouts(store), config)
+        results = {row.run_id: store.run(row.run_id) for row in store.runs()}
+        examples = dataset.examples("pairs").fetch(range(len(dataset.examples("pairs"))))
+    means: dict[tuple[str, str], list[float]] = {}
+    for result in results.values():
+        for it in (it for round in result.rounds for it in round.candidates):
+            means.setdefault((result.run_id, it.prompt), []).append(it.reward or 0.0)
+    rewritten = [key for key in means if key[1] != "a dog"]
+    assert sorted((it.run_id, it.refined) for it in examples) == sorted(rewritten)
+    for it in examples:
+        own, unaided = (sum(values) / len(values) for values in
+                        (means[it.run_id, str(it.refined)], means[it.run_id, "a dog"]))  # fmt: skip
+        assert it.advantage == pytest.approx(own - unaided, abs=1e-6)
+        shown = [c for round in results[it.run_id].rounds for c in round.candidates if c.sha256 == it.image]
+        assert [c.prompt for c in shown] == [it.refined]
+
+
+async def test_a_person_sees_each_prompt(tmp_path):
+    async with scripted(tmp_path, rounds=2) as loop:
+        file = io.StringIO()
+        with RunView(Console(file=file, width=200)) as view:
+            result = await loop.run("a dog", TARGET, seed=7, on_event=view)
+        show_run(Console(file=file, width=200), result)
+    prompts = {c.prompt for round in result.rounds for c in round.candidates}
+    text = file.getvalue()
+    assert len(prompts) == 8 and all(text.count(prompt) >= 2 for prompt in prompts)
+    assert draw_sheet(result).height > 0
 
 
 # ---- budget

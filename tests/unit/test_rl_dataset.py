@@ -138,7 +138,7 @@ def test_why_runs_give_no_pair(tmp_path: Path) -> None:
         dataset = Dataset(LogRollouts(store), DataConfig(held_out=0, min_gain=0.05, refined="winner"))
         assert dataset.statistics.dropped == {
             "gain too small": 1,
-            "one image a round: none is left to measure the gain with": 1,
+            "one image a prompt: none is left to measure the gain with": 1,
             "round 0 won": 2,
         }
         assert len(dataset.examples("pairs")) == 1
@@ -146,7 +146,7 @@ def test_why_runs_give_no_pair(tmp_path: Path) -> None:
         assert dataset.statistics.dropped == {
             "gain too small": 2,
             "no rewrite": 1,
-            "one image a round: none is left to measure the gain with": 1,
+            "one image a prompt: none is left to measure the gain with": 1,
         }
         with pytest.raises(UserError, match=r"5 runs give no pairs to train on .*too small.*loosen"):
             Dataset(LogRollouts(store), DataConfig(held_out=0, min_gain=5)).examples("pairs")

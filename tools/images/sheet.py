@@ -27,7 +27,8 @@ _Line = tuple[str, int, str]
 def draw_sheet(result: RunResult) -> Image.Image:
     """Draw a run.
 
-    Above each row stands its prompt; under each picture the target, what was read from it, and its reward.
+    Above each row stands its prompt, or under each picture its own where a round has several; then the target, what was
+    read from it, and its reward.
     The best one has a frame.
 
     Args:
@@ -47,13 +48,16 @@ def draw_sheet(result: RunResult) -> Image.Image:
     parts = [_block([(result.prompt, 28, _INK), (wanted, 18, _INK), (facts, 15, _GREY)], width)]
     for number, round in enumerate(result.rounds):
         mean = "" if round.mean_reward is None else f" · mean reward {round.mean_reward:+.2f}"
-        changed = [(f"changed: {round.changes}", 15, _GREY)] if round.changes else []
-        head = [(f"round {number}{mean}", 15, _GREY), (round.prompt, 19, _INK), *changed]
+        several = len({it.prompt for it in round.candidates}) > 1
+        changed = [(f"changed: {round.changes}", 15, _GREY)] if round.changes and not several else []
+        told = [] if several else [(round.prompt, 19, _INK)]
+        head = [(f"round {number}{mean}", 15, _GREY), *told, *changed]
         parts += [Image.new("RGB", (width, 1), "#d9d9d9"), _block(head, width)]
         for start in range(0, len(round.candidates), _COLUMNS):
             row = round.candidates[start : start + _COLUMNS]
             best = result.best.sha256 if result.best is not None else None
-            parts.append(_join([_cell(it, result.target, it.sha256 == best) for it in row], down=False))
+            cells = [_cell(it, result.target, it.sha256 == best, several) for it in row]
+            parts.append(_join(cells, down=False))
     parts += [_block([(f"warning: {warning}", 15, _RED)], width) for warning in result.warnings]
     return ImageOps.expand(_join(parts, down=True), _MARGIN, _PAPER)
 
@@ -77,14 +81,15 @@ def _join(parts: Sequence[Image.Image], down: bool) -> Image.Image:
     return sheet
 
 
-def _cell(candidate: Candidate, target: EmotionTarget, best: bool) -> Image.Image:
+def _cell(candidate: Candidate, target: EmotionTarget, best: bool, told: bool) -> Image.Image:
     try:
         picture = ImageOps.pad(candidate.image, (_CELL, _CELL), Image.Resampling.LANCZOS, color=_PAPER)
     except OSError:
         picture = Image.new("RGB", (_CELL, _CELL), "#eeeeee")
     if best:
         ImageDraw.Draw(picture).rectangle((0, 0, _CELL - 1, _CELL - 1), outline=_GREEN, width=5)
-    lines = [(f"target  {_target(target)}", 14, _GREY)]
+    lines = [(candidate.prompt, 14, _INK)] if told else []
+    lines.append((f"target  {_target(target)}", 14, _GREY))
     critique = candidate.critique
     if isinstance(critique, Critique):
         category = f" {critique.category.value}" if critique.category else ""

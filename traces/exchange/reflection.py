@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ...domain import Critique, EmotionTarget, RunResult, UserError
+from ...domain import Critique, EmotionTarget, Round, RunResult, UserError
 from ...files import replacing, write_atomic
 from ..rows import RunFilter
 from ..store import TraceStore
@@ -69,7 +69,7 @@ def _trajectory(run: RunResult) -> dict[str, Any] | None:
             return None
         last = number == run.best.round
         reflection = best.critique.analysis.strip()
-        edit = "" if last else (run.rounds[number + 1].changes or best.critique.suggestion).strip()
+        edit = "" if last else (_changes(run.rounds[number + 1]) or best.critique.suggestion).strip()
         if not reflection or (not last and not edit) or _HEADER.search(f"{reflection}\n{edit}"):
             return None
         images.append({"uri": f"images/{best.sha256}.png", "sha256": best.sha256})
@@ -87,6 +87,13 @@ def _trajectory(run: RunResult) -> dict[str, Any] | None:
     canonical = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(f"{SCHEMA}\0{canonical}".encode()).hexdigest()
     return {"trajectory_id": f"traj_{digest}", **content}
+
+
+def _changes(round: Round) -> str:
+    """What was changed to get to the prompt of a round's best image, or to its first one."""
+    scored = [it for it in round.candidates if it.reward is not None]
+    best = max(scored, key=lambda it: it.reward or 0.0, default=None)
+    return next((it.changes for it in round.proposals if best and it.prompt == best.prompt), round.changes)
 
 
 def _say(target: EmotionTarget) -> str:
