@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -217,6 +217,22 @@ class Round(BaseModel):
         """Mean over the candidates that have a reward; None where none has."""
         rewards = [c.reward for c in self.candidates if c.reward is not None]
         return sum(rewards) / len(rewards) if rewards else None
+
+
+class Example(NamedTuple):
+    """A rewrite of another run that came near a target.
+
+    Attributes:
+        neutral: What that run was asked for.
+        prompt: What won it.
+        valence: What its picture was read as.
+        arousal: The same.
+    """
+
+    neutral: str
+    prompt: str
+    valence: float
+    arousal: float
 
 
 class RunStatus(StrEnum):

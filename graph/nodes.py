@@ -396,16 +396,15 @@ class Nodes:
         }
 
     async def _write(self, state: State, runtime: Runtime[Context], fold: Fold, number: int) -> None:
-        parts, options = self.parts, state["options"]
-        rewriter = parts.rewriter(options["rewriter"])
+        parts, options, target = self.parts, state["options"], read_target(state["target"])
+        rewriter, count = parts.rewriter(options["rewriter"]), wanted(number, options)
         rewrites = await propose(
-            rewriter,
-            state["prompt"],
-            read_target(state["target"]),
+            *(rewriter, state["prompt"], target),
             fold.rounds(parts.recorder.store.blobs.path)[:number],
-            count=wanted(number, options),
+            count=count,
             comment=state.get("comment", ""),
             seed=candidate_seed(options["seed"], number, -1),
+            **await parts.knowledge.advice(fold, target, number, options, count),
         )
         error = rewrites[0].error
         if error is not None and self._try_again(error, runtime):

@@ -8,13 +8,14 @@ they come. Regression and prior are those of ridge (Bishop, Pattern Recognition 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..domain import HIGH, LOW
+from ..domain import HIGH, LOW, EmotionTarget
 
 #: A model knows so many words and word pairs at most, the commonest; more cost the fit their cube.
 _WORDS = 1000
@@ -102,6 +103,37 @@ class WordModel:
         shown = self._counts.transform(texts).toarray()
         centred = shown - self._centre
         return self._ridge.predict(shown), spread + centred @ self._inverse @ centred.T + 1 / len(self.errors)
+
+
+def expected_distance(
+    mean: NDArray[np.float64], deviation: NDArray[np.float64], target: EmotionTarget
+) -> NDArray[np.float64]:
+    """(N,) expectations of |ΔV| + |ΔA| over the wanted axes, where the readings to be expected are normal.
+
+    Of one axis it is the mean of a folded normal distribution (Leone, Nelson and Nottingham, Technometrics 3(4), 1961):
+    what is known badly is expected farther off.
+
+    Args:
+        mean: (N, 2), from `WordModel.predict`.
+        deviation: (N, 2), likewise.
+        target: The wanted emotion.
+    """
+    from scipy.stats import norm
+
+    total = np.zeros(len(mean))
+    for axis, aim in enumerate(target.point):
+        if aim is not None:
+            off, spread = mean[:, axis] - aim, np.maximum(deviation[:, axis], 1e-9)
+            total += 2 * spread * norm.pdf(off / spread) + off * (1 - 2 * norm.cdf(-off / spread))
+    return total
+
+
+def addition(neutral: str, refined: str) -> str | None:
+    """What a refined prompt says after the neutral one, with what joins them; None where it says it otherwise."""
+    head, text = " ".join(neutral.split()), " ".join(refined.split())
+    rest = text[len(head) :]
+    fits = text[: len(head)].casefold() == head.casefold() and re.match(r"[\s,;:.]", rest)
+    return rest if fits and re.search(r"\w", rest) else None
 
 
 def _counts(**options: Any) -> Any:

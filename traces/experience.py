@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, and_, select
 
-from ..domain import EmotionTarget
+from ..domain import EmotionTarget, Example
 from .schema import candidates, events, runs
 from .store import TraceStore
 
@@ -25,15 +25,6 @@ _EVENTS, _REWRITES = 20, 16
 class Read(NamedTuple):
     """What the critic read from an image of a prompt."""
 
-    prompt: str
-    valence: float
-    arousal: float
-
-
-class Rewrite(NamedTuple):
-    """A rewrite that came near its target: the winner of its run."""
-
-    neutral: str
     prompt: str
     valence: float
     arousal: float
@@ -72,7 +63,7 @@ def readings(
         return [Read(*row) for row in connection.execute(query)]
 
 
-def rewrites(
+def examples(
     store: TraceStore,
     target: EmotionTarget,
     before: datetime,
@@ -81,7 +72,7 @@ def rewrites(
     neutral: str,
     model: str,
     adapter: str | None = None,
-) -> list[Rewrite]:
+) -> list[Example]:
     """Rewrites of other neutral prompts that came near a target, the nearest first; one for each neutral prompt.
 
     Args:
@@ -112,9 +103,9 @@ def rewrites(
         .where(*([] if target.category is None else [c.category == target.category]))
     )
     with store.read() as connection:
-        found = [Rewrite(*row) for row in connection.execute(query)]
+        found = [Example(*row) for row in connection.execute(query)]
     found.sort(key=lambda it: (_distance((it.valence, it.arousal), target), it.neutral, it.prompt))
-    nearest: dict[str, Rewrite] = {}
+    nearest: dict[str, Example] = {}
     for it in found:
         nearest.setdefault(it.neutral, it)
     return list(nearest.values())[:most]

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ...domain import Critique, EmotionTarget, UserError
 from ...tools.reward import value_now
-from ...tools.words import WordModel
+from ...tools.words import WordModel, addition
 from ..config import DataConfig
 from ..rollouts import RolloutSource
 from .examples import mean_readings, unaided, usable
@@ -62,14 +62,6 @@ class Tried(NamedTuple):
     valence: float
     arousal: float
     alignment: float
-
-
-def addition(neutral: str, refined: str) -> str | None:
-    """What a refined prompt says after the neutral one, with what joins them; None where it says it otherwise."""
-    head, text = " ".join(neutral.split()), " ".join(refined.split())
-    rest = text[len(head) :]
-    fits = text[: len(head)].casefold() == head.casefold() and re.match(r"[\s,;:.]", rest)
-    return rest if fits and re.search(r"\w", rest) else None
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from emoloop.domain import Critique, EmotionTarget, UserError
 from emoloop.rl.config import DataConfig, load_config
 from emoloop.rl.data.dataset import Dataset
 from emoloop.rl.data.examples import source_for
-from emoloop.rl.data.phrasebook import Tried, addition, build
+from emoloop.rl.data.phrasebook import Tried, build
 from emoloop.rl.distill import objective_of
 from emoloop.rl.rollouts import LogRollouts
 from emoloop.tools.reward import load_reward
+from emoloop.tools.words import addition
 from emoloop.traces.store import open_store
 from rl_log import run_events, settings_for
 

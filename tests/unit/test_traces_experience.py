@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from emoloop.domain import Emotion, EmotionTarget
-from emoloop.traces.experience import cursor_at, readings, rewrites
+from emoloop.traces.experience import cursor_at, examples, readings
 from emoloop.traces.store import open_store
 from rl_log import run_events, settings_for
 
@@ -63,15 +63,15 @@ def test_rewrites_are_those_of_other_prompts_that_came_near(tmp_path: Path) -> N
         done = datetime.now(UTC)
         log(10, 1.5)
         about = {"neutral": "the neutral one", "model": "tiny"}
-        found = rewrites(store, target, done, 9, **about)
+        found = examples(store, target, done, 9, **about)
         assert [it.neutral for it in found] == ["a hill", "a cat", "a dog"]
         assert found[1] == ("a cat", "a cat bright 1", pytest.approx(1.4), -1.0)
-        assert rewrites(store, target, done, 1, **about) == found[:1]
-        assert rewrites(store, target, done, 9, **{**about, "neutral": "a cat"}) == [found[0], found[2]]
+        assert examples(store, target, done, 1, **about) == found[:1]
+        assert examples(store, target, done, 9, **{**about, "neutral": "a cat"}) == [found[0], found[2]]
         # One axis alone; a category as well.
-        one = rewrites(store, EmotionTarget(valence=1.5), done, 9, **about)
+        one = examples(store, EmotionTarget(valence=1.5), done, 9, **about)
         assert [it.neutral for it in one] == ["a boat", "a hill", "a cat", "a dog"]
         content = EmotionTarget(valence=1.5, arousal=-1.0, category=Emotion.CONTENTMENT)
-        assert [it.neutral for it in rewrites(store, content, done, 9, **about)] == ["a hill"]
+        assert [it.neutral for it in examples(store, content, done, 9, **about)] == ["a hill"]
         # What was done later is not seen.
-        assert len(rewrites(store, target, datetime.now(UTC), 9, **about)) == 4
+        assert len(examples(store, target, datetime.now(UTC), 9, **about)) == 4

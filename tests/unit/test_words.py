@@ -6,7 +6,8 @@ from itertools import product
 
 import numpy as np
 import pytest
-from emoloop.tools.words import WordModel
+from emoloop.domain import Emotion, EmotionTarget
+from emoloop.tools.words import WordModel, expected_distance
 from sklearn.feature_extraction.text import CountVectorizer
 
 #: What each word adds to valence and arousal.
@@ -130,3 +131,23 @@ def _vocabulary(least: int) -> list[str]:
     return list(
         CountVectorizer(ngram_range=(1, 2), min_df=least, token_pattern=r"\w+").fit(TEXTS).vocabulary_
     )
+
+
+def test_what_is_known_badly_is_expected_farther_off() -> None:
+    mean, deviation = (
+        np.array([[0.5, -1.0], [0.5, -1.0], [2.0, 1.0]]),
+        np.array([[0.0, 0.0], [0.8, 1.5], [0.3, 0.1]]),
+    )
+    draws = np.random.default_rng(1).normal(mean, deviation, (200_000, 3, 2))
+    both = EmotionTarget(valence=1.0, arousal=-1.0)
+    assert expected_distance(mean, deviation, both) == pytest.approx(
+        abs(draws - (1.0, -1.0)).sum(-1).mean(0), abs=0.01
+    )
+    assert expected_distance(mean, deviation, both)[0] == pytest.approx(0.5)
+    one = EmotionTarget(arousal=0.5)
+    assert expected_distance(mean, deviation, one) == pytest.approx(
+        abs(draws[..., 1] - 0.5).mean(0), abs=0.01
+    )
+    # A category alone aims at its prototype.
+    awe = EmotionTarget(category=Emotion.AWE)
+    assert (expected_distance(mean, deviation, awe) > 0).all()
