@@ -148,11 +148,16 @@ class Reuse:
         where = events.c.round == 0, runs.c.prompt_hash == hash_prompt(prompt), *_aimed(target)
         for event in self._events(Rewritten, f"eval-________{self.prefix[13:]}", *where):
             own = (event.model, event.prompt_version) == (rewriter.model, rewriter.prompt_id)
-            if own and not event.why.startswith(KEPT):
+            # One of several was asked for at another temperature.
+            if own and not event.why.startswith(KEPT) and not self._several(event.run_id):
                 return Rewrite(
                     event.prompt, event.changes, event.why, None, event.usage, event.seconds or 0.0
                 )
         return None
+
+    def _several(self, run_id: str) -> bool:
+        started = self.store.fold(run_id).started
+        return started is not None and (started.settings.get("loop", {}).get("proposals") or 1) > 1
 
     def _events(self, kind: type[E], prefix: str, *where: ColumnElement[bool]) -> list[E]:
         query = select(events.c.body).join(runs, runs.c.run_id == events.c.run_id)

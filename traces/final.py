@@ -27,9 +27,8 @@ def choose(fold: Fold, number: int) -> tuple[int, int] | None:
     """
     best: tuple[float, tuple[int, int]] | None = None
     for index, rewrite in sorted(fold.rewrites[number].items()):
-        rewards = {
-            key: it.reward for key, it in fold.of_prompt(rewrite.prompt).items() if it.reward is not None
-        }
+        mine = ((key, it) for key, it in fold.tried.items() if it.made and it.made.prompt == rewrite.prompt)
+        rewards = {key: it.reward for key, it in mine if it.reward is not None}
         before = [key for key in sorted(rewards) if key[0] != number]
         pair = [max(before, key=lambda key: rewards[key])] if before else []
         pair += [(number, index)] if (number, index) in rewards else []

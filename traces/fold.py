@@ -101,7 +101,6 @@ class Fold:
         self.updated: datetime | None = None
         self.images = self.calls = 0
         self._rounds: dict[int, dict[int, Tried]] = {}
-        self._of_prompt: dict[str, dict[tuple[int, int], Tried]] = {}
         self._rewarded = 0
         self._made_by: tuple[str, str | None] | None = None
         # What was made of a round, until its next event.
@@ -126,7 +125,6 @@ class Fold:
                 tried = self._at(event)
                 self.images += tried.made is None
                 tried.made = event
-                self._of_prompt.setdefault(event.prompt, {})[event.round, event.index] = tried
                 self._made_by = self._made_by or (event.model, event.adapter)
             case GenerationFailed():
                 self._reopen()
@@ -217,19 +215,19 @@ class Fold:
 
     @property
     def gain(self) -> float | None:
-        """Mean reward of the winning prompt's images minus that of the neutral prompt's; None where either has none.
+        """Mean reward of the winning prompt's images in its round minus that of the neutral prompt's in round 0.
 
-        After a final round the image that selected nothing stands for the winner. Where the neutral prompt was not
-        painted, round 0 stands for it.
+        None where either has none; all of round 0 counts where it began with another prompt. After a final round the
+        image that selected nothing stands for the winner.
         """
+        best = self.tried[self.best].made if self.best else None
         if self.best is None or self.started is None:
             return None
-        best = self.tried[self.best].made
         again = final.unselected(self)
-        images = {0: again} if again else self.of_prompt(best.prompt if best else "")
-        winning = _mean(self._rewards(images))
-        unaided = _mean(self._rewards(self.of_prompt(self.started.prompt)))
-        first = self.mean_reward(0) if unaided is None else unaided
+        images = {0: again} if again else self.round(self.best[0])
+        winning = _mean(self._rewards(images, best.prompt if best else None))
+        first = _mean(self._rewards(self.round(0), self.started.prompt))
+        first = self.mean_reward(0) if first is None else first
         return None if first is None or winning is None else winning - first
 
     @property
@@ -243,8 +241,12 @@ class Fold:
         """The rewards of a round, in order of index whatever the order of the events."""
         return self._rewards(self.round(number))
 
-    def _rewards(self, some: dict[Any, Tried]) -> list[float]:
-        return [tried.reward for _, tried in sorted(some.items()) if tried.reward is not None]
+    def _rewards(self, row: dict[int, Tried], prompt: str | None = None) -> list[float]:
+        """The rewards of a round, or those of one of its prompts."""
+        kept = (
+            it for _, it in sorted(row.items()) if prompt is None or (it.made and it.made.prompt == prompt)
+        )
+        return [it.reward for it in kept if it.reward is not None]
 
     def mean_reward(self, number: int) -> float | None:
         """Mean reward of a round; None where nothing in it was rewarded."""
@@ -253,10 +255,6 @@ class Fold:
     def round(self, number: int) -> dict[int, Tried]:
         """The candidates of a round, by index."""
         return self._rounds.get(number, {})
-
-    def of_prompt(self, prompt: str) -> dict[tuple[int, int], Tried]:
-        """The candidates of a prompt, by (round, index)."""
-        return self._of_prompt.get(prompt, {})
 
     def proposals(self, number: int) -> list[Proposal]:
         """The distinct prompts of a round, in order; round 0 begins with the neutral one where no rewrite is first."""

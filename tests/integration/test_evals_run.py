@@ -251,6 +251,17 @@ async def test_equal_work_is_done_once_however_many_ask_at_a_time(tmp_path):
         assert row.cost == rows[1].cost
 
 
+async def test_a_rewrite_is_not_taken_from_several_of_another_arm(tmp_path):
+    lvlm = Scripted()
+    async with painted(tmp_path, lvlm) as (harness, _painter, request):
+        several = replace(ARMS["loop"], name="several", options={"proposals": 3, "rounds": 1})
+        row = await harness.run(several, request, 1)
+        assert len({one.prompt for one in row.made}) > 1
+        asked = lvlm.calls["rewriter"]
+        await harness.run(ARMS["rewrite"], request, 1)
+        assert lvlm.calls["rewriter"] == asked + 1
+
+
 async def test_an_image_whose_file_is_gone_is_made_again(tmp_path):
     async with painted(tmp_path) as (harness, painter, request):
         first = await harness.run(ARMS["base"], request, 1)
