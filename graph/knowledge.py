@@ -30,11 +30,11 @@ class Knowledge:
     """Asks a log; shared by all runs of a loop.
 
     Args:
-        store: The log to learn from.
+        store: The log to learn from; None leaves what a run sees itself.
         generator: Only what it painted counts.
     """
 
-    def __init__(self, store: TraceStore, generator: Generator) -> None:
+    def __init__(self, store: TraceStore | None, generator: Generator) -> None:
         self.store = store
         about = generator.describe()
         self._painter = {"model": str(about.get("model")), "adapter": about.get("adapter")}
@@ -67,18 +67,21 @@ class Knowledge:
                     return np.argsort(expected_distance(mean, deviation, target), kind="stable").tolist()
 
                 given |= {"rank": rank, "spare": (times - 1) * count}
-        if (most := options.get("memory", 0)) and number == 0:
+        if self.store and (most := options.get("memory", 0)) and number == 0:
             asked = self.store, target, fold.started.time, most
             about = {"neutral": fold.started.prompt, **self._painter}
             given["examples"] = await asyncio.to_thread(experience.examples, *asked, **about)
         return given
 
     def _model(self, began: datetime) -> WordModel:
+        if self.store is None:
+            return WordModel()
         last = experience.cursor_at(self.store, began)
         # Fitted again when the log has grown by a tenth or so, and not for each run.
         return self._fitted(last - last % (1 << max(0, last.bit_length() - 4)))
 
     def _fit(self, upto: int) -> WordModel:
+        assert self.store is not None
         read = experience.readings(self.store, upto, _READINGS, **self._painter)
         points = np.array([it[1:] for it in read]).reshape(-1, 2)
         return WordModel([it.prompt for it in read], points, words=_WORDS)
