@@ -12,7 +12,7 @@ import math
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from ..domain import HIGH, LOW, Critique, Emotion, EmotionTarget
 
@@ -199,11 +199,16 @@ class RewriterAnswers(_Answer):
 
     Attributes:
         why: The reason behind all of them.
-        prompts: At least one; a prompt may stand as plain text.
+        prompts: At least one; a prompt may stand as plain text, and a single one in place of the list.
     """
 
     why: _Said = ""
     prompts: Annotated[list[RewriterAnswer], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list(cls, data: Any) -> Any:
+        return {**data, "prompts": [data]} if isinstance(data, dict) and "prompt" in data else data
 
     @field_validator("prompts", mode="before")
     @classmethod

@@ -112,10 +112,10 @@ class RunView:
         star = " [green]★[/]" if self._fold.best and self._fold.best[0] == number else ""
         mean = f"mean {self._fold.mean_reward(number):+.2f}"
         made = row[top].made
-        several = made is not None and len(self._fold.proposals(number)) > 1
+        several = len(self._fold.proposals(number)) > 1
         return [
             f"best {rewards[top]:+.2f} ({estimate}){star} · {mean} · {read} · {seconds}",
-            *([f"     {escape(made.prompt)}"] if several else []),
+            *([f"     {escape(made.prompt)}"] if made and several else []),
         ]
 
     def _line(self, *lines: str) -> None:

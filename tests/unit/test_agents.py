@@ -11,6 +11,7 @@ from emoloop.agents.schemas import (
     REWRITER_SCHEMA,
     CriticAnswer,
     RewriterAnswer,
+    RewriterAnswers,
     average,
     signed,
     target_text,
@@ -395,3 +396,22 @@ def test_a_prompt_file_in_another_encoding_is_one_line(tmp_path):
     (tmp_path / "mine.yaml").write_bytes("name: café\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"mine\.yaml is not UTF-8"):
         load_prompt(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"why": "w", "prompts": [{"changes": "light", "prompt": " a\n dog "}, "a cat"]},
+        {"why": "w", "prompts": ["a dog", {"prompt": "a cat"}]},
+    ],
+)
+def test_several_rewrites_are_read_leniently(said):
+    answer = RewriterAnswers.model_validate(said)
+    assert [it.prompt for it in answer.prompts] == ["a dog", "a cat"]
+
+
+def test_one_rewrite_where_several_were_wanted_is_one():
+    answer = RewriterAnswers.model_validate({"why": "w", "changes": "light", "prompt": "a dog"})
+    assert [(it.prompt, it.changes) for it in answer.prompts] == [("a dog", "light")]
+    with pytest.raises(ValueError, match="prompts"):
+        RewriterAnswers.model_validate({"why": "w", "prompts": []})

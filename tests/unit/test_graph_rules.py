@@ -18,8 +18,9 @@ from emoloop.domain import (
 )
 from emoloop.events import Critiqued, Rewarded
 from emoloop.graph.collect import read_line
-from emoloop.graph.policy import decide, reached
+from emoloop.graph.policy import decide, is_spent, reached
 from emoloop.graph.retry import retryable
+from emoloop.graph.rounds import shown, wanted
 from emoloop.graph.state import Context, candidate_seed, read_prompt, read_review, read_run_id
 from emoloop.settings import LoopSettings, lvlm_settings, merged, pruned
 from emoloop.tools.reward import EmotionReward, emotion_error, load_reward
@@ -319,3 +320,24 @@ def test_settings_merge():
     assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}}) == {"a": {"b": 4, "c": 2}, "d": 3}
     assert pruned({"a": {"b": None, "c": 0}, "d": None, "e": {}}) == {"a": {"c": 0}}
     assert json.dumps(merged({}, {"a": {"b": None}})) == '{"a": {"b": null}}'
+
+
+# ---- what a round is made of
+
+
+def test_states_saved_before_there_were_several_prompts_have_one():
+    saved = {"rounds": 3, "images": 3, "rewrite_first": False}
+    assert (wanted(0, saved), wanted(1, saved)) == (0, 1)
+    assert shown(["a dog"], 0, saved) == shown(["a dog"], 1, saved) == ["a dog"] * 3
+    assert not is_spent(fold_of(round_of(0, 0.5)), saved)
+
+
+def test_images_share_the_prompts():
+    options = {"images": 5, "rewrite_first": False, "proposals": 3, "neutral_images": 2}
+    assert (wanted(0, options), wanted(1, options)) == (2, 3)
+    assert shown(["n", "a", "b"], 0, options) == ["n", "n", "a", "b", "a"]
+    assert shown(["a", "b", "c"], 1, options) == ["a", "b", "c", "a", "b"]
+    assert shown(["h"], 0, options) == ["h"] * 5
+    assert wanted(0, {**options, "neutral_images": 5}) == 0
+    first = {**options, "rewrite_first": True}
+    assert (wanted(0, first), shown(["a", "b", "c"], 0, first)) == (3, ["a", "b", "c", "a", "b"])
