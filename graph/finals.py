@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..domain import StopReason
 from ..events import Rewritten
 from ..traces.final import NODE
@@ -14,6 +17,12 @@ DELIVERS = (
     StopReason.ROUNDS_USED,
     StopReason.BUDGET_USED,
 )
+
+
+def finalists(fold: Fold, options: Mapping[str, Any]) -> int:
+    """How many prompts the final round has, within the run's budget of images; 0 is none."""
+    wanted, most = options.get("finalists", 0), options.get("max_images")
+    return wanted if most is None or fold.final is not None else min(wanted, (most - fold.images) // 2)
 
 
 def final_round(fold: Fold, count: int) -> list[Rewritten]:

@@ -44,7 +44,7 @@ from ..tools.images.base import GenerationError, ImageRequest
 from ..traces.fold import Fold, Tried
 from . import policy
 from .edits import check_prompt_stands, follow
-from .finals import DELIVERS, final_round
+from .finals import DELIVERS, final_round, finalists
 from .parts import Parts, check_request, prompt_notes
 from .retry import ATTEMPTS, retryable
 from .rounds import rewritten, shown, wanted
@@ -242,7 +242,8 @@ class Nodes:
         )
         if number == fold.final:
             stop = StopReason(state.get("ended") or StopReason.ROUNDS_USED)
-        ended = stop if options.get("finalists") and number != fold.final and stop in DELIVERS else None
+        more = stop in DELIVERS and number != fold.final and finalists(fold, options) > 0
+        ended = stop if more else None
         summary = {
             "prompt": fold.prompt(number),
             "images": [tried.made.sha256 for _, tried in sorted(fold.round(number).items()) if tried.made],
@@ -416,7 +417,7 @@ class Nodes:
     async def final(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Begin the round in which the best prompts are painted and read again."""
         fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
-        await self._record(runtime, *(begun := final_round(fold, state["options"]["finalists"])))
+        await self._record(runtime, *(begun := final_round(fold, finalists(fold, state["options"]))))
         return {"round": begun[0].round, "current": begun[0].prompt}
 
     async def finish(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:

@@ -140,6 +140,12 @@ async def test_the_budget_has_room_for_the_final_round(tmp_path):
         result = await loop.run("a dog", TARGET, seed=7, max_images=12)
     assert [len(r.candidates) for r in result.rounds] == [4, 4, 4] and result.rounds[2].final
     assert result.stop_reason is StopReason.BUDGET_USED
+    async with make(tmp_path, rounds=9) as loop:
+        counts = {}
+        for most in (4, 5, 7):
+            result = await loop.run("a dog", TARGET, seed=7, max_images=most)
+            counts[most] = [len(r.candidates) for r in result.rounds]
+    assert counts == {4: [4], 5: [4], 7: [4, 2]}
 
 
 def told(*rewards: tuple[str, int, int, float | None], prompts: tuple[str, ...] = ("one", "two")) -> Fold:
