@@ -115,7 +115,10 @@ class Critiqued(_Event):
 
 
 class Rewarded(_Event):
-    """A reward by name and version; `value` None comes with a `reason`, never as 0."""
+    """A reward by name and version; `value` None comes with a `reason`, never as 0.
+
+    `weight` is that of a part of a weighted sum, in a node of the part's name; the sum itself, which counts, has none.
+    """
 
     type: Literal["rewarded"] = "rewarded"
     node: str = "reward"
@@ -123,6 +126,7 @@ class Rewarded(_Event):
     name: str
     version: str
     value: float | None = Field(default=None, allow_inf_nan=False)
+    weight: float | None = None
     reason: str | None = None
 
 
@@ -147,7 +151,7 @@ class Rewritten(_Event):
 
 
 class HumanFeedback(_Event):
-    """A person rated a candidate, or commented on one or on the run.
+    """A person rated or marked a candidate, or commented on one or on the run.
 
     What tells several apart is `index`; without it the time of a rating and the words of a comment, so that
     nothing is lost and a node that runs again says a comment once.
@@ -159,6 +163,7 @@ class HumanFeedback(_Event):
     valence: float | None = None
     arousal: float | None = None
     rating: float | None = None
+    favourite: bool | None = None
     comment: str = ""
 
     @model_validator(mode="before")
@@ -168,7 +173,7 @@ class HumanFeedback(_Event):
         if not isinstance(data, dict) or "node" in data:
             return data
         data = {"time": datetime.now(UTC), **data}
-        rated = any(data.get(axis) is not None for axis in ("valence", "arousal", "rating"))
+        rated = any(data.get(axis) is not None for axis in ("valence", "arousal", "rating", "favourite"))
         parts = ["human", "rating" if rated else "comment", data.get("sha256")]
         if "index" not in data:
             comment = hashlib.sha256(str(data.get("comment", "")).encode()).hexdigest()[:12]

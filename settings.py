@@ -26,10 +26,10 @@ from pydantic_settings import (
 )
 from typing_extensions import TypedDict
 
-from .domain import UserError, first_line
+from .domain import Emotion, UserError, first_line
 
 #: Settings whose values are never printed.
-SECRETS = frozenset({"api_key", "database_url"})
+SECRETS = frozenset({"api_key", "database_url", "token"})
 
 #: What Kubernetes sets in every container for a service called emoloop, or emoloop-something.
 _KUBERNETES = re.compile(
@@ -54,6 +54,12 @@ class GeneratorSettings(_Section):
     adapter: str | None = None
     #: How strongly the adapter speaks: 0 is the base model.
     adapter_scale: float = 1.0
+    #: How strongly its visual prompts do, where it has some: 0 leaves them out.
+    visual_scale: float = 1.0
+    #: How far guidance goes along what they change, as a multiple of the text's; other than 1 takes a third pass.
+    visual_guidance: float = 1.0
+    #: The category whose visual prompt the negative branch gets.
+    visual_negative: Emotion | None = None
     #: "auto" is cuda, then mps, then cpu.
     device: str = "auto"
     #: "auto" is bfloat16 on cuda, float32 elsewhere.
@@ -118,7 +124,8 @@ class LoopSettings(_Section):
     tolerance: float = Field(default=0.2, ge=0)
     #: Stop after this many rounds in a row without a better candidate.
     patience: int = Field(default=2, ge=1)
-    #: A name in `tools.reward.REWARDS` or a dotted path ("my_pkg.my_mod:MyReward").
+    #: A name in `tools.reward.REWARDS`, a dotted path ("my_pkg.my_mod:MyReward"), or several with weights:
+    #: "emotion + 0.5*pickscore", or a mapping of names to weights, or a list of names.
     reward: str = "emotion"
     #: A name in `agents.rewriters.REWRITERS` or a dotted path ("my_pkg.my_mod:MyRewriter").
     rewriter: str = "simple"
@@ -145,6 +152,19 @@ class LoopSettings(_Section):
     #: Seconds for one node before it is retried.
     node_timeout: float = Field(default=1800.0, gt=0)
 
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _sum(cls, given: Any) -> Any:
+        if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
+            given = yaml.safe_load(given)
+        if isinstance(given, list):
+            given = dict.fromkeys(given, 1)
+        return (
+            " + ".join(f"{weight}*{name}" for name, weight in given.items())
+            if isinstance(given, dict)
+            else given
+        )
+
 
 class TraceSettings(_Section):
     """Where the log goes."""
@@ -159,6 +179,25 @@ class TraceSettings(_Section):
     otlp_endpoint: str | None = None
     #: Full URL for metrics beside the spans; None takes OTEL_EXPORTER_OTLP_METRICS_ENDPOINT; without either none.
     metrics_endpoint: str | None = None
+
+
+class ServiceSettings(_Section):
+    """The HTTP service, `emoloop serve`."""
+
+    #: Address to listen on. Any but this machine's own needs a token, or a proxy in front.
+    host: str = "127.0.0.1"
+    #: 0 takes a free one.
+    port: int = Field(default=8765, ge=0, le=65535)
+    #: What a client has to know (`Authorization: Bearer …`; the page asks for it once); never logged.
+    token: str | None = Field(default=None, min_length=16, repr=False)
+    #: A reverse proxy in front says who comes in.
+    behind_proxy: bool = False
+    #: Names by which browsers reach the server beside this machine's own, separated by commas.
+    hosts: str = ""
+    #: Runs at a time; another one is refused.
+    runs: int = Field(default=16, ge=1)
+    #: Bytes of a request's body.
+    body_bytes: int = Field(default=1_000_000, ge=1000)
 
 
 class Settings(BaseSettings):
@@ -177,6 +216,7 @@ class Settings(BaseSettings):
     lvlm: LVLMSettings = LVLMSettings()
     loop: LoopSettings = LoopSettings()
     traces: TraceSettings = TraceSettings()
+    service: ServiceSettings = ServiceSettings()
 
     @field_validator("home")
     @classmethod

@@ -13,13 +13,16 @@ from typing import Annotated
 import typer
 
 from ..domain import Failure, UserError
+from .bank import app as bank
 from .bench import bench
 from .collect import collect
 from .distill import distill
 from .evals import doctor, eval_
 from .lvlm import app as lvlm
 from .run import resume, run
+from .serve import serve
 from .traces import app as traces
+from .train import app as train
 
 app = typer.Typer(
     name="emoloop",
@@ -33,6 +36,9 @@ app.command()(resume)
 app.command()(collect)
 app.command()(distill)
 app.command()(bench)
+app.add_typer(train, name="train")
+app.add_typer(bank, name="bank")
+app.command()(serve)
 app.add_typer(lvlm, name="lvlm")
 app.add_typer(traces, name="traces")
 app.command("eval")(eval_)

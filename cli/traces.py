@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..settings import Settings
     from ..traces.store import TraceStore
 
-app = typer.Typer(help="The log: list, show, export, remove, replay, rebuild.", no_args_is_help=True)
+app = typer.Typer(help="The log: list, show, export, bundle, remove, replay, rebuild.", no_args_is_help=True)
 
 #: Lines of `list` unless `--where limit=` says otherwise.
 _LINES = 50
@@ -89,6 +89,26 @@ def export(
         count = write(store, wanted, out)
     told = {"format": format, "out": str(out), "count": count}
     opt.tell(told, as_json, lambda: _say(f"{_many(count, noun)} in {out}"))
+
+
+@app.command(cls=opt.Filtered)
+def bundle(
+    out: Annotated[Path, typer.Option(help="The folder; new, or empty.")],
+    runs: Runs = None,
+    where: opt.Where = None,
+    home: opt.Home = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Write runs as a folder of pages that opens from disk, with all pictures inside."""
+    from ..service.bundle import write_bundle
+
+    if not runs and not where:
+        raise UserError("say which runs: their ids, or --where KEY=VALUE")
+    with _store(home) as store:
+        rows = store.runs(opt.chosen(store, runs, opt.read_where(where)))
+        count = write_bundle(store, [row.run_id for row in rows], out)
+    told = {"runs": [row.run_id for row in rows], "index": str(out / "index.html")}
+    opt.tell(told, as_json, lambda: _say(f"{_many(count, 'run')} in {out / 'index.html'}"))
 
 
 @app.command(cls=opt.Filtered)

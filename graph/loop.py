@@ -28,7 +28,7 @@ from pydantic import BaseModel
 from typing_extensions import Unpack
 
 from ..agents.ask import one_line
-from ..domain import Critique, EmotionTarget, Failure, RunResult, RunStatus, UserError
+from ..domain import EmotionTarget, Failure, RunResult, RunStatus, UserError
 from ..events import Event, RunStarted
 from ..files import check_writable
 from ..settings import (
@@ -77,7 +77,7 @@ def open_loop(
     | Generator
     | None = None,
     lvlm: str | Path | Mapping[str, Any] | LVLMSettings | BaseChatModel | None = None,
-    reward: str | Callable[[Critique, EmotionTarget], Any] | type[Any] | None = None,
+    reward: str | Mapping[str, float] | Callable[..., Any] | type[Any] | None = None,
     checkpointer: BaseCheckpointSaver[Any] | None = None,
     **overrides: Unpack[SettingsOverrides],
 ) -> Loop:
@@ -88,7 +88,9 @@ def open_loop(
         generator: A preset, folder or hub id; settings; a diffusers pipeline or any `Generator`.
         lvlm: A preset, folder or hub id, the URL of a vLLM server; settings; any LangChain chat model that
             takes images.
-        reward: A name, a dotted path or a callable `(critique, target) -> float`, plain or async.
+        reward: A name or a dotted path; several with weights (`{"emotion": 1, "pickscore": 0.5}`); or a function of
+            `(critique, target)`, `(picture, prompt, critique, target)` or `(pictures, prompts, critiques, targets)`,
+            plain or async.
         checkpointer: Where the graph's states are saved, opened and closed by the caller; by default a file in the
             home, or the log's PostgreSQL.
         **overrides: Any other setting: `home="runs"`, `loop={"rounds": 2}`.
@@ -108,7 +110,7 @@ def open_loop(
         given = merged(given, {"lvlm": lvlm_settings(lvlm)})
     else:
         objects["lvlm"] = lvlm
-    if isinstance(reward, str):
+    if isinstance(reward, str | Mapping):
         given = merged(given, {"loop": {"reward": reward}})
     else:
         objects["reward"] = reward

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
+from dataclasses import asdict
 from typing import Any
 
 from langgraph.runtime import Runtime
@@ -272,11 +273,15 @@ class Nodes:
             "sha256": made.sha256,
         }
         read: list[Critiqued] = []
-        if not isinstance(critique, Critique):
+        png, lost = None, Missing(reason="")
+        if parts.reward.sees or not isinstance(critique, Critique):
             try:
                 png = await self._picture(made, target)
             except _Lost as error:
-                reading = Reading(Missing(reason=str(error)))
+                lost = Missing(reason=str(error))
+        if not isinstance(critique, Critique):
+            if png is None:
+                reading = Reading(lost)
             else:
                 reading = await parts.critic.read(png, state["prompt"], target, seed=made.seed or 0)
             if self._try_again(reading.error, runtime):
@@ -293,17 +298,16 @@ class Nodes:
                     seconds=round(reading.seconds, 4),
                 )
             )
-        value, reason = await valued(parts.reward, critique, target)
+        unseen = parts.reward.sees and png is None
+        values = await valued(parts.reward, lost if unseen else critique, target, state["prompt"], png)
         await self._record(
             runtime,
             *read,
-            Rewarded(
-                **place,
-                node=nodes[1],
-                name=parts.reward.name,
-                version=parts.reward.version,
-                value=value,
-                reason=reason,
+            *(
+                Rewarded(
+                    **place, node=nodes[1] if it.weight is None else f"{nodes[1]}:{it.name}", **asdict(it)
+                )
+                for it in values
             ),
         )
         return None

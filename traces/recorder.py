@@ -165,7 +165,7 @@ class StoreRecorder:
         """
         owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
         while (other := await self._in(self._workers, self.store.lease, run_id, owner, _LEASE)) is not None:
-            if not _is_gone(other):
+            if not is_gone(other):
                 raise UserError(
                     f"run {run_id!r} is being worked on by {other}: wait until it is done, or choose another id"
                 )
@@ -240,7 +240,7 @@ class StoreRecorder:
         return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
 
 
-def _is_gone(owner: str) -> bool:
+def is_gone(owner: str) -> bool:
     """Whether a claim's owner was a process of this machine that is no more."""
     host, _, rest = owner.rpartition(":")[0].rpartition(":")
     if host != socket.gethostname() or not rest.isdigit():

@@ -1,18 +1,14 @@
 """The report in a real browser: no complaint on the console, all arms in sight, no sideways scrolling on a phone."""
 
 import re
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
+from chromium import CHROMIUM
 from emoloop.evals.report import write_report
 from eval_rows import document_of, outcome_of
 from PIL import Image
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
 
 ARMS = {
     "base": (2.4, 0.9, 0.9, 0.1),

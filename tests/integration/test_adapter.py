@@ -10,12 +10,13 @@ import tiny
 import torch
 from emoloop.domain import Emotion, EmotionTarget, UserError
 from emoloop.settings import GeneratorSettings
-from emoloop.tools.diffusion.adapter import LORA_FILE, TOKENS_FILE, load_artifact, save_artifact
+from emoloop.tools.diffusion.adapter import LORA_FILE, TOKENS_FILE, load_artifact, rescale, save_artifact
 from emoloop.tools.diffusion.conditioners import EmotionConditioner
 from emoloop.tools.diffusion.families import family_of
 from emoloop.tools.images.base import ImageRequest
 from emoloop.tools.images.diffusers import DiffusersGenerator
 from emoloop.tools.images.load import load_generator
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -108,6 +109,15 @@ async def test_scale_zero_is_the_base_and_half_lies_between(name: str, artifact:
     assert made.provenance["adapter"] == half.describe()["adapter"]
 
 
+async def test_a_bound_adapter_takes_another_strength(name: str, artifact: Path):
+    target = EmotionTarget(valence=2, arousal=-1)
+    source = generator(name, adapter=str(artifact))
+    for scale in (0.5, 0.0, 1.0):
+        source.adapter = rescale(source.pipe, source.adapter, scale)
+        loaded = generator(name, adapter=str(artifact), adapter_scale=scale)
+        assert np.array_equal(await draw(source, target), await draw(loaded, target))
+
+
 async def test_the_target_moves_the_picture_and_only_with_an_artifact(name: str, artifact: Path):
     with_tokens = generator(name, adapter=str(artifact))
     calm = await draw(with_tokens, EmotionTarget(valence=2.5, arousal=-2.5))
@@ -140,6 +150,17 @@ def test_the_folder_holds_what_the_design_says(artifact: Path):
     assert names == {LORA_FILE, TOKENS_FILE, "README.md", "training.json"}
     card = (artifact / "README.md").read_text()
     assert card.startswith("---\nbase_model: tiny/model\nlibrary_name: diffusers\n")
+    said = ModelCard.load(artifact / "README.md")
+    assert said.data.to_dict() == {
+        "base_model": "tiny/model",
+        "base_model_relation": "adapter",
+        "library_name": "diffusers",
+        "license": "other",
+        "license_name": "that-of-the-base-model",
+        "license_link": "https://huggingface.co/tiny/model",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", "lora", "template:sd-lora", "emoloop", "affective-computing"],
+    }
     assert "rank 4, alpha 10" in card
     assert "it has no target" in card
 

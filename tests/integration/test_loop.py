@@ -730,6 +730,12 @@ async def test_a_reward_may_be_async_and_its_failure_is_named(tmp_path):
     assert "the service is away" in result.warnings[-1] and "critique" not in result.warnings[-1]
 
 
+async def test_a_function_is_no_lvlm_and_that_is_said_at_once(tmp_path):
+    with pytest.raises(UserError, match="is no LangChain chat model"):
+        async with open_loop(generator=Painter(), lvlm=len, home=str(tmp_path)):  # pyright: ignore[reportArgumentType]
+            pass
+
+
 def test_a_loop_is_entered_once(tmp_path):
     loop = open_loop(
         generator=Painter(), lvlm=Scripted(), home=str(tmp_path), loop={"rounds": 1, "images": 1}

@@ -1,0 +1,221 @@
+"""The HTTP API, version 1: runs, pictures, feedback. Its OpenAPI document is at `/api/v1/openapi.json`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from . import images
+from .documents import (
+    Answer,
+    EventPage,
+    Feedback,
+    Listing,
+    Play,
+    Played,
+    RunDocument,
+    RunPage,
+    RunRequest,
+    RunSummary,
+    Said,
+)
+from .errors import Unavailable
+from .problems import RESPONSES
+from .work import Service, watched
+
+#: Seconds that a client may take for a message before it is given up, and between signs of life.
+_SLOW, _PING = 30, 15
+
+#: Events of a page.
+_EVENTS = 1000
+
+FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}
+
+
+def service_of(request: Request) -> Service:
+    """The service behind an application."""
+    return request.app.state.service
+
+
+Of = Annotated[Service, Depends(service_of)]
+RunId = Annotated[
+    str,
+    Path(pattern=r"^[A-Za-z0-9_:@+-][A-Za-z0-9_.:@+-]{0,119}$", examples=["261127-101500-3f2a1c"]),
+]
+Address = Annotated[
+    str, Path(pattern="^[0-9a-f]{64}$", description="SHA-256 of the picture.", examples=["0" * 64])
+]
+Cursor = Annotated[int, Query(ge=0, lt=2**63, description="Only events after this cursor.")]
+
+router = APIRouter(prefix="/api/v1", responses=RESPONSES)
+health = APIRouter(tags=["health"], responses=RESPONSES)
+
+
+async def _summary(service: Service, run_id: str) -> RunSummary:
+    return (await service.run(run_id)).run
+
+
+@router.post("/runs", status_code=202, tags=["runs"])
+async def start_run(
+    service: Of,
+    wanted: RunRequest,
+    response: Response,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1, max_length=200, description="The same key starts one run, however often it is sent."
+        ),
+    ] = None,
+) -> RunSummary:
+    """Start a run; it goes on after the answer. `Location` is where it is."""
+    run_id = await service.start(wanted, idempotency_key)
+    response.headers["Location"] = f"/api/v1/runs/{run_id}"
+    return await _summary(service, run_id)
+
+
+@router.get("/runs", tags=["runs"])
+async def list_runs(service: Of, wanted: Annotated[Listing, Query()]) -> RunPage:
+    """List runs, a page at a time."""
+    return await service.page(wanted)
+
+
+@router.get("/runs/{run_id}", tags=["runs"])
+async def get_run(service: Of, run_id: RunId) -> RunDocument:
+    """A run with its rounds, prompts, candidates, critiques, rewards and feedback."""
+    return await service.run(run_id)
+
+
+@router.get("/runs/{run_id}/events", tags=["runs"])
+async def list_events(service: Of, run_id: RunId, after: Cursor = 0) -> EventPage:
+    """The run's raw events, in the order of commits."""
+    found = [event for event in await service.events(run_id) if event.cursor > after]
+    items = found[:_EVENTS]
+    return EventPage(items=items, next=items[-1].cursor if len(found) > len(items) else None)
+
+
+@router.get(
+    "/runs/{run_id}/watch",
+    tags=["runs"],
+    response_class=EventSourceResponse,
+    responses={
+        200: {
+            "description": "`id` is the event's cursor, `event` its type, `data` the event as JSON. An event "
+            "`state` without an id says how the run stands. The stream ends with the run.",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        204: {"description": "The run has ended and all of it was seen: do not connect again."},
+    },
+)
+async def watch_run(
+    service: Of,
+    run_id: RunId,
+    after: Cursor = 0,
+    last_event_id: Annotated[
+        int | None, Header(ge=0, lt=2**63, description="The last `id` seen; over `after`.")
+    ] = None,
+) -> Response:
+    """Watch a run: its events as they are committed, as server-sent events."""
+    seen = after if last_event_id is None else last_event_id
+    run = await service.run(run_id)
+    if last_event_id is not None and run.state in ("completed", "failed") and run.cursor <= seen:
+        return Response(status_code=204)
+
+    async def messages() -> AsyncIterator[ServerSentEvent]:
+        async for events, state in watched(service, run_id, seen):
+            for event in events:
+                yield ServerSentEvent(event.model_dump_json(), event=event.type, id=str(event.cursor))
+            if state is not None:
+                yield ServerSentEvent(state, event="state")
+
+    return EventSourceResponse(messages(), ping=_PING, send_timeout=_SLOW)
+
+
+@router.post("/runs/{run_id}/cancel", status_code=202, tags=["runs"])
+async def cancel_run(service: Of, run_id: RunId) -> RunSummary:
+    """Stop working on a run. What is done stays; `resume` goes on."""
+    await service.cancel(run_id)
+    return await _summary(service, run_id)
+
+
+@router.post("/runs/{run_id}/resume", status_code=202, tags=["runs"])
+async def resume_run(service: Of, run_id: RunId) -> RunSummary:
+    """Go on with a run that stopped or failed."""
+    await service.resume(run_id)
+    return await _summary(service, run_id)
+
+
+@router.post("/runs/{run_id}/review", status_code=202, tags=["runs"])
+async def answer_review(service: Of, run_id: RunId, answer: Answer) -> RunSummary:
+    """Answer the review that a run waits for; `question` of the run is what it asks."""
+    await service.resume(run_id, answer)
+    return await _summary(service, run_id)
+
+
+@router.post("/runs/{run_id}/feedback", status_code=201, tags=["runs"])
+async def give_feedback(service: Of, run_id: RunId, feedback: Feedback) -> Said:
+    """Rate a picture, correct what it makes one feel, mark it, or comment."""
+    return await service.say(run_id, feedback)
+
+
+@router.post("/playground", tags=["playground"])
+async def play(service: Of, wanted: Play) -> list[Played]:
+    """One pass of the distilled model and one of its base, side by side; nothing is logged."""
+    return await service.play(wanted)
+
+
+_PNG: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
+    304: {"description": "The client has it."},
+}
+_WEBP: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}}}
+}
+
+
+def _forever(data: bytes, media_type: str, etag: str, known: str | None) -> Response:
+    headers = {**FOREVER, "ETag": f'"{etag}"'}
+    if known is not None and f'"{etag}"' in known:
+        return Response(status_code=304, headers=headers)
+    return Response(data, media_type=media_type, headers=headers)
+
+
+@router.get("/images/{sha256}", tags=["images"], responses=_PNG, response_class=Response)
+async def get_image(
+    service: Of, sha256: Address, if_none_match: Annotated[str | None, Header()] = None
+) -> Response:
+    """A picture, as it was made."""
+    data = await asyncio.to_thread(images.picture, service.store.blobs, sha256)
+    return _forever(data, "image/png", sha256, if_none_match)
+
+
+@router.get("/images/{sha256}/thumbnail", tags=["images"], responses=_PNG | _WEBP, response_class=Response)
+async def get_thumbnail(
+    service: Of,
+    sha256: Address,
+    side: Annotated[
+        Literal["96", "192", "384", "768"], Query(description="Pixels at most, each way.")
+    ] = "192",
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """A small copy of a picture."""
+    data = await asyncio.to_thread(images.thumbnail, service.store.blobs, sha256, int(side))
+    return _forever(data, "image/webp", f"{sha256[:32]}-{side}", if_none_match)
+
+
+@health.get("/healthz")
+async def alive() -> dict[str, str]:
+    """The server answers."""
+    return {"status": "ok"}
+
+
+@health.get("/readyz")
+async def ready(service: Of) -> dict[str, str]:
+    """The log can be read and the models are loaded."""
+    await asyncio.to_thread(service.held)
+    if not service.ready:
+        raise Unavailable("the models are not loaded (yet)")
+    return {"status": "ok"}

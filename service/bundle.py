@@ -1,0 +1,112 @@
+"""Runs as a folder of pages that opens from disk: nothing is loaded from elsewhere, and no server is needed.
+
+The pages are the server's own, from the same templates, without what only a server can do.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..domain import UserError
+from ..files import check_writable
+from ..traces.exchange.export import export_jsonl
+from ..traces.rows import RunFilter
+from ..traces.store import TraceStore
+from .documents import Listing, RunDocument, RunPage, Shot
+from .errors import NotFound
+from .images import picture, thumbnail
+from .reading import document
+from .templates import STATIC, Links, differences, render
+
+
+class _Files(Links):
+    """Where the pages of a bundle lie, all in one folder."""
+
+    live = False
+    home = "index.html"
+
+    def run(self, run_id: str) -> str:
+        return f"{_plain(run_id)}.html"
+
+    def shot(self, run_id: str, shot: Shot) -> str:
+        return f"{_plain(run_id)}.{shot.round}.{shot.index}.html"
+
+    def events(self, run_id: str) -> str:
+        return f"{_plain(run_id)}.jsonl"
+
+    def compare(self, *run_ids: str) -> str:
+        return "compare.html"
+
+    def image(self, sha256: str) -> str:
+        return f"images/{sha256}.png"
+
+    def thumbnail(self, sha256: str, side: int = 192) -> str:
+        return f"images/{sha256}-{side}.webp"
+
+    def static(self, name: str) -> str:
+        return f"static/{name}"
+
+
+def _plain(run_id: str) -> str:
+    """A run id as a file's name on any system, which is no address of another kind either."""
+    return re.sub(r"[^\w.@+-]", "_", run_id)
+
+
+def write_bundle(store: TraceStore, run_ids: Sequence[str], out: Path) -> int:
+    """Write runs as a folder of pages; `index.html` is the first.
+
+    Args:
+        store: The log.
+        run_ids: The runs, by their full ids.
+        out: The folder; new, or empty.
+
+    Returns:
+        How many runs it holds.
+
+    Raises:
+        UserError: The folder is not empty, or cannot be written.
+    """
+    check_writable(out, "--out", "choose another with --out")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty: choose a new folder")
+    links = _Files()
+    (out / "images").mkdir(parents=True)
+    (out / "static").mkdir()
+    for name in ("app.css", "app.js"):
+        shutil.copyfile(STATIC / name, out / "static" / name)
+
+    def write(name: str, template: str, **about: object) -> None:
+        (out / name).write_text(render(template, links=links, **about), encoding="utf-8")
+
+    runs = [document(store.events(run_id)) for run_id in run_ids]
+    for run in runs:
+        run_id, shots = run.run.run_id, run.shots
+        write(links.run(run_id), "run.html.jinja", run=run)
+        with (out / links.events(run_id)).open("w", encoding="utf-8") as stream:
+            export_jsonl(store, RunFilter(run_ids=(run_id,)), stream)
+        for place, shot in enumerate(shots):
+            neighbours = {
+                "before": shots[place - 1] if place else None,
+                "following": shots[place + 1] if place + 1 < len(shots) else None,
+            }
+            write(links.shot(run_id, shot), "shot.html.jinja", run=run, shot=shot, **neighbours)
+        _pictures(store, run, links, out)
+    page = RunPage(items=[run.run for run in runs], next=None, total=len(runs))
+    write(links.home, "runs.html.jinja", page=page, wanted=Listing(), pair=len(runs) == 2)
+    if len(runs) == 2:
+        write(links.compare(), "compare.html.jinja", runs=runs, differences=differences(*runs))
+    return len(runs)
+
+
+def _pictures(store: TraceStore, run: RunDocument, links: Links, out: Path) -> None:
+    for sha256 in {shot.sha256 for shot in run.shots if shot.sha256}:
+        try:
+            (out / links.image(sha256)).write_bytes(picture(store.blobs, sha256))
+            for side in (96, 192):
+                (out / links.thumbnail(sha256, side)).write_bytes(thumbnail(store.blobs, sha256, side))
+        except NotFound:
+            # A lost picture leaves its place empty, as on the server.
+            continue

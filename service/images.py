@@ -1,0 +1,54 @@
+"""Pictures and their small copies. A picture never changes, so that a browser may keep it for a year."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+
+from ..domain import UserError
+from ..traces.blobs import BlobStore
+from .errors import NotFound
+
+#: Sides of a small copy, in pixels: few, so that a cache serves them.
+SIDES = (96, 192, 384, 768)
+
+#: Pixels of a picture that is made smaller: a picture may claim more than memory holds.
+_MOST_PIXELS = 50_000_000
+
+
+def picture(blobs: BlobStore, sha256: str) -> bytes:
+    """A picture as PNG; one whose content is not what its name says is none.
+
+    Raises:
+        NotFound: There is no such picture, or it is damaged.
+    """
+    try:
+        return blobs.get_bytes(sha256)
+    except OSError as error:
+        raise NotFound(f"no picture {sha256}") from error
+
+
+@lru_cache(4096)
+def thumbnail(blobs: BlobStore, sha256: str, side: int) -> bytes:
+    """A copy of at most `side` pixels each way, as WebP; a small picture keeps its size.
+
+    Raises:
+        NotFound: There is no such picture, or it is damaged.
+        UserError: It is too large, or no picture.
+    """
+    from PIL import Image
+
+    data = io.BytesIO(picture(blobs, sha256))
+    try:
+        with Image.open(data, formats=["PNG"]) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise UserError(
+                    f"picture {sha256} has {image.width} × {image.height} pixels: too many to show small"
+                )
+            small = image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"blob {sha256} is no picture") from error
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=82, method=2)
+    return buffer.getvalue()

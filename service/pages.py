@@ -1,0 +1,225 @@
+"""The pages: lists, runs, candidates, comparisons, as HTML.
+
+Forms post here and are answered with another page, so that all of it works without a script; htmx makes the same
+addresses live. What a page shows is the API's document of it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+from anyio import sleep
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, RedirectResponse
+from pydantic import BaseModel, ValidationError
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from ..domain import UserError
+from .access import COOKIE, session
+from .api import Of, RunId
+from .documents import Answer, Feedback, Listing, Play, RunRequest
+from .errors import NotFound
+from .templates import Links, differences, render
+from .work import Service, watched
+
+#: Seconds between two pictures of a page that changes.
+_LIVE, _LIST = 0.3, 1.0
+
+T = TypeVar("T", bound=BaseModel)
+
+router = APIRouter(default_response_class=HTMLResponse)
+
+_links = Links()
+
+
+def _read(model: type[T], given: Mapping[str, Any]) -> T:
+    """A form as a document; a field that was left empty was not given."""
+    try:
+        return model.model_validate(
+            {key: value for key, value in given.items() if value not in ("", None, {})}
+        )
+    except ValidationError as error:
+        # As if FastAPI had read it: the same answer.
+        raise RequestValidationError(
+            [{**it, "loc": ("body", *it["loc"])} for it in error.errors()]
+        ) from error
+
+
+async def _form(request: Request) -> dict[str, Any]:
+    return {key: value for key, value in (await request.form()).items() if isinstance(value, str)}
+
+
+@router.get("/")
+async def runs(service: Of, request: Request) -> str:
+    """The list."""
+    wanted = _read(Listing, request.query_params)
+    page = await service.page(wanted)
+    kept = {key: value for key, value in request.query_params.items() if value and key != "after"}
+    return render(
+        "runs.html.jinja",
+        page=page,
+        wanted=wanted,
+        loop_settings=service.settings.loop,
+        key=secrets.token_hex(8),
+        here_url=f"/?{urlencode(kept)}",
+        first_url=f"/?{urlencode(kept)}",
+        next_url=f"/?{urlencode({**kept, 'after': page.next})}",
+    )
+
+
+@router.get("/live")
+async def runs_live(service: Of) -> Response:
+    """Says that the list has changed, once a second at most."""
+
+    async def messages() -> AsyncIterator[ServerSentEvent]:
+        async with aclosing(service.feed.follow(service.feed.cursor)) as batches:
+            async for _ in batches:
+                yield ServerSentEvent("", event="news")
+                await sleep(_LIST)
+
+    return EventSourceResponse(messages(), ping=15, send_timeout=30)
+
+
+@router.post("/runs")
+async def start(service: Of, request: Request) -> Response:
+    """Start a run and show it."""
+    given = await _form(request)
+    key = given.pop("key", None)
+    axes = ("valence", "arousal", "category")
+    target = {name: value for name in axes if (value := given.pop(name, ""))}
+    wanted = _read(RunRequest, {**given, "target": target, "review": given.get("review") == "true"})
+    return RedirectResponse(_links.run(await service.start(wanted, key)), 303)
+
+
+@router.get("/runs/{run_id}")
+async def run(service: Of, run_id: RunId) -> str:
+    """A run."""
+    return render("run.html.jinja", run=await service.run(run_id))
+
+
+@router.get("/runs/{run_id}/live")
+async def run_live(service: Of, run_id: RunId, request: Request, after: int = 0) -> Response:
+    """The run as it changes: the whole of what is shown, which the page merges into itself."""
+    seen = request.headers.get("last-event-id", "")
+    cursor = int(seen) if seen.isdigit() else after
+    await service.events(run_id)
+
+    async def messages() -> AsyncIterator[ServerSentEvent]:
+        async with aclosing(watched(service, run_id, cursor)) as batches:
+            async for _ in batches:
+                shown = await service.run(run_id)
+                yield ServerSentEvent(render("_run.html.jinja", run=shown), id=str(shown.cursor))
+                await sleep(_LIVE)
+        yield ServerSentEvent("", event="ended")
+
+    return EventSourceResponse(messages(), ping=15, send_timeout=30)
+
+
+@router.post("/runs/{run_id}/cancel")
+async def cancel(service: Of, run_id: RunId) -> Response:
+    """Stop working on it."""
+    await service.cancel(run_id)
+    return RedirectResponse(_links.run(run_id), 303)
+
+
+@router.post("/runs/{run_id}/resume")
+async def resume(service: Of, run_id: RunId) -> Response:
+    """Go on with it."""
+    await service.resume(run_id)
+    return RedirectResponse(_links.run(run_id), 303)
+
+
+@router.post("/runs/{run_id}/review")
+async def review(service: Of, run_id: RunId, request: Request) -> Response:
+    """Answer its review."""
+    await service.resume(run_id, _read(Answer, await _form(request)))
+    return RedirectResponse(_links.run(run_id), 303)
+
+
+async def _shot(service: Service, run_id: str, number: int, index: int, whole: bool) -> str:
+    run = await service.run(run_id)
+    shots = run.shots
+    place = next((n for n, it in enumerate(shots) if (it.round, it.index) == (number, index)), None)
+    if place is None:
+        raise NotFound(f"run {run_id!r} has no picture {index} in round {number}")
+    return render(
+        "shot.html.jinja" if whole else "_shot.html.jinja",
+        run=run,
+        shot=shots[place],
+        before=shots[place - 1] if place else None,
+        following=shots[place + 1] if place + 1 < len(shots) else None,
+    )
+
+
+def _by_htmx(request: Request) -> bool:
+    return request.headers.get("hx-request") == "true"
+
+
+@router.get("/runs/{run_id}/{number}/{index}")
+async def shot(service: Of, run_id: RunId, number: int, index: int, request: Request) -> str:
+    """A candidate: by itself, or as the sheet of its run's page."""
+    return await _shot(service, run_id, number, index, not _by_htmx(request))
+
+
+@router.post("/runs/{run_id}/{number}/{index}/feedback")
+async def feedback(service: Of, run_id: RunId, number: int, index: int, request: Request) -> Response:
+    """Take what a person says of a candidate."""
+    run = await service.run(run_id)
+    sha256 = next((it.sha256 for it in run.shots if (it.round, it.index) == (number, index)), None)
+    await service.say(run_id, _read(Feedback, {**await _form(request), "sha256": sha256}))
+    if not _by_htmx(request):
+        return RedirectResponse(f"{_links.run(run_id)}/{number}/{index}", 303)
+    return HTMLResponse(
+        await _shot(service, run_id, number, index, whole=False), headers={"HX-Trigger": "said"}
+    )
+
+
+@router.get("/compare")
+async def compare(service: Of, request: Request) -> str:
+    """Two runs side by side."""
+    names = request.query_params.getlist("run")
+    if len(names) != 2:
+        raise UserError("choose two runs to compare")
+    chosen = [await service.run(name) for name in names]
+    return render("compare.html.jinja", runs=chosen, differences=differences(*chosen))
+
+
+@router.get("/playground")
+async def playground(service: Of) -> str:
+    """A prompt and a point of the plane, answered in one pass."""
+    return render("playground.html.jinja", adapter=service.playground.adapter)
+
+
+@router.post("/playground")
+async def play(service: Of, request: Request) -> str:
+    """The answer: two pictures."""
+    given = await _form(request)
+    target = {name: given.pop(name, "") for name in ("valence", "arousal")}
+    wanted = _read(Play, {**given, "target": {key: value for key, value in target.items() if value}})
+    return render("_answer.html.jinja", played=await service.play(wanted), wanted=wanted)
+
+
+@router.get("/login")
+async def login_page() -> str:
+    """Asks for the token."""
+    return render("login.html.jinja", wrong=False)
+
+
+@router.post("/login")
+async def login(service: Of, request: Request) -> Response:
+    """Let a browser in that knows the token."""
+    token = service.settings.service.token or ""
+    if not hmac.compare_digest((await _form(request)).get("token", "").encode(), token.encode()):
+        return HTMLResponse(render("login.html.jinja", wrong=True), 401)
+    answer = RedirectResponse("/", 303)
+    secure = request.url.scheme == "https"
+    answer.set_cookie(
+        COOKIE, session(token), httponly=True, samesite="strict", secure=secure, max_age=30 * 86400
+    )
+    return answer

@@ -1,0 +1,154 @@
+"""The templates, and what they say things with; the same for the server's pages and for a bundle on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ..domain import PROTOTYPES, Emotion
+from ..evals.wording import number, target_words
+from .documents import RunDocument, Shot
+
+HERE = Path(__file__).parent
+
+#: Our own and vendored scripts and style, with the licence of what is vendored.
+STATIC = HERE / "static"
+
+
+#: What a comparison of runs looks at, beside their settings.
+_ASKED = {"prompt", "valence", "arousal", "category", "seed", "model", "adapter"}
+
+
+class Links:
+    """Where the server's pages lie."""
+
+    live = True
+    home = "/"
+
+    def run(self, run_id: str) -> str:
+        """A run's page."""
+        return f"/runs/{quote(run_id, safe='')}"
+
+    def shot(self, run_id: str, shot: Shot) -> str:
+        """A candidate's page."""
+        return f"{self.run(run_id)}/{shot.round}/{shot.index}"
+
+    def events(self, run_id: str) -> str:
+        """A run's raw events."""
+        return f"/api/v1{self.run(run_id)}/events"
+
+    def compare(self, *run_ids: str) -> str:
+        """Two runs side by side."""
+        return "/compare?" + "&".join(f"run={quote(run_id, safe='')}" for run_id in run_ids)
+
+    def image(self, sha256: str) -> str:
+        """A picture."""
+        return f"/api/v1/images/{sha256}"
+
+    def thumbnail(self, sha256: str, side: int = 192) -> str:
+        """A small copy of it."""
+        return f"/api/v1/images/{sha256}/thumbnail?side={side}"
+
+    def static(self, name: str) -> str:
+        """A script or style; its address changes when its content does."""
+        return f"/static/{name}?{_stamp(name)}"
+
+
+def _stamp(name: str) -> int:
+    return int((STATIC / name).stat().st_mtime)
+
+
+def _moment(time: datetime) -> str:
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def _ago(time: datetime) -> str:
+    seconds = (datetime.now(UTC) - time).total_seconds()
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit} ago"
+    return "just now"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds >= 3600:
+        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+    if seconds >= 60:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def path(run: RunDocument) -> list[tuple[float, float, Shot]]:
+    """The way of the rounds over the plane: each round's best candidate that was read."""
+    found = []
+    for round_ in run.rounds:
+        shots = [it for proposal in round_.proposals for it in proposal.candidates if it.reading]
+        if shots:
+            best = max(shots, key=lambda it: -1e9 if it.reward is None else it.reward)
+            assert best.reading is not None
+            found.append((best.reading.valence, best.reading.arousal, best))
+    return found
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def differences(*runs: RunDocument) -> list[tuple[str, list[Any]]]:
+    """In what runs differ: what they were asked for and made with; what is alike is left out."""
+    about = [
+        flat({
+            **run.run.model_dump(mode="json", include=_ASKED),
+            "settings": run.settings,
+            "versions": next((it.recipe.get("versions") for it in run.shots if it.recipe), None) or {},
+        })
+        for run in runs
+    ]  # fmt: skip
+    names = dict.fromkeys(name for each in about for name in each)
+    rows = [(name, [each.get(name) for each in about]) for name in names]
+    return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
+
+
+def _environment() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "target": target_words,
+        "moment": _moment,
+        "ago": _ago,
+        "duration": _duration,
+        "pretty": lambda value: json.dumps(value, indent=1, ensure_ascii=False, default=str),
+    }
+    made.globals |= {
+        "number": number,
+        "path": path,
+        "emotions": list(Emotion),
+        "prototypes": list(PROTOTYPES.items()),
+        "links": Links(),
+    }
+    return made
+
+
+_ENVIRONMENT = _environment()
+
+
+def render(template: str, **context: Any) -> str:
+    """A page, or a part of one."""
+    return _ENVIRONMENT.get_template(template).render(context)

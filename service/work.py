@@ -1,0 +1,342 @@
+"""What pages and API work with: the log, the loop once its models are loaded, and the runs under way.
+
+The server keeps nothing that the log does not have: a run's name follows from its idempotency key, who works on a run
+is in the lease table, and after a crash the runs whose worker is gone are gone on with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
+
+from sqlalchemy import select
+
+from ..agents.ask import one_line
+from ..domain import Failure, RunStatus, UserError
+from ..events import Event, HumanFeedback
+from ..graph.loop import Loop, open_loop
+from ..graph.state import new_run_id
+from ..settings import Settings
+from ..traces.fold import Fold
+from ..traces.recorder import is_gone
+from ..traces.schema import leases, runs
+from ..traces.store import TraceStore, open_store
+from . import reading
+from .documents import (
+    Answer,
+    Feedback,
+    Listing,
+    Play,
+    Played,
+    RunDocument,
+    RunPage,
+    RunRequest,
+    RunSummary,
+    Said,
+    State,
+)
+from .errors import Busy, Conflict, NotFound, Unavailable
+from .feed import Feed
+from .playground import Playground
+
+logger = logging.getLogger(__name__)
+
+
+class Service:
+    """See above; to be entered with `async with`.
+
+    Attributes:
+        settings: The resolved settings.
+        store: The log.
+        feed: Follows it.
+        playground: One pass of the distilled model and of its base.
+        problems: Why work on a run broke off, for runs that this server worked on.
+
+    Args:
+        settings: The resolved settings.
+        loop: A loop to use, open or not; by default one of these settings.
+        models: Load models and work on runs; without, the server only shows.
+    """
+
+    def __init__(self, settings: Settings, *, loop: Loop | None = None, models: bool = True) -> None:
+        self.settings = settings
+        self.problems: dict[str, str] = {}
+        self._given = loop or (open_loop(settings) if models else None)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._begun: dict[str, asyncio.Future[None]] = {}
+        self._waits: dict[str, tuple[int, bool]] = {}
+        self.playground = Playground(settings.generator)
+        self._stack = AsyncExitStack()
+        self._loading: asyncio.Task[Loop] | None = None
+
+    async def __aenter__(self) -> Service:
+        self.store: TraceStore = await asyncio.to_thread(open_store, self.settings)
+        self._stack.callback(self.store.close)
+        self._stack.push_async_callback(self.playground.aclose)
+        self.feed = await self._stack.enter_async_context(Feed(self.store))
+        if self._given is not None:
+            self._loading = asyncio.create_task(self._load(self._given))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        tasks = [*self._tasks.values(), *([self._loading] if self._loading else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._stack.aclose()
+
+    async def _load(self, loop: Loop) -> Loop:
+        await self._stack.enter_async_context(loop)
+        self.feed.listen(loop.recorder.store)
+        for run_id in await asyncio.to_thread(self._orphans):
+            logger.warning("run %s lost its worker: going on with it", run_id)
+            self._work(run_id, loop.stream_resume(run_id))
+        return loop
+
+    async def loop(self) -> Loop:
+        """The loop; waits while its models are loaded.
+
+        Raises:
+            Unavailable: There is none, or it could not be opened.
+        """
+        if self._loading is None:
+            raise Unavailable("this server only shows: start it without --no-models to run anything")
+        try:
+            return await asyncio.shield(self._loading)
+        except (UserError, Failure, OSError, RuntimeError) as error:
+            raise Unavailable(f"the models cannot be loaded: {one_line(error)}") from error
+
+    @property
+    def ready(self) -> bool:
+        """Whether runs can be started at once, or are not to be started here at all."""
+        return self._loading is None or (
+            self._loading.done() and not self._loading.cancelled() and self._loading.exception() is None
+        )
+
+    # ---- reading
+
+    def held(self) -> set[str]:
+        """The runs that somebody works on now, in this process or another."""
+        query = select(leases.c.run_id, leases.c.owner).where(leases.c.expires > time.time())
+        with self.store.read() as connection:
+            others = {run_id for run_id, owner in connection.execute(query) if not is_gone(owner)}
+        return others | set(self._tasks)
+
+    def _orphans(self) -> list[str]:
+        """The runs under way whose worker is a process of this machine that is no more."""
+        query = select(leases.c.run_id, leases.c.owner).join(runs, runs.c.run_id == leases.c.run_id)
+        with self.store.read() as connection:
+            rows = connection.execute(query.where(runs.c.status == RunStatus.RUNNING))
+            return [run_id for run_id, owner in rows if is_gone(owner)]
+
+    async def page(self, wanted: Listing) -> RunPage:
+        """A page of the list."""
+        page = await asyncio.to_thread(lambda: reading.page(self.store, wanted, self.held()))
+        items = [await self._or_waiting(row) for row in page.items]
+        return page.model_copy(update={"items": items})
+
+    async def _or_waiting(self, row: RunSummary) -> RunSummary:
+        # Whether a run waits is in its saved state, which is read only where it may.
+        if row.state != "stopped":
+            return row
+        # It cannot begin to wait without an event.
+        if self._waits.get(row.run_id, (0, False))[0] != row.events:
+            self._waits[row.run_id] = row.events, await self.question(row.run_id) is not None
+        return row.model_copy(update={"state": "waiting"}) if self._waits[row.run_id][1] else row
+
+    async def run(self, run_id: str) -> RunDocument:
+        """A run with all that is known of it.
+
+        Raises:
+            NotFound: There is none.
+        """
+        events, held = await asyncio.to_thread(lambda: (self._events(run_id), self.held()))
+        run = await asyncio.to_thread(reading.document, events, held)
+        if run.state == "failed" and run_id in self._tasks:
+            return run.standing("running")
+        if run.state != "stopped":
+            return run
+        if (question := await self.question(run_id)) is not None:
+            return run.standing("waiting", question=question)
+        return run.standing("stopped", problem=self.problems.get(run_id))
+
+    async def events(self, run_id: str) -> list[Event]:
+        """All events of a run.
+
+        Raises:
+            NotFound: There is none.
+        """
+        return await asyncio.to_thread(self._events, run_id)
+
+    def _events(self, run_id: str) -> list[Event]:
+        events = self.store.events(run_id)
+        if not events or events[0].type != "run_started":
+            raise NotFound(f"no run {run_id!r}")
+        return events
+
+    async def _fold(self, run_id: str) -> Fold:
+        return await asyncio.to_thread(self.store.fold, run_id)
+
+    async def question(self, run_id: str) -> dict[str, Any] | None:
+        """What a run asks a person; None where it does not wait, or no models are there to go on with it."""
+        if self._loading is None or not self._loading.done() or not self.ready or run_id in self._tasks:
+            return None
+        return await self._loading.result().review(run_id)
+
+    # ---- working
+
+    async def start(self, wanted: RunRequest, key: str | None) -> str:
+        """Start a run.
+
+        Args:
+            wanted: What is asked for.
+            key: The request's idempotency key: the same one names the same run.
+
+        Returns:
+            Its id, once its first event is committed.
+
+        Raises:
+            UserError: The request is wrong, or the key was used for another one.
+            Busy: As many runs as may be are under way.
+            Unavailable: The models are not there.
+        """
+        run_id = new_run_id() if key is None else f"k-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+        options = wanted.model_dump(exclude={"prompt", "target", "seed"}, exclude_none=True)
+        loop = await self.loop()
+        known = key is not None and (await self._fold(run_id)).started is not None
+        # Nothing is awaited between the look and the start: the same key may come twice at a time.
+        if not known and run_id not in self._tasks:
+            events = loop.stream(wanted.prompt, wanted.target, seed=wanted.seed, run_id=run_id, **options)
+            self._work(run_id, events)
+        if begun := self._begun.get(run_id):
+            await asyncio.shield(begun)
+        started = (await self._fold(run_id)).started
+        assert started is not None
+        then, asked = started.settings.get("loop", {}), (" ".join(wanted.prompt.split()), wanted.target)
+        if (started.prompt, started.target) != asked or any(then.get(it) != options[it] for it in options):
+            raise Conflict("this Idempotency-Key was used for another request")
+        return run_id
+
+    async def resume(self, run_id: str, answer: Answer | None = None) -> None:
+        """Go on with a run that stopped or failed; or answer the review that it waits for.
+
+        Raises:
+            NotFound: There is no such run.
+            Conflict: It is complete or being worked on; or it waits for a review and none is given, or the reverse.
+            Busy: As many runs as may be are under way.
+            UserError: It was made with other models than this server's, or the answer is none.
+        """
+        loop, run = await self.loop(), await self.run(run_id)
+        if (run.state == "waiting") != (answer is not None):
+            raise Conflict(f"run {run_id} is {run.state}" + (": answer its review" if answer is None else ""))
+        if run.state in ("running", "completed"):
+            raise Conflict(f"run {run_id} is {run.state}")
+        given = None if answer is None else answer.model_dump(exclude_defaults=True)
+        self._work(run_id, loop.stream_resume(run_id, given))
+        await asyncio.shield(self._begun[run_id])
+
+    async def cancel(self, run_id: str) -> None:
+        """Stop working on a run; what is done is in the log, and it can be resumed.
+
+        Raises:
+            NotFound: There is no such run.
+            Conflict: This server does not work on it.
+        """
+        task = self._tasks.get(run_id)
+        if task is None:
+            await self.events(run_id)
+            raise Conflict(f"this server does not work on run {run_id}")
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def say(self, run_id: str, feedback: Feedback) -> Said:
+        """Log what a person says.
+
+        Raises:
+            NotFound: There is no such run, or it has no such picture.
+            UserError: Nothing is said.
+        """
+        given = feedback.model_dump(exclude_none=True, exclude_defaults=True)
+        if not set(given) - {"sha256"}:
+            raise UserError("feedback has a rating, valence, arousal, favourite or comment")
+        events = await self.events(run_id)
+        round_ = 0
+        if feedback.sha256 is not None:
+            shown = [it for it in events if it.type == "image_generated" and it.sha256 == feedback.sha256]
+            if not shown:
+                raise NotFound(f"run {run_id!r} has no picture {feedback.sha256}")
+            round_ = shown[0].round
+        event = HumanFeedback(run_id=run_id, round=round_, **given)
+        [stands] = await asyncio.to_thread(self.store.append, event)
+        return Said.model_construct(**stands.model_dump(include=set(Said.model_fields)))
+
+    async def play(self, wanted: Play) -> list[Played]:
+        """One pass of the distilled model and one of its base.
+
+        Raises:
+            UserError: The prompt is none.
+            Unavailable: There are no models, no adapter, or no pipeline in this process.
+        """
+        return await self.playground.play(await self.loop(), wanted)
+
+    def _work(self, run_id: str, events: AsyncGenerator[Event]) -> None:
+        if len(self._tasks) >= self.settings.service.runs:
+            raise Busy(
+                f"{len(self._tasks)} runs are under way, and service.runs allows no more: try again later"
+            )
+        self.problems.pop(run_id, None)
+        begun = self._begun[run_id] = asyncio.get_running_loop().create_future()
+        # Nobody may be there to hear it.
+        begun.add_done_callback(lambda it: it.cancelled() or it.exception())
+        self._tasks[run_id] = asyncio.create_task(self._drive(run_id, events, begun))
+        self.feed.nudge(run_id)
+
+    async def _drive(self, run_id: str, events: AsyncGenerator[Event], begun: asyncio.Future[None]) -> None:
+        try:
+            async with aclosing(events):
+                async for _ in events:
+                    if not begun.done():
+                        begun.set_result(None)
+        except asyncio.CancelledError:
+            begun.cancel()
+            raise
+        except Exception as error:
+            if begun.done():
+                logger.warning("run %s broke off: %s", run_id, one_line(error), exc_info=error)
+                self.problems[run_id] = one_line(error)
+            else:
+                begun.set_exception(error)
+        finally:
+            del self._tasks[run_id], self._begun[run_id]
+            self.feed.nudge(run_id)
+
+
+async def watched(
+    service: Service, run_id: str, after: int
+) -> AsyncGenerator[tuple[list[Event], State | None]]:
+    """A run's events after a cursor and how it stands, until it has ended.
+
+    Yields:
+        New events, perhaps none; and the state, at first and where it has changed.
+
+    Raises:
+        NotFound: There is no such run.
+    """
+    run, told = await service.run(run_id), None
+    async with aclosing(service.feed.follow(after, run_id)) as batches:
+        events: list[Event] = []
+        while True:
+            yield events, run.state if run.state != told else None
+            told = run.state
+            if run.state in ("completed", "failed") and run.cursor <= after:
+                return
+            events = await anext(batches)
+            after = events[-1].cursor if events else after
+            # Most events change nothing about how a run stands, and to ask costs a look at the whole run.
+            if run.state != "running" or not events or any(it.type == "run_finished" for it in events):
+                run = await service.run(run_id)
