@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 from emoloop.domain import RunStatus
-from emoloop.events import ImageGenerated, RunStarted
+from emoloop.events import ImageGenerated, Rewritten, RunStarted
 from emoloop.settings import Settings
 from emoloop.traces.fold import Fold
 from emoloop.traces.store import open_store
@@ -55,9 +55,9 @@ def check(claims: list[Claim], folder: Path) -> None:
         assert claim.parent is None or started.settings["parent"]["run_id"] == claim.parent
         for number in fold.numbers:
             painted = {e.prompt for e in events if isinstance(e, ImageGenerated) and e.round == number}
-            wanted = claim.prompts.get(number) or fold.prompt(number)
-            assert painted <= {wanted}, claim
-            assert number or wanted == (claim.prompts.get(0) or claim.prompt)
+            wanted = {e.prompt for e in events if isinstance(e, Rewritten) and e.round == number}
+            edited = {claim.prompts[number]} if number in claim.prompts else None
+            assert painted <= (edited or wanted | ({claim.prompt} if number == 0 else set())), claim
         if claim.told is not None:
             assert [(it["run_id"], it["seq"]) for it in claim.told] == [(e.run_id, e.seq) for e in events]
         if claim.values is not None:

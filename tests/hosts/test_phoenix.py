@@ -50,7 +50,7 @@ def phoenix(tmp_path_factory):
 def run(phoenix, tmp_path_factory):
     """A run of the embedded models that was traced live: its events, and its spans as Phoenix has them."""
     home = tmp_path_factory.mktemp("home")
-    loop = {"rounds": 2, "images": 1, "exhaust": True}
+    loop = {"rounds": 2, "images": 1, "proposals": 1, "exhaust": True}
     traces = {"otlp_endpoint": phoenix, "capture_content": True}
     with open_loop(home=home, traces=traces, loop=loop) as it:
         result = it.run_sync(PROMPT, EmotionTarget(valence=2), seed=1)
