@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -200,6 +200,7 @@ class Round(BaseModel):
         why: Its reason.
         candidates: The images, in order of index; each names the prompt that made it.
         proposals: All prompts of the round, the first one too; empty where nobody told them apart.
+        final: Whether the best prompts were painted again in it, to choose among them.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -209,12 +210,29 @@ class Round(BaseModel):
     why: str = ""
     candidates: list[Candidate] = []
     proposals: list[Proposal] = []
+    final: bool = False
 
     @property
     def mean_reward(self) -> float | None:
         """Mean over the candidates that have a reward; None where none has."""
         rewards = [c.reward for c in self.candidates if c.reward is not None]
         return sum(rewards) / len(rewards) if rewards else None
+
+
+class Example(NamedTuple):
+    """A rewrite of another run that came near a target.
+
+    Attributes:
+        neutral: What that run was asked for.
+        prompt: What won it.
+        valence: What its picture was read as.
+        arousal: The same.
+    """
+
+    neutral: str
+    prompt: str
+    valence: float
+    arousal: float
 
 
 class RunStatus(StrEnum):
@@ -255,6 +273,7 @@ class RunResult(BaseModel):
         rounds: Every round in order.
         gain: Mean reward of the winning prompt's images minus that of the neutral prompt's.
         best_gain: Best reward minus best reward of round 0.
+        estimate: What the best's prompt is read as, by a reading that selected nothing; None without finalists.
         home: Folder that holds trace and blobs.
         warnings: One line for each thing that went wrong without ending the run.
     """
@@ -270,6 +289,7 @@ class RunResult(BaseModel):
     rounds: list[Round] = []
     gain: float | None = None
     best_gain: float | None = None
+    estimate: Critique | None = None
     home: Path | None = None
     warnings: list[str] = []
 

@@ -182,7 +182,7 @@ class HumanFeedback(_Event):
 
 
 class RunFinished(_Event):
-    """The run ended."""
+    """The run ended. `estimate` is the reading of a picture of the best prompt that selected nothing."""
 
     type: Literal["run_finished"] = "run_finished"
     node: str = "finish"
@@ -192,6 +192,7 @@ class RunFinished(_Event):
     best_round: int | None = None
     gain: float | None = None
     best_gain: float | None = None
+    estimate: Critique | None = None
     warnings: list[str] = []
 
 

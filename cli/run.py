@@ -21,7 +21,7 @@ import typer
 from ..domain import EmotionTarget, RunResult, RunStatus, UserError, read_target
 from ..events import RunStarted
 from ..files import check_writable
-from ..traces.fold import result_json
+from ..traces.document import result_json
 from . import options as opt
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..domain import UserError, read_target
-from ..traces.fold import result_json
+from ..traces.document import result_json
 from . import options as opt
 
 if TYPE_CHECKING:

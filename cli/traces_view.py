@@ -60,6 +60,9 @@ def show_run(console: Console, result: RunResult) -> None:
             console.print(Text(f"        {result.best.path}"), soft_wrap=True)
         gains = f"{_number(result.gain)} mean, {_number(result.best_gain)} best"
         console.print(Text.assemble(("gain    ", "dim"), gains))
+    if (again := result.estimate) is not None:
+        read = f"valence {again.valence:+.1f}, arousal {again.arousal:+.1f} where nothing was chosen"
+        console.print(Text.assemble(("again   ", "dim"), read))
     for number, round_ in enumerate(result.rounds):
         console.print()
         console.print(_round(number, round_, result.best))

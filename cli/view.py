@@ -139,6 +139,8 @@ def show_result(console: Console, result: RunResult, files: dict[str, str], seco
     line(f"[{colour}]{reason}[/] after {_count(len(result.rounds), 'round')}, {seconds:.0f} s")
     if result.best is not None:
         line(f"best   {_best(result.best)}")
+    if result.estimate is not None:
+        line(f"again  {_estimate(result.estimate)}, from a picture of its prompt that chose nothing")
     if result.gain is not None and result.best_gain is not None:
         line(f"gain   {result.gain:+.2f} in the prompt's mean, {result.best_gain:+.2f} from best to best")
     for name, path in files.items():

@@ -134,7 +134,8 @@ def _lacks(result: RunResult, images: int) -> bool:
     """Whether a run had less than its budget allows: an image unmade or unvalued, or no first rewrite."""
     rounds = result.rounds
     return rounds[0].why.startswith(KEPT) or any(
-        len(round.candidates) < images or any(one.reward is None for one in round.candidates)
+        (len(round.candidates) < images and not round.final)
+        or any(one.reward is None for one in round.candidates)
         for round in rounds
     )
 

@@ -24,6 +24,7 @@ from rich.progress import Progress
 
 from ..agents.ask import one_line
 from ..domain import Candidate, Failure, UserError
+from ..graph.knowledge import Knowledge
 from ..graph.loop import open_loop
 from ..settings import Settings, load_settings, merged
 from ..tools import presets
@@ -31,6 +32,8 @@ from ..tools.fingerprint import content_hash
 from ..tools.images.base import ImageRequest
 from ..tools.registry import resolve
 from ..traces.blobs import BlobStore
+from ..traces.database import log_exists
+from ..traces.store import open_store
 from .arms import Arm, Harness
 from .judges import Item, Judge
 from .records import Outcome, Reading, Row
@@ -74,8 +77,11 @@ async def open_harness(
         models: What these arms set besides.
         lvlm: A chat model instead of the settings' one.
     """
+    # What arms may know comes from the log beside, as it stands: theirs has the answers of other arms.
+    known = open_store(settings, read_only=True) if log_exists(settings) else None
     log, settings = settings, settings_of(settings, models or {})
     async with open_loop(settings, lvlm=lvlm) as loop:
+        loop.parts.knowledge = Knowledge(known, loop.parts.generator)
         critic, rewriter = loop.parts.critic, loop.parts.rewriter(settings.loop.rewriter)
         model: Any = settings.lvlm.model
         if lvlm is None and settings.lvlm.engine == "embedded":
@@ -94,6 +100,8 @@ async def open_harness(
             yield Harness(loop, suite, reuse, log)
         finally:
             await reuse.aclose()
+            if known is not None:
+                known.close()
 
 
 async def run(

@@ -1,4 +1,4 @@
-"""The graph: generate → critique → stop or (review →) rewrite → generate …
+"""The graph: generate → critique → stop or (review →) rewrite → generate …, and a final round before the end.
 
 Models are bound when the graph is built and settings of a call travel as `Context`, so that `ainvoke` needs
 nothing but a thread id.
@@ -56,17 +56,19 @@ def build_graph(
     graph.add_node("critique", nodes.critique)
     graph.add_node("review", nodes.review)
     graph.add_node("rewrite", nodes.rewrite)
+    graph.add_node("final", nodes.final)
     graph.add_node("finish", nodes.finish)
     graph.add_edge(START, "start")
     graph.add_conditional_edges("start", _first, ["rewrite", "generate"])
     graph.add_conditional_edges("generate", _or_finish("critique"), ["critique", "finish"])
-    graph.add_conditional_edges("critique", _after_critique, ["review", "rewrite", "finish"])
+    graph.add_conditional_edges("critique", _after_critique, ["review", "rewrite", "final", "finish"])
     graph.add_conditional_edges("review", _or_finish("rewrite"), ["rewrite", "finish"])
     graph.add_edge("rewrite", "generate")
+    graph.add_edge("final", "generate")
     graph.add_edge("finish", END)
     compiled: Any = graph.compile(checkpointer=checkpointer, name="emoloop")
     compiled.__class__ = _AsyncGraph
-    return compiled.with_config(recursion_limit=_STEPS_PER_ROUND * _most_rounds() + 3)
+    return compiled.with_config(recursion_limit=_STEPS_PER_ROUND * (_most_rounds() + 1) + 3)
 
 
 def _first(state: State) -> str:
@@ -83,4 +85,6 @@ def _or_finish(onward: str) -> Any:
 def _after_critique(state: State) -> str:
     if state.get("stop_reason"):
         return "finish"
+    if state.get("ended"):
+        return "final"
     return "review" if state["options"]["review"] else "rewrite"

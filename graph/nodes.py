@@ -43,6 +43,7 @@ from ..tools.images.base import GenerationError, ImageRequest
 from ..traces.fold import Fold, Tried
 from . import policy
 from .edits import answered, check_prompt_stands, follow
+from .finals import DELIVERS, final_round, finalists
 from .parts import Parts, check_request, prompt_notes
 from .retry import ATTEMPTS, retryable
 from .rounds import rewritten, shown, wanted
@@ -154,9 +155,11 @@ class Nodes:
         row, prompt = fold.round(number), fold.prompt(number)
         made = {index for index, tried in row.items() if tried.made}
         given_up = {index for index, tried in row.items() if tried.failed and tried.failed.node == node}
+        prompts = [it.prompt for it in fold.proposals(number)]
+        show = prompts * 2 if number == fold.final else shown(prompts, number, options)
         requests = {
             index: ImageRequest(prompt=it, seed=candidate_seed(options["seed"], number, index), target=target)
-            for index, it in enumerate(shown([it.prompt for it in fold.proposals(number)], number, options))
+            for index, it in enumerate(show)
             if index not in made | given_up
         }
 
@@ -205,7 +208,8 @@ class Nodes:
             ),
         )
         fold = await self.parts.recorder.fold(run_id, fresh=False)
-        stop = None if made else StopReason.ERROR.value
+        # Without final pictures there is still what was to be delivered.
+        stop = None if made or number == fold.final else StopReason.ERROR.value
         return {"run_id": run_id, "current": prompt, "warnings": fold.warnings(), "stop_reason": stop}
 
     # ---- critique
@@ -238,6 +242,10 @@ class Nodes:
             exhaust=options["exhaust"],
             spent=policy.is_spent(fold, options),
         )
+        if number == fold.final:
+            stop = StopReason(state.get("ended") or StopReason.ROUNDS_USED)
+        more = stop in DELIVERS and number != fold.final and finalists(fold, options) > 0
+        ended = stop if more else None
         summary = {
             "prompt": fold.prompt(number),
             "images": [tried.made.sha256 for _, tried in sorted(fold.round(number).items()) if tried.made],
@@ -246,7 +254,8 @@ class Nodes:
         return {
             "rounds": [*state["rounds"][:number], summary],
             "best": self._best(fold),
-            "stop_reason": stop.value if stop else None,
+            "stop_reason": stop.value if stop and not ended else None,
+            "ended": ended.value if ended else None,
             "warnings": fold.warnings(),
         }
 
@@ -372,16 +381,15 @@ class Nodes:
         }
 
     async def _write(self, state: State, runtime: Runtime[Context], fold: Fold, number: int) -> None:
-        parts, options = self.parts, state["options"]
-        rewriter = parts.rewriter(options["rewriter"])
+        parts, options, target = self.parts, state["options"], read_target(state["target"])
+        rewriter, count = parts.rewriter(options["rewriter"]), wanted(number, options)
         rewrites = await propose(
-            rewriter,
-            state["prompt"],
-            read_target(state["target"]),
+            *(rewriter, state["prompt"], target),
             fold.rounds(parts.recorder.store.blobs.path)[:number],
-            count=wanted(number, options),
+            count=count,
             comment=state.get("comment", ""),
             seed=candidate_seed(options["seed"], number, -1),
+            **await parts.knowledge.advice(fold, target, number, options, count),
         )
         error = rewrites[0].error
         if error is not None and self._try_again(error, runtime):
@@ -389,6 +397,12 @@ class Nodes:
         await self._record(runtime, *rewritten(rewrites, rewriter, parts.generator, state, number))
 
     # ---- finish
+
+    async def final(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
+        """Begin the round in which the best prompts are painted and read again."""
+        fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
+        await self._record(runtime, *(begun := final_round(fold, finalists(fold, state["options"]))))
+        return {"round": begun[0].round, "current": begun[0].prompt}
 
     async def finish(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Name the winner and close the run."""
@@ -408,6 +422,7 @@ class Nodes:
                 best_round=best["round"] if best else None,
                 gain=fold.gain,
                 best_gain=fold.best_gain,
+                estimate=fold.estimate,
                 warnings=fold.warnings(),
             ),
         )

@@ -26,6 +26,9 @@ class RunOptions(TypedDict, total=False):
     max_images: int | None
     max_calls: int | None
     max_seconds: float | None
+    finalists: int | None
+    oversample: int | None
+    memory: int | None
 
 
 #: Gets each event of a run as it is committed; may be a coroutine function.

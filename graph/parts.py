@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 from ..agents.ask import Asker
@@ -22,6 +22,7 @@ from ..tools.lvlm.load import load_lvlm
 from ..tools.reward import Reward, load_reward
 from ..tools.urls import public
 from ..traces.recorder import StoreRecorder, open_recorder
+from .knowledge import Knowledge
 from .state import read_prompt
 
 
@@ -48,6 +49,11 @@ class Parts:
     settings: Settings
     patient: bool = False
     objects: tuple[str, ...] = ()
+
+    @cached_property
+    def knowledge(self) -> Knowledge:
+        """What the log knows of prompts; another log's may be put in its place."""
+        return Knowledge(self.recorder.store, self.generator)
 
     def snapshot(self, options: dict[str, Any]) -> dict[str, Any]:
         """The settings as a run's first event holds them: resolved, without secrets."""

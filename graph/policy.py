@@ -82,6 +82,7 @@ def decide(
 def is_spent(fold: Fold, options: Mapping[str, Any]) -> bool:
     """Whether the budget allows no further round: its images would be too many, or questions or time are used up."""
     took = (fold.updated - fold.started.time).total_seconds() if fold.updated and fold.started else 0.0
-    used = (fold.images + options["images"] - 1, fold.calls, took)
+    final = 2 * options.get("finalists", 0)
+    used = (fold.images + options["images"] + final - 1, fold.calls, took)
     limits = (options.get(key) for key in ("max_images", "max_calls", "max_seconds"))
     return any(limit is not None and value >= limit for value, limit in zip(used, limits, strict=True))

@@ -63,6 +63,7 @@ class State(TypedDict):
             `picture_url`).
         status: A `RunStatus`.
         stop_reason: A `StopReason`, once there is one.
+        ended: Why no further round was begun, while the final one is under way.
         gain: Mean reward of the winning round minus that of round 0.
         best_gain: Best reward minus best reward of round 0.
         warnings: One line each.
@@ -81,6 +82,7 @@ class State(TypedDict):
     best: dict[str, Any] | None
     status: str
     stop_reason: str | None
+    ended: NotRequired[str | None]
     gain: float | None
     best_gain: float | None
     warnings: list[str]
@@ -104,6 +106,9 @@ class Context:
         max_images: Most images of the run.
         max_calls: Questions to the LVLM after which no round begins.
         max_seconds: Seconds after which no round begins.
+        finalists: Prompts that are painted and read again before one is delivered.
+        oversample: Prompts that are written for each that is painted.
+        memory: Rewrites of other runs that are shown to the rewriter.
     """
 
     rounds: int | None = None
@@ -119,6 +124,9 @@ class Context:
     max_images: int | None = None
     max_calls: int | None = None
     max_seconds: float | None = None
+    finalists: int | None = None
+    oversample: int | None = None
+    memory: int | None = None
 
     def over(self, base: LoopSettings) -> dict[str, Any]:
         """The options of a run.

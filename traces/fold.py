@@ -28,6 +28,7 @@ from ..events import (
     RunFinished,
     RunStarted,
 )
+from . import final
 
 #: Columns of `candidates` that an `image_generated` fills.
 _RECIPE = (
@@ -83,7 +84,8 @@ class Fold:
         tried: Candidates by (round, index).
         images: How many were made.
         calls: How often the LVLM was asked, as far as its answers tell.
-        best: (round, index) of the highest reward, the earliest of several; None where nothing was rewarded.
+        best: (round, index) of the highest reward, the earliest of several; None where nothing was rewarded. After a
+            final round, of the finalist whose pictures were rewarded most in the mean.
         updated: Time of the last event.
     """
 
@@ -185,11 +187,26 @@ class Fold:
         tried.missing = None
         self._rewarded += 1
         key = event.round, event.index
+        if event.round == self.final:
+            self.best = final.choose(self, event.round)
+            return
         held = self.tried[self.best].reward if self.best is not None else None
         if held is None or event.value > held or (event.value == held and key < (self.best or key)):
             self.best = key
 
     # ---- reading
+
+    @property
+    def final(self) -> int | None:
+        """The final round, in which the best prompts are painted and read again; None where there is none."""
+        rows = ((number, row.values()) for number, row in self.rewrites.items())
+        return next((n for n, row in rows if all(it.node == final.NODE for it in row)), None)
+
+    @property
+    def estimate(self) -> Critique | None:
+        """What the prompt of the best is read as, by a reading that selected nothing; None where there is none."""
+        again = final.unselected(self)
+        return again.critique if again and isinstance(again.critique, Critique) else None
 
     @property
     def status(self) -> RunStatus:
@@ -200,12 +217,15 @@ class Fold:
     def gain(self) -> float | None:
         """Mean reward of the winning prompt's images in its round minus that of the neutral prompt's in round 0.
 
-        None where either has none; all of round 0 counts where it began with another prompt.
+        None where either has none; all of round 0 counts where it began with another prompt. After a final round the
+        image that selected nothing stands for the winner.
         """
         best = self.tried[self.best].made if self.best else None
         if self.best is None or self.started is None:
             return None
-        winning = _mean(self._rewards(self.round(self.best[0]), best.prompt if best else None))
+        again = final.unselected(self)
+        images = {0: again} if again else self.round(self.best[0])
+        winning = _mean(self._rewards(images, best.prompt if best else None))
         first = _mean(self._rewards(self.round(0), self.started.prompt))
         first = self.mean_reward(0) if first is None else first
         return None if first is None or winning is None else winning - first
@@ -332,6 +352,7 @@ class Fold:
             **first.model_dump(),
             candidates=[candidate for candidate in found if candidate],
             proposals=proposals,
+            final=number == self.final,
         )
 
     def result(self, path: Callable[[str], Path] | None = None, home: Path | None = None) -> RunResult:
@@ -358,6 +379,7 @@ class Fold:
             rounds=list(rounds.values()),
             gain=self.gain,
             best_gain=self.best_gain,
+            estimate=self.estimate,
             home=home,
             warnings=self.finished.warnings if self.finished else self.warnings(),
         )
@@ -445,36 +467,6 @@ def fold(
     if not log:
         raise ValueError("a run has at least one event")
     return Fold(log[0].run_id, log).result(path, home)
-
-
-def result_json(result: RunResult) -> dict[str, Any]:
-    """The document that `emoloop run --json` and `emoloop traces show --json` print."""
-
-    def shot(it: Candidate) -> dict[str, Any]:
-        kept = it.model_dump(mode="json", include={"prompt", "sha256", "seed", "reward", "critique"})
-        return {"image": None if it.path is None else str(it.path), **kept}
-
-    document = result.model_dump(
-        mode="json",
-        include={"run_id", "status", "stop_reason", "prompt", "target", "gain", "best_gain", "warnings"},
-    )
-    best = result.best
-    if best is not None:
-        estimate = best.critique if isinstance(best.critique, Critique) else None
-        read = {"valence", "arousal", "category", "alignment"}
-        document["best"] = {
-            **best.model_dump(mode="json", include={"sha256", "prompt", "seed", "round", "index", "reward"}),
-            "image": None if best.path is None else str(best.path),
-            "estimate": None if estimate is None else estimate.model_dump(mode="json", include=read),
-        }
-    else:
-        document["best"] = None
-    document["rounds"] = [
-        {**it.model_dump(include={"prompt", "changes", "why"}), "candidates": list(map(shot, it.candidates))}
-        for it in result.rounds
-    ]
-    document["home"] = None if result.home is None else str(result.home)
-    return document
 
 
 def answers(event: Rewritten) -> int:

@@ -115,11 +115,13 @@ def workflow(log: Sequence[Event]) -> dict[str, Any]:
             attributes |= {"gen_ai.request.seed": event.seed, **target}
         elif isinstance(event, RunFinished):
             failed = event.status is RunStatus.FAILED
+            estimate = event.estimate.model_dump(include={"valence", "arousal"}) if event.estimate else {}
             attributes |= {
                 "emoloop.status": event.status.value,
                 "emoloop.stop_reason": event.stop_reason.value,
                 "emoloop.gain": event.gain,
                 "emoloop.best_gain": event.best_gain,
+                **{f"emoloop.estimate.{axis}": value for axis, value in estimate.items()},
                 "error.type": event.stop_reason.value if failed else None,
             }
     return attributes

@@ -58,7 +58,8 @@ class Rewriter(Protocol):
     """Gives the next round's prompt.
 
     One that gives several different prompts at once has a `propose` as `SimpleRewriter` has; any other is called once
-    for each, with seeds of their own. One whose round is one prompt by its nature sets `one_prompt = True`.
+    for each, with seeds of their own. `takes_examples = True` says that its `propose` has that keyword. One whose round
+    is one prompt by its nature sets `one_prompt = True`.
 
     Attributes:
         name: Its name in settings.

@@ -14,12 +14,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ...domain import EmotionTarget, Round
+from ...domain import EmotionTarget, Example, Round
+from ...tools.words import addition
 from .base import Rewrite, Rewriter
 from .simple import number_seed
 
 #: Puts prompts in order before they are painted: their places, best first.
 Ranker = Callable[[Sequence[str]], Sequence[int]]
+
+#: What stands in place of a prompt file where another run's rewrite was taken over.
+MEMORY = "memory"
 
 #: How often a round's prompts are asked for before it goes on with fewer.
 _TRIES = 3
@@ -36,6 +40,7 @@ async def propose(
     seed: int = 0,
     rank: Ranker | None = None,
     spare: int = 0,
+    examples: Sequence[Example] = (),
 ) -> list[Rewrite]:
     """The next round's prompts, different from each other and from all that was tried.
 
@@ -52,6 +57,8 @@ async def propose(
         seed: For a model that samples.
         rank: Chooses among `count + spare` prompts; None takes the first.
         spare: Prompts that are asked for beyond `count`.
+        examples: Rewrites of other runs that came near the target: what they add after their own neutral prompt makes
+            up to half of the prompts, behind this one, and a rewriter that `takes_examples` is shown them.
 
     Returns:
         At least one; a `refused` one, or one that was tried before, only where there is nothing better.
@@ -61,11 +68,18 @@ async def propose(
     ask: Any = getattr(rewriter, "propose", None) or partial(_one_by_one, rewriter)
     known = {same(neutral), *(same(it.prompt) for round in rounds for it in round.candidates)}
     found: list[Rewrite] = []
+    for like in filter(None, map(partial(_like, neutral), examples)):
+        if same(like.prompt) not in known and len(found) < (count + spare) // 2:
+            found.append(like)
+            known.add(same(like.prompt))
+    told = {"examples": examples} if examples and getattr(rewriter, "takes_examples", False) else {}
     left: list[Rewrite] = []
     asked = 0
     for _ in range(_TRIES):
         lacking = count + spare - len(found)
-        answers = await ask(neutral, target, rounds, count=lacking, start=asked, comment=comment, seed=seed)
+        answers = await ask(
+            neutral, target, rounds, count=lacking, start=asked, comment=comment, seed=seed, **told
+        )
         asked += lacking
         for answer in answers:
             fresh = answer.refused is None and same(answer.prompt) not in known
@@ -75,12 +89,20 @@ async def propose(
             break
     order = range(len(found)) if rank is None else rank([it.prompt for it in found])
     kept = [found[place] for place in order][:count] or left[:1]
+    kept.sort(key=lambda it: it.prompt_id == MEMORY)  # the first answers for what was asked
     first = _charged(kept[0], [it for it in (*found, *left) if it not in kept])
     if len(found) < count and first.refused is None:
         why = next((f": {it.refused}" for it in left if it.refused), "")
         note = f"the rewriter gave {len(found)} new prompts where {count} were wanted{why}"
         first = replace(first, notes=(note,))
     return [first, *kept[1:]]
+
+
+def _like(neutral: str, example: Example) -> Rewrite | None:
+    """A rewrite that adds what an example added; None where that one says its own prompt otherwise."""
+    added = addition(example.neutral, example.prompt)
+    why = f"came near the target for {example.neutral!r}"
+    return None if added is None else Rewrite(f"{neutral}{added}", why=why, prompt_id=MEMORY)
 
 
 def same(prompt: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 
-from ...domain import EmotionTarget, Missing, Round
+from ...domain import EmotionTarget, Example, Missing, Round
 from ..ask import Asker, Reply
 from ..prompt import Prompt, load_prompt
 from ..schemas import (
@@ -42,6 +42,7 @@ class SimpleRewriter:
     """
 
     name = "simple"
+    takes_examples = True
 
     def __init__(self, model: BaseChatModel | Asker, prompt: str = "rewriter"):
         self.asker = model if isinstance(model, Asker) else Asker(model)
@@ -80,6 +81,7 @@ class SimpleRewriter:
         start: int = 0,
         comment: str = "",
         seed: int = 0,
+        examples: Sequence[Example] = (),
     ) -> list[Rewrite]:
         """Several prompts, which need not differ yet: `proposals.propose` tells them apart.
 
@@ -94,9 +96,10 @@ class SimpleRewriter:
             start: Number of the first: those before it were asked for earlier in this round.
             comment: What a person said about the last round.
             seed: For a model that samples.
+            examples: Rewrites of other runs that came near the target; shown where one answer gives several prompts.
         """
         if self.prompt.several:
-            return await self._several(neutral, target, rounds, count, start, comment, seed)
+            return await self._several(neutral, target, rounds, count, start, comment, seed, examples)
         asked = (
             self._one(
                 question(self.prompt, neutral, target, rounds, comment, number),
@@ -139,9 +142,10 @@ class SimpleRewriter:
         start: int,
         comment: str,
         seed: int,
+        examples: Sequence[Example],
     ) -> list[Rewrite]:
         limit, prompt = prompt_limit(neutral), load_prompt(self.prompt.several)
-        messages = question(prompt, neutral, target, rounds, comment, start, count)
+        messages = question(prompt, neutral, target, rounds, comment, start, count, examples)
         reply = await self.asker.ask(
             messages,
             RewriterAnswers,
@@ -191,6 +195,7 @@ def question(
     comment: str = "",
     number: int | None = None,
     count: int | None = None,
+    examples: Sequence[Example] = (),
 ) -> list[BaseMessage]:
     """What the rewriter is asked, as a chat.
 
@@ -202,6 +207,7 @@ def question(
         comment: What a person said about the last round.
         number: Which of several questions it is; None for the only one, which is about rounds.
         count: Prompts that one answer shall give, with a prompt file for several.
+        examples: Rewrites of other runs that came near the target, for such a prompt file.
     """
     if number is None:
         told = history.by_round(rounds)
@@ -216,6 +222,7 @@ def question(
         comment=comment,
         limit=prompt_limit(neutral),
         count=count or 1,
+        examples=[it._asdict() for it in examples],
     )
 
 

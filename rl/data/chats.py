@@ -84,7 +84,7 @@ def rewriter_turns(run: RunResult, events: list[Event]) -> Iterator[Turn]:
     written = [
         event
         for event in events
-        if isinstance(event, Rewritten) and event.prompt_version != "human" and event.changes + event.why
+        if isinstance(event, Rewritten) and "@" in event.prompt_version and event.changes + event.why
         if not event.why.startswith(KEPT) and event.round < len(run.rounds)
         # One that a person edited before it was painted is told by no picture.
         if event.prompt in {it.prompt for it in run.rounds[event.round].proposals}

@@ -19,21 +19,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...domain import HIGH, LOW, Critique, EmotionTarget, UserError
+from ...domain import Critique, EmotionTarget, UserError
+from ...tools.words import WordModel, addition
 from ..config import DataConfig
 from ..rollouts import RolloutSource
 from .examples import mean_readings, unaided, usable
 
 #: A word is ordinary (in, the) when this share of the neutral prompts use it, and content when fewer do.
 _ORDINARY = 0.15
-
-#: The reader knows so many words and word pairs at most, the commonest; more cost the fit their cube.
-_WORDS = 1000
 
 #: The reader is fitted to so many rounds at most, and the choice made on so many prompts and targets.
 _ROUNDS, _PROMPTS, _TARGETS = 4000, 64, 64
@@ -65,50 +63,6 @@ class Tried(NamedTuple):
     alignment: float
 
 
-def addition(neutral: str, refined: str) -> str | None:
-    """What a refined prompt says after the neutral one, with what joins them; None where it says it otherwise."""
-    head, text = " ".join(neutral.split()), " ".join(refined.split())
-    rest = text[len(head) :]
-    fits = text[: len(head)].casefold() == head.casefold() and re.match(r"[\s,;:.]", rest)
-    return rest if fits and re.search(r"\w", rest) else None
-
-
-class PromptReader:
-    """Ridge regression of readings on the words and word pairs of prompts.
-
-    Attributes:
-        errors: (N, 2) absolute errors of valence and arousal where each text is left out of the fit.
-    """
-
-    def __init__(self, texts: Sequence[str], readings: NDArray[np.float64]) -> None:
-        """Fit it.
-
-        Args:
-            texts: N prompts, at least three.
-            readings: (N, 2) valence and arousal.
-        """
-        from sklearn.feature_extraction.text import CountVectorizer
-        from sklearn.linear_model import RidgeCV
-
-        self._words = CountVectorizer(
-            ngram_range=(1, 2), binary=True, min_df=2, max_features=_WORDS, token_pattern=r"\w+"
-        )
-        try:
-            seen: Any = self._words.fit_transform(texts)
-        except ValueError as error:
-            raise UserError(
-                "data.phrases: no word stands in two prompts of the log: collect more runs"
-            ) from error
-        self._ridge = RidgeCV(np.logspace(-1, 2, 10), store_cv_results=True)
-        self._ridge.fit(seen.toarray().astype(np.float64), readings)
-        chosen = int(np.flatnonzero(self._ridge.alphas == self._ridge.alpha_)[0])
-        self.errors = np.sqrt(self._ridge.cv_results_[:, :, chosen])
-
-    def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """(N, 2) readings to be expected, within the scale."""
-        return np.clip(self._ridge.predict(self._words.transform(texts)), LOW, HIGH)
-
-
 @dataclass(frozen=True)
 class Phrasebook:
     """A few additions and what they do.
@@ -123,7 +77,7 @@ class Phrasebook:
     phrases: tuple[str, ...]
     alignment: NDArray[np.float64]
     doubt: NDArray[np.float64]
-    reader: PromptReader
+    reader: WordModel
 
     def expect(self, prompts: Sequence[str]) -> NDArray[np.float64]:
         """(N, K, 2) readings to be expected of each phrase behind each prompt."""
@@ -177,7 +131,9 @@ def build(tried: Sequence[Tried], targets: NDArray[np.float64], size: int) -> Ph
             "set data.phrases=0"
         )
     read = np.array([(it.valence, it.arousal) for it in tried], dtype=np.float64)
-    reader = PromptReader([it.prompt for it in tried], read)
+    reader = WordModel([it.prompt for it in tried], read)
+    if not reader.words:
+        raise UserError("data.phrases: no word stands in two prompts of the log: collect more runs")
     aligned = np.array([it.alignment for it in tried])
     alignment, doubt = ([of[places].mean(0) for places in found.values()] for of in (aligned, reader.errors))
     every = Phrasebook(tuple(found), np.array(alignment), np.array(doubt), reader)

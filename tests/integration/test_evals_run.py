@@ -19,6 +19,7 @@ from emoloop.evals.records import Reading
 from emoloop.evals.runner import open_harness
 from emoloop.evals.suites import Suite
 from emoloop.settings import load_settings
+from emoloop.traces.store import open_store
 from scripted import Scripted
 
 SUITE = {
@@ -456,3 +457,14 @@ def test_the_verb_prints_one_document_and_a_judge_may_be_a_model(options, lvlm, 
     assert (
         "alarm" in (tmp_path / "out" / "report.html").read_text().partition("<h2")[0].partition("<header>")[2]
     )
+
+
+async def test_arms_learn_from_the_log_beside_theirs_and_not_from_each_other(options):
+    settings, suite = load_settings(options.settings), Suite.model_validate(SUITE)
+    async with open_harness(suite, settings, lvlm=Scripted()) as harness:
+        assert harness.loop.parts.knowledge.store is None
+    with open_store(settings):
+        pass
+    async with open_harness(suite, settings, lvlm=Scripted()) as harness:
+        known = harness.loop.parts.knowledge.store
+        assert known is not None and known.home == settings.home != harness.loop.parts.recorder.store.home

@@ -19,7 +19,8 @@ from emoloop.rl.data.chats import rewriter_turns
 from emoloop.rl.data.dataset import Dataset
 from emoloop.rl.rollouts import LogRollouts
 from emoloop.tools.images.sheet import draw_sheet
-from emoloop.traces.fold import fold, result_json
+from emoloop.traces.document import result_json
+from emoloop.traces.fold import fold
 from painter import Painter
 from rich.console import Console
 from scripted import Scripted

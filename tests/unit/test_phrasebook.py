@@ -11,10 +11,11 @@ from emoloop.domain import Critique, EmotionTarget, UserError
 from emoloop.rl.config import DataConfig, load_config
 from emoloop.rl.data.dataset import Dataset
 from emoloop.rl.data.examples import source_for
-from emoloop.rl.data.phrasebook import PromptReader, Tried, addition, build
+from emoloop.rl.data.phrasebook import Tried, build
 from emoloop.rl.distill import objective_of
 from emoloop.rl.rollouts import LogRollouts
 from emoloop.tools.reward import load_reward
+from emoloop.tools.words import addition
 from emoloop.traces.store import open_store
 from rl_log import run_events, settings_for
 
@@ -50,17 +51,6 @@ def tried(additions: tuple[str, ...]) -> list[Tried]:
 )
 def test_what_an_addition_is(neutral: str, refined: str, added: str | None) -> None:
     assert addition(neutral, refined) == added
-
-
-def test_the_reader_learns_what_words_add() -> None:
-    rounds = tried((", bright", ", dark", ", storm", ", calm", ", bright calm", ", dark storm"))
-    reader = PromptReader([it.prompt for it in rounds], np.array([it[2:4] for it in rounds]))
-    assert reader.errors.mean(0).max() < 0.1
-    # Words that never met in one prompt.
-    assert reader(["a dog in town, bright storm"])[0] == pytest.approx(
-        law("a dog in town", "bright storm"), abs=0.35
-    )
-    assert abs(reader(["a dog " + "bright " * 9 + "calm storm dark"])).max() <= 3
 
 
 def test_the_chosen_additions_reach_the_targets() -> None:

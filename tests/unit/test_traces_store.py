@@ -23,7 +23,8 @@ from emoloop.events import (
     RunStarted,
 )
 from emoloop.settings import Settings
-from emoloop.traces.fold import Fold, fold, result_json
+from emoloop.traces.document import result_json
+from emoloop.traces.fold import Fold, fold
 from emoloop.traces.schema import Upsert, candidates, events, leases, runs
 from emoloop.traces.store import RunFilter, TraceStore, open_store
 from PIL import Image
