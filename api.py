@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .domain import UserError
-from .rl.config import PRESETS, load_config
+from .rl.config import load_config, preset_for
 from .settings import (
     GeneratorSettings,
     LVLMSettings,
@@ -21,7 +20,6 @@ from .settings import (
     load_settings,
     lvlm_settings,
 )
-from .tools.presets import GENERATORS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -70,7 +68,7 @@ def distill(
         out: Folder of the artifact.
         home: Folder of the log; by default that of the settings.
         where: Which runs; by default all.
-        preset: "miniature" or "sd35-medium"; by default the one of the model that made the images.
+        preset: The name of one in `rl/presets/`; by default the one of the model that made the images.
         config: YAML file over the preset.
         knobs: Over the file, by dotted name: `{"train.steps": 200}`.
         resume: Go on from the newest checkpoint in `out`.
@@ -164,25 +162,3 @@ def logged_model(settings: Settings, where: RunFilter) -> str:
 
     with open_store(settings, read_only=True) as store:
         return origin(store, where)[0].model
-
-
-def preset_for(model: str, config: Path | None) -> str | None:
-    """The preset of distillation for a model as the log names it: by a short name, a hub id or a folder.
-
-    Args:
-        model: The model.
-        config: A file that gives the knobs where no preset fits.
-
-    Raises:
-        UserError: None fits, and there is no file either.
-    """
-    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    name = next((name for name, it in GENERATORS.items() if model in (name, str(it.model))), model)
-    if name in known:
-        return name
-    if config is None:
-        raise UserError(
-            f"no preset fits {model}, which made the images: name one by --preset ({', '.join(known)}) "
-            "or give --config FILE"
-        )
-    return None

@@ -115,7 +115,10 @@ class Critiqued(_Event):
 
 
 class Rewarded(_Event):
-    """A reward by name and version; `value` None comes with a `reason`, never as 0."""
+    """A reward by name and version; `value` None comes with a `reason`, never as 0.
+
+    `weight` is that of a part of a weighted sum, in a node of the part's name; the sum itself, which counts, has none.
+    """
 
     type: Literal["rewarded"] = "rewarded"
     node: str = "reward"
@@ -123,6 +126,7 @@ class Rewarded(_Event):
     name: str
     version: str
     value: float | None = Field(default=None, allow_inf_nan=False)
+    weight: float | None = None
     reason: str | None = None
 
 

@@ -26,7 +26,7 @@ from pydantic_settings import (
 )
 from typing_extensions import TypedDict
 
-from .domain import UserError, first_line
+from .domain import Emotion, UserError, first_line
 
 #: Settings whose values are never printed.
 SECRETS = frozenset({"api_key", "database_url", "token"})
@@ -54,6 +54,12 @@ class GeneratorSettings(_Section):
     adapter: str | None = None
     #: How strongly the adapter speaks: 0 is the base model.
     adapter_scale: float = 1.0
+    #: How strongly its visual prompts do, where it has some: 0 leaves them out.
+    visual_scale: float = 1.0
+    #: How far guidance goes along what they change, as a multiple of the text's; other than 1 takes a third pass.
+    visual_guidance: float = 1.0
+    #: The category whose visual prompt the negative branch gets.
+    visual_negative: Emotion | None = None
     #: "auto" is cuda, then mps, then cpu.
     device: str = "auto"
     #: "auto" is bfloat16 on cuda, float32 elsewhere.
@@ -118,7 +124,8 @@ class LoopSettings(_Section):
     tolerance: float = Field(default=0.2, ge=0)
     #: Stop after this many rounds in a row without a better candidate.
     patience: int = Field(default=2, ge=1)
-    #: A name in `tools.reward.REWARDS` or a dotted path ("my_pkg.my_mod:MyReward").
+    #: A name in `tools.reward.REWARDS`, a dotted path ("my_pkg.my_mod:MyReward"), or several with weights:
+    #: "emotion + 0.5*pickscore", or a mapping of names to weights, or a list of names.
     reward: str = "emotion"
     #: A name in `agents.rewriters.REWRITERS` or a dotted path ("my_pkg.my_mod:MyRewriter").
     rewriter: str = "simple"
@@ -135,6 +142,19 @@ class LoopSettings(_Section):
     review: bool = False
     #: Seconds for one node before it is retried.
     node_timeout: float = Field(default=1800.0, gt=0)
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _sum(cls, given: Any) -> Any:
+        if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
+            given = yaml.safe_load(given)
+        if isinstance(given, list):
+            given = dict.fromkeys(given, 1)
+        return (
+            " + ".join(f"{weight}*{name}" for name, weight in given.items())
+            if isinstance(given, dict)
+            else given
+        )
 
 
 class TraceSettings(_Section):

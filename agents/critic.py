@@ -5,39 +5,33 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import inspect
-import logging
-import math
-from dataclasses import dataclass, field
+import io
+from dataclasses import dataclass, field, replace
 
 from langchain_core.language_models import BaseChatModel
 from PIL import Image
 
 from ..domain import Critique, EmotionTarget, Missing
 from ..tools.lvlm.chat import image_url
-from ..tools.reward import Reward
-from .ask import Asker, Reply, one_line
+from ..tools.reward import Look, Reward, Value
+from .ask import Asker, Reply
 from .prompt import load_prompt
-from .schemas import CRITIC_SCHEMA, CriticAnswer, average, target_text
-
-logger = logging.getLogger(__name__)
+from .schemas import CRITIC_SCHEMA, CriticAnswer, average, cleaned, target_text
 
 
 async def valued(
-    reward: Reward, critique: Critique | Missing, target: EmotionTarget
-) -> tuple[float | None, str | None]:
-    """A critique's reward, or None and the reason: a reward may be anybody's function, or coroutine function."""
+    reward: Reward, critique: Critique | Missing, target: EmotionTarget, prompt: str, png: bytes | None
+) -> list[Value]:
+    """The reward of a picture and of its parts, the one that counts last; `png` for a reward that sees."""
     if isinstance(critique, Missing):
-        return None, f"no critique: {critique.reason}"
-    try:
-        given = reward(critique, target)
-        value = float(await given if inspect.isawaitable(given) else given)
-    except Exception as error:
-        logger.warning("reward %s failed", reward.name, exc_info=error)
-        return None, f"reward {reward.name}: {one_line(error)}"
-    if not math.isfinite(value):
-        return None, f"reward {reward.name} gave {value}"
-    return value, None
+        return [Value(reward.name, reward.version, None, f"no critique: {critique.reason}")]
+    picture = await asyncio.to_thread(_decode, png) if reward.sees and png is not None else None
+    values = await reward.values(Look(critique, target, prompt, picture))
+    return [replace(it, reason=it.reason and cleaned(it.reason)[:300]) for it in values]
+
+
+def _decode(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ..domain import Failure, UserError
+from .bank import app as bank
 from .bench import bench
 from .collect import collect
 from .distill import distill
@@ -21,6 +22,7 @@ from .lvlm import app as lvlm
 from .run import resume, run
 from .serve import serve
 from .traces import app as traces
+from .train import app as train
 
 app = typer.Typer(
     name="emoloop",
@@ -34,6 +36,8 @@ app.command()(resume)
 app.command()(collect)
 app.command()(distill)
 app.command()(bench)
+app.add_typer(train, name="train")
+app.add_typer(bank, name="bank")
 app.command()(serve)
 app.add_typer(lvlm, name="lvlm")
 app.add_typer(traces, name="traces")

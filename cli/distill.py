@@ -28,7 +28,9 @@ def distill(
     dry_run: Annotated[bool, typer.Option(help="Show what the log holds and train nothing.")] = False,
     preset: Annotated[
         str | None,
-        typer.Option(help="miniature or sd35-medium; default from the model that made the images."),
+        typer.Option(
+            help="miniature, sd15, sdxl, flux-dev or sd35-medium; default from the model that made the images."
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file over the preset.")] = None,
     sets: Annotated[
@@ -54,7 +56,7 @@ def distill(
     if print_config:
         typer.echo(commented(resolved), nl=False)
     elif dry_run or out is None:
-        _preview(settings, resolved, wanted, as_json)
+        _preview(settings, resolved, preset, wanted, as_json)
     else:
         _train(settings, resolved, out, wanted, resume, as_json)
 
@@ -118,7 +120,9 @@ def _train(
         raise typer.Exit(130)
 
 
-def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_json: bool) -> None:
+def _preview(
+    settings: Settings, config: DistillConfig, preset: str | None, where: RunFilter, as_json: bool
+) -> None:
     """Counts, histograms and some examples: what a person should see before spending hours."""
     from rich.console import Console
 
@@ -135,6 +139,7 @@ def _preview(settings: Settings, config: DistillConfig, where: RunFilter, as_jso
         examples = dataset.examples(source)
         if as_json:
             document = {
+                "preset": preset,
                 "source": source,
                 "base": dataset.base._asdict(),
                 "reward": dict(zip(("name", "version"), dataset.reward, strict=True)),

@@ -66,7 +66,10 @@ Proposals = Annotated[
 ]
 Tolerance = Annotated[float | None, _loop(help="How near to the target is reached, on each axis.")]
 Patience = Annotated[int | None, _loop(help="Rounds without a better picture that end a run.")]
-Reward = Annotated[str | None, _loop(help="A name, or a path like my_pkg.my_mod:MyReward.")]
+Reward = Annotated[
+    str | None,
+    _loop(help="A name, a path like my_pkg.my_mod:MyReward, or several: 'emotion + 0.5*pickscore'."),
+]
 Strict = Annotated[bool, _loop("--strict", help="Refuse prompts with words that the model does not know.")]
 Set = Annotated[
     list[str] | None,

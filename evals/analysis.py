@@ -77,6 +77,7 @@ def of_request(row: Row, pace: Mapping[str, float] | None = None) -> dict[str, f
         "alignment": looks("alignment"),
         "quality": looks("quality"),
         "aesthetic": looks("aesthetic"),
+        "preference": looks("preference"),
         "diversity": float(diversity(np.array(features))) if len(features) > 1 else None,
         "reward": mean(one.reward for one in row.handed_over),
         **_cost(row, pace or {}),

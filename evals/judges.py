@@ -15,19 +15,19 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
 from PIL.Image import Image
 from pydantic import Field, ValidationError
-from safetensors.torch import load_file
 
 from ..domain import PROTOTYPES, Critique, Emotion, EmotionTarget, Score, UserError, first_line
 from ..settings import Settings
 from ..tools import presets
 from ..tools.registry import resolve
+from ..tools.reward import REWARDS, Reward, load_reward, terms
+from ..tools.scorers import load_head
 from ..tools.threads import apart
 from ..traces.blobs import BlobStore
 from .metrics import mean
@@ -292,7 +292,8 @@ class ClipHeadJudge:
     Args:
         encoder: Folder or hub id of a CLIP model.
         head: File of the head.
-        aesthetic: File of an aesthetic head with one output, on the same normalised features.
+        aesthetic: File of an aesthetic head with one output, on the same normalised features; as in LAION's, nothing
+            stands between its layers.
         device: Where to run.
         batch: Images at a time.
 
@@ -313,8 +314,8 @@ class ClipHeadJudge:
         except (OSError, ValueError) as error:
             raise UserError(f"CLIP encoder {encoder!r}: {first_line(error)}") from error
         takes: Any = self.model.config.projection_dim
-        self.head = _load_head(head, takes, (2, 8)).to(device)
-        self.aesthetic = _load_head(aesthetic, takes, (1,)).to(device) if aesthetic else None
+        self.head = load_head(head, takes, (2, 8), between=[torch.nn.ReLU()]).to(device)
+        self.aesthetic = load_head(aesthetic, takes, (1,)).to(device) if aesthetic else None
         self.device, self.batch = device, batch
         self.name = f"CLIP head {head.name} on {Path(encoder).name}"
         self.version = hash_of(head.read_bytes() + (aesthetic.read_bytes() if aesthetic else b""))
@@ -357,38 +358,32 @@ class ClipHeadJudge:
         ]
 
 
-def _load_head(path: Path, takes: int, outputs: tuple[int, ...]) -> torch.nn.Sequential:
-    """The linear layers of a state dict, with ReLU between them."""
-    if not path.is_file():
-        raise UserError(f"no head at {path}: --judge clip:ENCODER,HEAD[,AESTHETIC] wants its state dict")
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    linear: list[torch.nn.Linear] = []
-    for key, weight in state.items():
-        if key.endswith("weight") and weight.ndim == 2:
-            bias = state.get(key.removesuffix("weight") + "bias")
-            layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
-            layer.weight.data = weight.float()
-            layer.bias.data = torch.zeros(weight.shape[0]) if bias is None else bias.float()
-            linear.append(layer)
-    if not linear or any(a.out_features != b.in_features for a, b in pairwise(linear)):
-        raise UserError(f"{path}: not a stack of linear layers")
-    if linear[0].in_features != takes or linear[-1].out_features not in outputs:
-        raise UserError(
-            f"{path}: takes {linear[0].in_features} features and gives {linear[-1].out_features} numbers; "
-            f"wanted are {takes} and {' or '.join(map(str, outputs))}"
-        )
-    return torch.nn.Sequential(*[part for layer in linear for part in (torch.nn.ReLU(), layer)][1:]).eval()
-
-
 def _affect(hidden: torch.Tensor) -> tuple[torch.Tensor, list[Emotion | None]]:
     if hidden.shape[-1] == 2:
         return hidden.clamp(-3, 3), [None] * len(hidden)
     order = list(Emotion)
     prototypes = torch.tensor([PROTOTYPES[emotion] for emotion in order], device=hidden.device)
     return hidden.softmax(-1) @ prototypes, [order[int(place)] for place in hidden.argmax(-1)]
+
+
+class ScorerJudge:
+    """A scorer of pictures (`tools/scorers.py`) as a judge: it says one thing, and nothing of the emotion."""
+
+    sees_target = False
+
+    def __init__(self, reward: Reward, batch: int = 16) -> None:
+        [part] = reward.parts
+        self.scorer: Any = part.call
+        self.name, self.version, self.batch = part.name, part.version, batch
+        self.models = frozenset({part.name, self.scorer.model})
+
+    async def read(self, items: Sequence[Item]) -> list[Reading | None]:
+        """See `Judge`."""
+        return await _in_batches(self._read, items, self.batch)
+
+    def _read(self, items: Sequence[Item]) -> list[Reading | None]:
+        scores = self.scorer([item.open() for item in items], [item.prompt for item in items], None, None)
+        return [Reading.model_validate({self.scorer.says: score}) for score in scores]
 
 
 def hash_of(raw: bytes) -> str:
@@ -419,6 +414,10 @@ def _clip(argument: str, settings: Settings) -> Judge:
     return ClipHeadJudge(encoder, *map(Path, heads), device="cpu" if device == "auto" else device)
 
 
+def _scorer(name: str) -> Callable[[str, Settings], Judge]:
+    return lambda model, _: ScorerJudge(load_reward(f"{name}:{model}"))
+
+
 #: Judges by name. A value is a reader's dotted path, or takes what follows the colon and the settings.
 JUDGES: dict[str, str | Callable[[str, Settings], Judge]] = {
     "law": ".miniature.judge:LawJudge",
@@ -426,11 +425,13 @@ JUDGES: dict[str, str | Callable[[str, Settings], Judge]] = {
     "lvlm": _lvlm,
     "human": lambda argument, _: HumanJudge(Path(argument)),
     "clip": _clip,
+    **{name: _scorer(name) for name in ("clipscore", "pickscore", "hpsv2", "aesthetic")},
 }
 
 
 def load_judge(spec: str, settings: Settings) -> Judge:
-    """A judge by name (`law`, `guard`, `lvlm[:MODEL]`, `human:FILE.csv`, `clip:ENCODER,HEAD`) or dotted path.
+    """A judge by name (`law`, `guard`, `lvlm[:MODEL]`, `human:FILE.csv`, `clip:ENCODER,HEAD`, a scorer as
+    `pickscore[:MODEL]`) or dotted path.
 
     Raises:
         UserError: Unknown, not importable, or not a judge.
@@ -449,8 +450,11 @@ def load_judge(spec: str, settings: Settings) -> Judge:
 def reward_sources(settings: Settings) -> set[str]:
     """What gave the reward: the settings' critic and reward, and those in their adapter's training.json."""
     trained = training(Path(settings.generator.adapter)) if settings.generator.adapter else {}
-    given = {trained.get("reward", {}).get("name"), *trained.get("critics", [])} - {None}
-    return {settings.lvlm.model, settings.loop.reward} | given
+    rewards = [settings.loop.reward, *filter(None, [trained.get("reward", {}).get("name")])]
+    named = {name for reward in rewards for name in terms(reward)}
+    # "pickscore:FOLDER" gave it as pickscore, and as the model.
+    parts = {part for name in named if name.partition(":")[0] in REWARDS for part in name.split(":", 1)}
+    return {settings.lvlm.model, *trained.get("critics", [])} | named | parts
 
 
 def training(adapter: Path) -> dict[str, Any]:

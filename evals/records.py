@@ -25,6 +25,7 @@ class Reading(BaseModel):
         alignment: How much of the neutral prompt is in the picture, 0 to 1.
         quality: CLIP-IQA, 0 to 1.
         aesthetic: Score of an aesthetic head, on the head's own scale.
+        preference: Which picture people would choose for the prompt, on the scorer's own scale.
         features: A description of the picture for distances.
     """
 
@@ -38,6 +39,7 @@ class Reading(BaseModel):
     alignment: float | None = None
     quality: float | None = None
     aesthetic: float | None = None
+    preference: float | None = None
     features: list[float] | None = Field(default=None, repr=False)
 
 

@@ -27,6 +27,7 @@ METRICS: dict[str, Metric] = {
     "alignment": Metric("alignment"),
     "quality": Metric("CLIP-IQA"),
     "aesthetic": Metric("aesthetic"),
+    "preference": Metric("preference"),
     "diversity": Metric("diversity", 3),
     "reward": Metric("critic's reward"),
     "valence_tau": Metric("τ valence"),

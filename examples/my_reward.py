@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from emoloop import Critique, EmotionTarget, open_loop
+from PIL import ImageStat
+from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,14 @@ async def kept(critique: Critique, target: EmotionTarget) -> float:
     return critique.alignment
 
 
+def light(picture: Image, prompt: str, critique: Critique, target: EmotionTarget) -> float:
+    """By these four names it gets the picture and the neutral prompt too: here how far its light is from the wish."""
+    return -abs(ImageStat.Stat(picture.convert("L")).mean[0] / 255 - (target.valence or 0) / 6 - 0.5)
+
+
 if __name__ == "__main__":
     # The same on the command line: `emoloop run … --reward my_reward:Distance`
-    for reward in ("my_reward:Distance", kept):
+    for reward in ("my_reward:Distance", kept, {"my_reward:Distance": 1, "my_reward:light": 2}):
         with open_loop(reward=reward, loop={"rounds": 1, "images": 4}) as loop:
             result = loop.run_sync("a dog by the sea", EmotionTarget(valence=2, arousal=-1), seed=7)
             name = loop.parts.reward.name

@@ -43,12 +43,19 @@ async def open_checkpointer(settings: Settings) -> AsyncIterator[BaseCheckpointS
             yield saver
         return
     path = settings.home.expanduser().absolute() / "checkpoints.db"
-    await asyncio.to_thread(_set_aside_if_damaged, path)
-    with closing(sqlite3.connect(path, timeout=_BUSY, check_same_thread=False)) as connection:
-        saver = _SqliteSaver(connection, serde=_serializer())
-        await asyncio.to_thread(saver.setup)
-        connection.execute("PRAGMA synchronous=NORMAL")
+    saver = await asyncio.to_thread(_sqlite, path)
+    try:
         yield saver
+    finally:
+        await asyncio.to_thread(saver.conn.close)
+
+
+def _sqlite(path: Path) -> _SqliteSaver:
+    _set_aside_if_damaged(path)
+    saver = _SqliteSaver(sqlite3.connect(path, timeout=_BUSY, check_same_thread=False), serde=_serializer())
+    saver.setup()
+    saver.conn.execute("PRAGMA synchronous=NORMAL")
+    return saver
 
 
 class _SqliteSaver(SqliteSaver):

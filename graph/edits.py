@@ -1,17 +1,19 @@
-"""A person's edits of a saved state: `update_state`, a fork, time travel.
+"""What a person changes of a run: edits of a saved state, answers to reviews, both after time travel too.
 
 The log is the truth and the state only names things in it, so an edit is nothing until the log has it. A prompt that
-is not painted yet is changed in place; one that is belongs to what happened, and the edit begins a run of its own.
+is not painted yet is changed in place; one that is belongs to what happened, and the edit begins a run of its own. So
+does an answer to a review that was answered otherwise.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from datetime import UTC, datetime
 from typing import Any
 
 from ..domain import RunStatus, UserError, read_target
-from ..events import Event, Rewritten, RunFinished, RunStarted
+from ..events import Event, HumanFeedback, Rewritten, RunFinished, RunStarted
 from ..traces.fold import Fold
 from ..traces.recorder import StoreRecorder
 from .state import State, asks_the_same, read_prompt
@@ -77,26 +79,71 @@ async def follow(recorder: StoreRecorder, state: State) -> tuple[str, list[Event
     painted = any(tried.made for tried in fold.round(number).values())
     if not painted and number >= max(fold.numbers) and fold.status is not RunStatus.COMPLETED:
         return run_id, [edit]
-    # The name follows from the edit, so that a step that is tried again goes on with the same fork.
-    fork = f"{run_id}+{digest}"
-    if (await recorder.fold(fork)).started is not None:
-        return fork, []
+    before = [it for it in await recorder.events(run_id) if it.round < number]
+    fork, begun = _fork(started, state, number, digest, [*before, edit])
+    # A step that is tried again goes on with the same fork.
+    return fork, [] if (await recorder.fold(fork)).started is not None else begun
+
+
+async def answered(recorder: StoreRecorder, state: State, given: dict[str, Any]) -> tuple[str, list[Event]]:
+    """What a person's answer to the review of the state's round adds to the log.
+
+    Returns:
+        The run, and what is to be recorded: nothing where the log has this very answer; where it has another, the
+        beginning of a fork, which has its parent's events up to the review.
+    """
+    run_id, number, best = state["run_id"], state["round"], state["best"]
+    comment, prompt, stop = given.get("comment") or "", given.get("prompt"), bool(given.get("stop"))
+    said = HumanFeedback(
+        run_id=run_id, round=number, sha256=best["sha256"] if best else None, comment=comment
+    )
+    wrote = Rewritten(
+        run_id=run_id,
+        round=number + 1,
+        prompt=prompt or "",
+        why=comment,
+        model="human",
+        prompt_version="human",
+    )
+    told: list[Event] = [*([said] if comment else []), *([wrote] if prompt and not stop else [])]
+    fold, log = await recorder.fold(run_id), await recorder.events(run_id)
+    onward = [it for it in log if isinstance(it, Rewritten) and it.round == number + 1]
+    if not onward and fold.status is not RunStatus.COMPLETED:
+        return run_id, told
+    humans = {it.prompt for it in onward if it.model == "human"}
+    end = onward[0].seq if onward else len(log)
+    comments = {
+        it.comment for it in log if isinstance(it, HumanFeedback) and it.round == number and it.seq < end
+    }
+    if (stop, {prompt} - {None}, {comment} - {""}) == (not onward, humans, comments - {""}):
+        return run_id, []
+    digest = hashlib.sha256(f"{number}:{json.dumps([comment, prompt, stop])}".encode()).hexdigest()[:6]
+    before = [
+        it
+        for it in log
+        if it.round <= number and not (isinstance(it, HumanFeedback) and it.round == number and it.comment)
+    ]
+    assert fold.started is not None
+    return _fork(fold.started, state, number + 1, digest, [*before, *told])
+
+
+def _fork(
+    parent: RunStarted, state: State, number: int, digest: str, events: list[Event]
+) -> tuple[str, list[Event]]:
+    """A run that goes another way than its parent from a round on, and the events that it begins with.
+
+    Its name follows from what was changed, so that a step that is tried again goes on with the same fork.
+    """
+    fork = f"{parent.run_id}+{digest}"
     options = {key: value for key, value in state["options"].items() if key != "seed"}
     settings = {
-        **started.settings,
-        "loop": {**started.settings.get("loop", {}), **options},
-        "parent": {"run_id": run_id, "round": number},
+        **parent.settings,
+        "loop": {**parent.settings.get("loop", {}), **options},
+        "parent": {"run_id": parent.run_id, "round": number},
     }
-    before = [
-        event
-        for event in await recorder.events(run_id)
-        if event.round < number and not isinstance(event, RunStarted | RunFinished)
-    ]
-    begun = [
-        _copy(started, fork, settings=settings, time=datetime.now(UTC)),
-        *(_copy(it, fork) for it in before),
-    ]
-    return fork, [*begun, _copy(edit, fork)]
+    begun = _copy(parent, fork, settings=settings, time=datetime.now(UTC))
+    had = (event for event in events if not isinstance(event, RunStarted | RunFinished))
+    return fork, [begun, *(_copy(event, fork) for event in had)]
 
 
 def _copy(event: Event, run_id: str, **changes: Any) -> Event:

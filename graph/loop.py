@@ -28,7 +28,7 @@ from pydantic import BaseModel
 from typing_extensions import Unpack
 
 from ..agents.ask import one_line
-from ..domain import Critique, EmotionTarget, RunResult, RunStatus, UserError
+from ..domain import EmotionTarget, Failure, RunResult, RunStatus, UserError
 from ..events import Event, RunStarted
 from ..files import check_writable
 from ..settings import (
@@ -77,7 +77,7 @@ def open_loop(
     | Generator
     | None = None,
     lvlm: str | Path | Mapping[str, Any] | LVLMSettings | BaseChatModel | None = None,
-    reward: str | Callable[[Critique, EmotionTarget], Any] | type[Any] | None = None,
+    reward: str | Mapping[str, float] | Callable[..., Any] | type[Any] | None = None,
     checkpointer: BaseCheckpointSaver[Any] | None = None,
     **overrides: Unpack[SettingsOverrides],
 ) -> Loop:
@@ -88,7 +88,9 @@ def open_loop(
         generator: A preset, folder or hub id; settings; a diffusers pipeline or any `Generator`.
         lvlm: A preset, folder or hub id, the URL of a vLLM server; settings; any LangChain chat model that
             takes images.
-        reward: A name, a dotted path or a callable `(critique, target) -> float`, plain or async.
+        reward: A name or a dotted path; several with weights (`{"emotion": 1, "pickscore": 0.5}`); or a function of
+            `(critique, target)`, `(picture, prompt, critique, target)` or `(pictures, prompts, critiques, targets)`,
+            plain or async.
         checkpointer: Where the graph's states are saved, opened and closed by the caller; by default a file in the
             home, or the log's PostgreSQL.
         **overrides: Any other setting: `home="runs"`, `loop={"rounds": 2}`.
@@ -108,7 +110,7 @@ def open_loop(
         given = merged(given, {"lvlm": lvlm_settings(lvlm)})
     else:
         objects["lvlm"] = lvlm
-    if isinstance(reward, str):
+    if isinstance(reward, str | Mapping):
         given = merged(given, {"loop": {"reward": reward}})
     else:
         objects["reward"] = reward
@@ -143,6 +145,7 @@ class Loop:
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._portal: BlockingPortal | None = None
         self._closing = ExitStack()
+        self._working: set[asyncio.Task[Any]] = set()
 
     # ---- opening and closing
 
@@ -166,6 +169,11 @@ class Loop:
 
     async def __aexit__(self, *_: object) -> None:
         stack, self._stack, self._parts = self._stack, None, None
+        # What is still running ends first, with an error of its own and not with those of closed models.
+        for work in self._working:
+            work.cancel()
+        if self._working:
+            await asyncio.wait(self._working)
         if stack is not None:
             await stack.aclose()
 
@@ -358,28 +366,43 @@ class Loop:
             if own := [event for event in events if event.run_id == run_id]:
                 loop.call_soon_threadsafe(lambda: [queue.put_nowait(event) for event in own])
 
-        async with AsyncExitStack() as stack:
-            work: asyncio.Task[Any] | None = None
-            if begin is not _WAIT:
-                await stack.enter_async_context(self.recorder.claimed(run_id))
-                stack.enter_context(self.recorder.subscribed(follow))
+        if begin is _WAIT:
             for event in await self.recorder.events(run_id):
                 yield event
-            if begin is _WAIT:
-                return
-            # The log knows each step; the state is saved where the graph stops, so that a review can be answered.
-            call = self.graph.ainvoke(begin, _config(run_id), context=context, durability="exit")
-            work = asyncio.create_task(call)
-            stack.push_async_callback(_cancelled, work)
-            work.add_done_callback(lambda _: queue.put_nowait(None))
-            while (event := await queue.get()) is not None:
-                yield event
-            # What a commit told just before the graph ended is on its way through the event loop.
-            await asyncio.sleep(0)
-            while not queue.empty():
-                if (event := queue.get_nowait()) is not None:
+            return
+        with self.recorder.subscribed(follow):
+            claimed = asyncio.Event()
+            work = asyncio.create_task(self._invoke(begin, run_id, context, claimed))
+            self._working.add(work)
+            work.add_done_callback(self._working.discard)
+            work.add_done_callback(lambda _: (claimed.set(), queue.put_nowait(None)))
+            try:
+                await claimed.wait()
+                if work.done() and not work.cancelled():
+                    await work  # somebody else works on the run
+                seen = -1
+                for event in await self.recorder.events(run_id):
                     yield event
-            await work
+                    seen = event.seq
+                while (event := await queue.get()) is not None:
+                    if event.seq > seen:
+                        yield event
+                # What a commit told just before the graph ended is on its way through the event loop.
+                await asyncio.sleep(0)
+                while not queue.empty():
+                    if (event := queue.get_nowait()) is not None and event.seq > seen:
+                        yield event
+                if work.cancelled():
+                    raise Failure(f"the loop was closed while run {run_id!r} was open: `resume` continues it")
+                await work
+            finally:
+                await _cancelled(work)
+
+    async def _invoke(self, begin: Any, run_id: str, context: Context | None, claimed: asyncio.Event) -> None:
+        async with self.recorder.claimed(run_id):
+            claimed.set()
+            # The log knows each step; the state is saved where the graph stops, so that a review can be answered.
+            await self.graph.ainvoke(begin, _config(run_id), context=context, durability="exit")
 
     async def _finish(
         self,

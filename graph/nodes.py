@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
+from dataclasses import asdict
 from typing import Any
 
 from langgraph.runtime import Runtime
@@ -33,17 +34,15 @@ from ..events import (
     Critiqued,
     Event,
     GenerationFailed,
-    HumanFeedback,
     ImageGenerated,
     Rewarded,
-    Rewritten,
     RunFinished,
     RunStarted,
 )
 from ..tools.images.base import GenerationError, ImageRequest
 from ..traces.fold import Fold, Tried
 from . import policy
-from .edits import check_prompt_stands, follow
+from .edits import answered, check_prompt_stands, follow
 from .parts import Parts, check_request, prompt_notes
 from .retry import ATTEMPTS, retryable
 from .rounds import rewritten, shown, wanted
@@ -53,6 +52,7 @@ from .state import (
     asks_the_same,
     candidate_seed,
     new_run_id,
+    picture_url,
     read_review,
     read_run_id,
     read_seed,
@@ -71,7 +71,8 @@ class Nodes:
 
     async def start(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Check the request, name the run and log it; or find the run that it continues."""
-        prompt, target = check_request(self.parts, state["prompt"], state["target"])
+        # A server's client may leave one out.
+        prompt, target = check_request(self.parts, state.get("prompt"), state.get("target"))
         # Inside another graph, the context is that graph's own.
         context: Any = runtime.context
         options = (context if isinstance(context, Context) else Context()).over(self.parts.settings.loop)
@@ -108,6 +109,7 @@ class Nodes:
             "round": 0,
             "current": fold.prompt(0),
             "comment": "",
+            "answered": max(fold.rewrites, default=0),
             "rounds": [],
             "best": None,
             "status": RunStatus.RUNNING.value,
@@ -262,11 +264,15 @@ class Nodes:
             "sha256": made.sha256,
         }
         read: list[Critiqued] = []
-        if not isinstance(critique, Critique):
+        png, lost = None, Missing(reason="")
+        if parts.reward.sees or not isinstance(critique, Critique):
             try:
                 png = await self._picture(made, target)
             except _Lost as error:
-                reading = Reading(Missing(reason=str(error)))
+                lost = Missing(reason=str(error))
+        if not isinstance(critique, Critique):
+            if png is None:
+                reading = Reading(lost)
             else:
                 reading = await parts.critic.read(png, state["prompt"], target, seed=made.seed or 0)
             if self._try_again(reading.error, runtime):
@@ -283,17 +289,16 @@ class Nodes:
                     seconds=round(reading.seconds, 4),
                 )
             )
-        value, reason = await valued(parts.reward, critique, target)
+        unseen = parts.reward.sees and png is None
+        values = await valued(parts.reward, lost if unseen else critique, target, state["prompt"], png)
         await self._record(
             runtime,
             *read,
-            Rewarded(
-                **place,
-                node=nodes[1],
-                name=parts.reward.name,
-                version=parts.reward.version,
-                value=value,
-                reason=reason,
+            *(
+                Rewarded(
+                    **place, node=nodes[1] if it.weight is None else f"{nodes[1]}:{it.name}", **asdict(it)
+                )
+                for it in values
             ),
         )
         return None
@@ -326,7 +331,7 @@ class Nodes:
         """
         fold = await self.parts.recorder.fold(state["run_id"], fresh=False)
         check_prompt_stands(state, fold)
-        if state["round"] + 1 in fold.rewrites:
+        if state["round"] < state.get("answered", 0):
             return {}  # answered before the run broke off
         question = {
             "run_id": state["run_id"],
@@ -343,32 +348,11 @@ class Nodes:
                 given = read_review(interrupt(question))
             except UserError as error:  # the answer is saved, so the person is asked once more
                 question = {**question, "wrong": str(error)}
-        if comment := given.get("comment") or "":
-            best = state.get("best")
-            await self._record(
-                runtime,
-                HumanFeedback(
-                    run_id=state["run_id"],
-                    round=state["round"],
-                    sha256=best["sha256"] if best else None,
-                    comment=comment,
-                ),
-            )
+        run_id, told = await answered(self.parts.recorder, state, given)
+        await self._record(runtime, *told)
         if given.get("stop"):
-            return {"stop_reason": StopReason.STOPPED.value}
-        if prompt := given.get("prompt"):
-            await self._record(
-                runtime,
-                Rewritten(
-                    run_id=state["run_id"],
-                    round=state["round"] + 1,
-                    prompt=prompt,
-                    why=comment,
-                    model="human",
-                    prompt_version="human",
-                ),
-            )
-        return {"comment": comment}
+            return {"run_id": run_id, "stop_reason": StopReason.STOPPED.value}
+        return {"run_id": run_id, "comment": given.get("comment") or ""}
 
     async def rewrite(self, state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         """Write the next round's prompts."""
@@ -453,7 +437,7 @@ class Nodes:
         if best is None:
             return None
         named = best.model_dump(include={"round", "index", "sha256", "prompt", "seed", "reward"})
-        return {**named, "image": str(best.path)}
+        return {**named, "image": str(best.path), "url": picture_url(best.sha256)}
 
 
 class _Lost(Exception):
@@ -481,5 +465,7 @@ def _cause(error: Exception) -> Exception:
 
 
 def _tell(runtime: Runtime[Context], event: Event) -> None:
-    # LangGraph's `custom` stream is for clients of a server, so it is plain JSON.
-    runtime.stream_writer(event.model_dump(mode="json"))
+    # LangGraph's `custom` stream is for clients of a server, so it is plain JSON, with an address for a picture.
+    sha256 = getattr(event, "sha256", None)
+    url = {"url": picture_url(sha256)} if sha256 else {}
+    runtime.stream_writer({**event.model_dump(mode="json"), **url})

@@ -83,7 +83,7 @@ class Parts:
         """
         made = (e for e in events if isinstance(e, ImageGenerated))
         read = (e for e in events if isinstance(e, Critiqued) and isinstance(e.critique, Critique))
-        valued = (e for e in events if isinstance(e, Rewarded) and e.value is not None)
+        valued = (e for e in events if isinstance(e, Rewarded) and e.value is not None and e.weight is None)
         keys = ("model", "revision", "adapter", "steps", "guidance", "height", "width")
         generator = self.generator.describe()
         for what, before, now in (
@@ -117,6 +117,8 @@ async def open_parts(settings: Settings, given: Mapping[str, Any], stack: AsyncE
         stack.push_async_callback(generator.aclose)
     model: Any = given.get("lvlm")
     own = model is None
+    if not own and not hasattr(model, "ainvoke"):
+        raise UserError(f"lvlm {model!r} is no LangChain chat model: it has no ainvoke")
     if own:
         model = await asyncio.to_thread(_load_lvlm, settings)
         stack.push_async_callback(asyncio.to_thread, model.close)

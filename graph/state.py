@@ -57,8 +57,10 @@ class State(TypedDict):
         round: The current round.
         current: Its first prompt; the others stand in the log. Another one here is painted in place of them all.
         comment: What a person said in a review, for the next rewrite.
+        answered: The rounds before this one had their reviews answered, when the run was last begun or gone on with.
         rounds: For each finished round its prompt, images (SHA-256) and mean reward.
-        best: The best candidate so far: round, index, sha256, prompt, seed, reward, image (path).
+        best: The best candidate so far: round, index, sha256, prompt, seed, reward, image (path), url (as
+            `picture_url`).
         status: A `RunStatus`.
         stop_reason: A `StopReason`, once there is one.
         gain: Mean reward of the winning round minus that of round 0.
@@ -74,6 +76,7 @@ class State(TypedDict):
     round: int
     current: str
     comment: str
+    answered: NotRequired[int]
     rounds: list[dict[str, Any]]
     best: dict[str, Any] | None
     status: str
@@ -178,6 +181,11 @@ def read_run_id(run_id: str) -> str:
     if not re.fullmatch(r"[\w.:@+-]{1,120}", run_id) or run_id.startswith("."):
         raise UserError(f"run id {run_id!r}: letters, digits and . : @ + - _ are allowed, 120 at most")
     return run_id
+
+
+def picture_url(sha256: str) -> str:
+    """Where LangGraph's server gives a picture, as `dev_http` serves it; relative to the server's address."""
+    return f"/images/{sha256}"
 
 
 def candidate_seed(seed: int, round: int, index: int) -> int:

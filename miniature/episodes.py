@@ -117,7 +117,11 @@ def _suggest(rng: Rng, scene: Scene, miss: Sequence[float | None]) -> str:
 def critic_example(rng: Rng, folds: tuple[int, ...], score_only: float = 0.12) -> Example:
     """A rendered scene, a prompt that may or may not fit it, and the law's reading of it."""
     scene = world.sample_scene(rng, folds)
-    pixels = world.render(scene)
+    return critique_of(rng, scene, world.render(scene), score_only)
+
+
+def critique_of(rng: Rng, scene: Scene, pixels: NDArray[np.uint8], score_only: float = 0.0) -> Example:
+    """A picture of a scene, a prompt that may or may not fit it, and the law's reading of it."""
     valence, arousal = law.affect(scene, pixels)
     told = scene
     if rng.random() < 0.25:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..domain import UserError
 from ..settings import merged, read_set, read_yaml
+from ..tools.presets import GENERATORS, pipeline_of
 from .objectives import load_objective
 
 PRESETS = Path(__file__).parent / "presets"
@@ -27,12 +28,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Knobs that belong together."""
+
     # An infinite or undefined knob passes most bounds and turns up as a loss that is no number.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which runs and how they become examples."""
 
     refined: Literal["all", "best", "winner"] = "all"
@@ -75,7 +78,7 @@ class DataConfig(_Section):
     """Another salt gives another split."""
 
 
-class PolicyConfig(_Section):
+class PolicyConfig(Section):
     """What is trained."""
 
     rank: int = Field(default=16, ge=1)
@@ -95,13 +98,20 @@ class PolicyConfig(_Section):
     run --adapter` takes where nothing else is said. None takes the model's."""
     extra_tokens: int = Field(default=0, ge=0)
     """Tokens appended to the prompt besides; above 0 training starts near the base, not at it."""
+    visual_bank: str | None = None
+    """A bank of visual prompts (`emoloop bank build`, its texts encoded by the generator): the student then
+    learns to read them beside the text (`tools/diffusion/visual.py`). A previous adapter keeps its own."""
+    visual_tokens: int = Field(default=4, ge=1)
+    """Entries of the bank that are retrieved for a prompt."""
+    visual_width: int = Field(default=128, ge=4)
+    """Width of the tokens made of them, a multiple of 4."""
     previous: str | None = None
     """Artifact of the round before, where the traces were made with one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How it is trained."""
 
     steps: int = Field(default=1000, ge=1)
@@ -114,6 +124,8 @@ class TrainConfig(_Section):
     """Learning rate of the LoRA (AdamW)."""
     emotion_lr: float | None = Field(default=None, gt=0)
     """Learning rate of the emotion tokens; None takes `lr`."""
+    visual_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of the visual prompts; None takes `lr`."""
     text_steps: int = Field(default=0, ge=0)
     """Steps before the first one in which the emotion tokens alone learn to make the refined prompt's
     embeddings of the neutral prompt's (`rl/warm_start.py`): no pass of the network, some hundredths of a
@@ -148,7 +160,7 @@ class TrainConfig(_Section):
     """Folder of encoded text and images; None is `cache/` beside the log."""
 
 
-class GuardConfig(_Section):
+class GuardConfig(Section):
     """What training watches on fixed held-out prompts; never a judge of the results."""
 
     model: str | None = None
@@ -171,7 +183,7 @@ class GuardConfig(_Section):
     """Steps between sample sheets; 0 draws none."""
 
 
-class DistillConfig(_Section):
+class DistillConfig(Section):
     """Everything about one distillation."""
 
     objective: dict[str, Any] = {"name": "opd"}
@@ -209,7 +221,8 @@ def load_config(
 
     Args:
         objective: Name or dotted path.
-        preset: Name of a file in `presets/`; keys under `objectives.NAME` hold for that objective alone.
+        preset: Name of a file in `presets/`; keys under `objectives.NAME` hold for that objective alone, and
+            `pipeline` names the class of the pipelines that it fits.
         file: YAML of the same shape.
         sets: "key.sub=value", the value as YAML.
 
@@ -217,13 +230,40 @@ def load_config(
         UserError: Unknown preset or key, unreadable file, or a value out of range.
     """
     values: dict[str, Any] = _read(_preset_path(preset), objective) if preset else {}
+    values.pop("pipeline", None)
     for more in (_read(file, objective) if file else {}, read_set(sets, DistillConfig)):
         values = merged(values, more)
     values = merged(values, {"objective": {"name": objective}})
     try:
         return DistillConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error)) from error
+        raise UserError(refusal(error, DistillConfig(), "docs/distillation.md")) from error
+
+
+def preset_for(model: str, config: Path | None = None) -> str | None:
+    """The preset for a model as the log names it: by a short name or hub id, else by the class of its pipeline.
+
+    Args:
+        model: The model.
+        config: A file that gives the knobs where no preset fits.
+
+    Raises:
+        UserError: None fits, and there is no file either.
+    """
+    fits = {path.stem: read_yaml(path).get("pipeline") for path in sorted(PRESETS.glob("*.yaml"))}
+    name = next((name for name, it in GENERATORS.items() if model in (name, str(it.model))), model)
+    pipeline = pipeline_of(model)
+    found = (
+        name
+        if name in fits
+        else next((it for it, kind in fits.items() if pipeline and kind == pipeline), None)
+    )
+    if found is None and config is None:
+        raise UserError(
+            f"no preset fits {model}, which made the images: name one by --preset ({', '.join(fits)}) "
+            "or give --config FILE"
+        )
+    return found
 
 
 def commented(config: DistillConfig) -> str:
@@ -231,16 +271,17 @@ def commented(config: DistillConfig) -> str:
     knobs = dict(config.objective)
     objective = load_objective(knobs.pop("name"), knobs)
     lines = ["objective:", "  # Registry name or dotted path.", f"  name: {config.objective['name']}"]
-    lines += [line for key in type(objective).model_fields for line in _explained(objective, key, "  ")]
+    lines += [line for key in type(objective).model_fields for line in explained(objective, key, "  ")]
     for section in type(config).model_fields:
-        lines += _explained(config, section) if section != "objective" else []
+        lines += explained(config, section) if section != "objective" else []
     return "\n".join(lines) + "\n"
 
 
-def _explained(model: BaseModel, key: str, indent: str = "") -> list[str]:
+def explained(model: BaseModel, key: str, indent: str = "") -> list[str]:
+    """A knob, or a section of them, as YAML under comments that explain it."""
     value, about = getattr(model, key), type(model).model_fields[key].description or ""
     if isinstance(value, BaseModel):
-        inside = (_explained(value, knob, "  ") for knob in type(value).model_fields)
+        inside = (explained(value, knob, "  ") for knob in type(value).model_fields)
         return [f"{key}:", *(line for lines in inside for line in lines)]
     plain = model.model_dump(mode="json", include={key})[key]
     text = textwrap.wrap(about, 100 - len(indent))
@@ -287,12 +328,11 @@ def _read(path: Path, objective: str) -> dict[str, Any]:
     return merged(content, special.get(objective) or {})
 
 
-def _explain(error: ValidationError) -> str:
+def refusal(error: ValidationError, config: BaseModel, page: str) -> str:
+    """The first thing that is wrong with some knobs, in one line; an unknown one gets the nearest of `config`."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg']} (got {first.get('input')!r})"
-    near = get_close_matches(where, flat(DistillConfig()), n=1)
-    return f"unknown key {where!r}" + (
-        f", did you mean {near[0]!r}?" if near else "; see docs/distillation.md"
-    )
+    near = get_close_matches(where, flat(config), n=1)
+    return f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else f"; see {page}")

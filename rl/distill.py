@@ -4,8 +4,8 @@
     result = distill(settings, load_config("opd", preset="miniature"), Path("runs/opd"))
     result.folder   # an artifact: emoloop run --adapter runs/opd
 
-The folder is the artifact (LoRA, emotion tokens, card, `training.json`); what only the training needs lies
-under `training/` in it. This module never imports the graph: a training job knows the log and nothing else.
+The folder is the artifact (LoRA, emotion tokens, visual prompts, card, `training.json`); what only the training needs
+lies under `training/` in it. This module never imports the graph: a training job knows the log and nothing else.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ import yaml
 from ..domain import UserError
 from ..files import check_writable, write_atomic
 from ..settings import Settings
+from ..tools.bank.bank import Bank
 from ..tools.diffusion.adapter import load_artifact, save_artifact
 from ..tools.diffusion.conditioners import EmotionConditioner
 from ..tools.diffusion.families import family_of
+from ..tools.diffusion.visual import VisualConditioner
 from ..tools.fingerprint import versions
 from ..tools.images.diffusers import DiffusersGenerator
 from ..tools.images.load import load_generator
@@ -131,7 +133,8 @@ def distill(
                 about = generator.describe()
                 save_artifact(
                     out, generator.pipe, adapter_name=STUDENT, emotion_tokens=policy.tokens,
-                    training=record, base_model=about["model"], call=about["call"],
+                    visual_prompts=policy.visual, training=record, base_model=about["model"],
+                    call=about["call"],
                 )  # fmt: skip
     return Distilled(out, outcome, statistics, record["figures"], notes)
 
@@ -167,11 +170,20 @@ def make_policy(
                 network.encode(None), tokens=knobs.extra_tokens, rank=knobs.emotion_rank,
                 hidden=knobs.emotion_hidden, choices=config.data.phrases,
             )  # fmt: skip
+    visual = None
+    if previous is not None and previous.visual_prompts is not None:
+        visual = copy.deepcopy(previous.visual_prompts)
+    elif knobs.visual_bank is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            visual = VisualConditioner.of_bank(
+                Bank.load(Path(knobs.visual_bank)), network, knobs.visual_tokens, knobs.visual_width
+            )
     policy = Policy(
         network, tokens, rank=knobs.rank, alpha=knobs.alpha, targets=knobs.targets, dropout=knobs.dropout,
         seed=config.train.seed, steps=generator.steps,
         guidance=generator.guidance if knobs.guidance is None else knobs.guidance,
-        size=size, negative_prompt=about["negative_prompt"], previous=previous,
+        size=size, negative_prompt=about["negative_prompt"], previous=previous, visual=visual,
     )  # fmt: skip
     if knobs.gradient_checkpointing:
         network.module.enable_gradient_checkpointing()

@@ -1,6 +1,6 @@
 """The policy: one network, spoken to in several voices by switching adapters.
 
-    student    base + LoRA in training + emotion tokens
+    student    base + LoRA in training + emotion tokens (+ visual prompts)
     reference  what made the traces: the base, or the base with the adapter of the round before
     slow       a moving average of the student, where an objective wants one
 
@@ -27,6 +27,7 @@ from ..domain import UserError, first_line
 from ..tools.diffusion.adapter import Adapter
 from ..tools.diffusion.conditioners import EmotionConditioner
 from ..tools.diffusion.families import Conditioning, Family
+from ..tools.diffusion.visual import VisualBridge, VisualConditioner
 
 STUDENT, PREVIOUS, SLOW = "student", "previous", "slow"
 
@@ -34,10 +35,12 @@ STUDENT, PREVIOUS, SLOW = "student", "previous", "slow"
 class Trained(nn.Module):
     """What the trainer hands to accelerate. Every voice goes through its forward, so wrappers see all calls."""
 
-    def __init__(self, network: Family, tokens: EmotionConditioner) -> None:
+    def __init__(
+        self, network: Family, tokens: EmotionConditioner, visual: VisualConditioner | None = None
+    ) -> None:
         super().__init__()
         self.denoiser: nn.Module = network.module
-        self.tokens = tokens
+        self.tokens, self.visual = tokens, visual
         self._network = network
 
     def forward(
@@ -49,11 +52,27 @@ class Trained(nn.Module):
         target: Tensor | None,
         guidance: float,
     ) -> Tensor:
-        """Prediction (B, C, H, W) of the adapter that is switched on, with the student's tokens for a target."""
+        """Prediction (B, C, H, W) of the adapter that is switched on, with the student's conditioners for a target.
+
+        A `prompt` that carries a visual prompt already (`Conditioning.carrier`) is another voice's.
+        """
         told = Conditioning(prompt, pooled)
         if target is not None:
-            told = self.tokens(told, {"target": target})
+            told = _condition(told, target, self.tokens, self.visual)
         return self._network.denoise(self.denoiser, x, t, told, guidance)
+
+
+#: Emotion tokens and visual prompts of a voice.
+Conditioners = tuple[EmotionConditioner | None, VisualConditioner | None]
+
+
+def _condition(
+    told: Conditioning, target: Tensor, tokens: EmotionConditioner | None, visual: VisualConditioner | None
+) -> Conditioning:
+    """What a voice makes of prompt and target; visual prompts are found by the unchanged prompt, so first."""
+    for module in (visual, tokens):
+        told = told if module is None else module(told, {"target": target})
+    return told
 
 
 class Policy:
@@ -73,6 +92,7 @@ class Policy:
         negative_prompt: Of the unconditional branch.
         previous: The adapter of the round before, bound to the pipeline under the name `PREVIOUS`; the
             student starts as its copy, and rank, alpha, targets and dropout are its own.
+        visual: The student's visual prompts, where it has some.
 
     Raises:
         UserError: The LoRA binds no layer.
@@ -93,8 +113,9 @@ class Policy:
         size: tuple[int, int],
         negative_prompt: str | None = None,
         previous: Adapter | None = None,
+        visual: VisualConditioner | None = None,
     ) -> None:
-        self.network, self.tokens = network, tokens
+        self.network, self.tokens, self.visual = network, tokens, visual
         self.process = network.process()
         self.steps, self.guidance = steps, guidance
         self.latent_shape = network.latent_shape(*size)
@@ -107,8 +128,11 @@ class Policy:
         self.null = network.encode(negative_prompt)
         #: What `recall` remembers; part of a checkpoint, so that a resumed run computes the same.
         self.memory: dict[tuple[int, int], Tensor] = {}
-        self._previous_tokens: EmotionConditioner | None = None
-        self._slow_tokens: EmotionConditioner | None = None
+        self._conditioners: dict[str | None, Conditioners] = {None: (None, None), STUDENT: (tokens, visual)}
+        self._bridge = previous.bridge if previous is not None else None
+        if visual is not None:
+            visual.to(self.device, torch.float32).requires_grad_(True)
+            self._bridge = self._bridge or VisualBridge(network, visual)
         self._layers: list[Any] = []
         if previous is None:
             self._reference = None
@@ -122,15 +146,16 @@ class Policy:
             )
         else:
             self._reference, config = PREVIOUS, module.peft_config[PREVIOUS]
-            if previous.emotion_tokens is not None:
-                self._previous_tokens = previous.emotion_tokens.requires_grad_(False)
+            self._conditioners[PREVIOUS] = previous.emotion_tokens, previous.visual_prompts
+            for module in filter(None, self._conditioners[PREVIOUS]):
+                module.requires_grad_(False)
         self._add(STUDENT, config, seed)
         if previous is not None:
             for name, start in self._lora(PREVIOUS).items():
                 self._lora(STUDENT)[name].data.copy_(start)
         self.tokens.to(self.device, torch.float32).requires_grad_(True)
         #: The module to train; the trainer may replace it by its wrapped form.
-        self.trained: nn.Module = Trained(network, tokens)
+        self.trained: nn.Module = Trained(network, tokens, visual)
         self.config = config
 
     # Voices.
@@ -143,13 +168,13 @@ class Policy:
     def reference(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
         """Prediction of what made the traces; the target matters only to a previous adapter with tokens."""
         with self.voice(self._reference):
-            return self._predict(x, t, *self._heard(condition, target, self._previous_tokens), self.guidance)
+            return self._predict(x, t, self._heard(condition, target, self._reference), None, self.guidance)
 
     @torch.no_grad()
     def slow(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
         """Prediction of the student's moving average."""
         with self.voice(SLOW):
-            return self._predict(x, t, *self._heard(condition, target, self._slow_tokens), self.guidance)
+            return self._predict(x, t, self._heard(condition, target, SLOW), None, self.guidance)
 
     def recall(self, names: Sequence[tuple[int, int]], make: Callable[[Tensor], Tensor]) -> Tensor:
         """Rows of numbers that are computed once and remembered, for as long as the training lasts.
@@ -167,17 +192,14 @@ class Policy:
                 self.memory[names[place]] = row
         return torch.stack([self.memory[name] for name in names])
 
-    @staticmethod
-    def _heard(
-        condition: Conditioning, target: Tensor, tokens: EmotionConditioner | None
-    ) -> tuple[Conditioning, None]:
-        """What a voice with tokens of its own (or none) is told; the student's tokens stay out of it."""
-        return (condition if tokens is None else tokens(condition, {"target": target})), None
+    def _heard(self, condition: Conditioning, target: Tensor, voice: str | None) -> Conditioning:
+        """What a voice with conditioners of its own (or none) is told; the student's stay out of it."""
+        return _condition(condition, target, *self._conditioners[voice])
 
     def _predict(
         self, x: Tensor, t: Tensor, told: Conditioning, target: Tensor | None, guidance: float
     ) -> Tensor:
-        return self.trained(x.to(self.dtype), t.to(x.device), told.prompt, told.pooled, target, guidance)
+        return self.trained(x.to(self.dtype), t.to(x.device), told.carrier, told.pooled, target, guidance)
 
     # Sampling.
 
@@ -242,7 +264,7 @@ class Policy:
         ).to(self.device)
         told: tuple[Conditioning, Tensor | None] = (condition, target)
         if voice != STUDENT:
-            told = self._heard(condition, target, self._previous_tokens)
+            told = self._heard(condition, target, self._reference), None
         with self.voice(STUDENT if voice == STUDENT else self._reference):
             *_, (clean, _) = self._walk(noise, *told, steps or self.steps, self.guidance)
         return self.network.decode(clean)
@@ -255,10 +277,10 @@ class Policy:
         n, guided = len(x), self.network.guided(guidance)
         if guided:
             null = self.null.expand(n)
-            if told.prompt.shape[1] > null.prompt.shape[1]:
-                # Extra tokens of a previous adapter: the negative branch needs as many null ones.
-                assert self._previous_tokens is not None
-                null = self._previous_tokens.null(null)
+            if target is None:
+                # Extra tokens and visual prompts of a previous adapter: the negative branch needs as many null ones.
+                for module in filter(None, self._conditioners[self._reference]):
+                    null = module.null(null)
             told = Conditioning.cat([null, told])
             target = None if target is None else torch.cat([torch.full_like(target, torch.nan), target])
         for t, t_next in pairwise(times):
@@ -275,13 +297,15 @@ class Policy:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
-        return self._lora(STUDENT) | {f"tokens.{name}": p for name, p in self.tokens.named_parameters()}
+        return self._lora(STUDENT) | _named(*self._conditioners[STUDENT])
 
     def start_slow(self) -> None:
         """Begin the moving average, equal to the student."""
-        if self._slow_tokens is None:
+        if SLOW not in self._conditioners:
             self._add(SLOW, self.config, 0)
-            self._slow_tokens = copy.deepcopy(self.tokens).requires_grad_(False)
+            self._conditioners[SLOW] = copy.deepcopy(self._conditioners[STUDENT])
+            for module in filter(None, self._conditioners[SLOW]):
+                module.requires_grad_(False)
         self.update_slow(0.0)
 
     @torch.no_grad()
@@ -293,12 +317,9 @@ class Policy:
 
     def slow_state(self) -> dict[str, Tensor]:
         """The moving average under the student's names (the live tensors); empty where there is none."""
-        if self._slow_tokens is None:
+        if SLOW not in self._conditioners:
             return {}
-        tokens = self._slow_tokens.named_parameters()
-        return {name: p.data for name, p in self._lora(SLOW).items()} | {
-            f"tokens.{n}": p.data for n, p in tokens
-        }
+        return {name: p.data for name, p in (self._lora(SLOW) | _named(*self._conditioners[SLOW])).items()}
 
     # Adapters.
 
@@ -340,6 +361,8 @@ class Policy:
                 layer._active_adapter = [name]
             for adapter, dropout in layer.lora_dropout.items():
                 dropout.train(drops and adapter == STUDENT)
+        if self._bridge is not None and (visual := self._conditioners.get(name, (None, None))[1]) is not None:
+            self._bridge.module = visual
 
     @contextmanager
     def voice(self, name: str | None) -> Iterator[None]:
@@ -350,3 +373,14 @@ class Policy:
             yield
         finally:
             self._speak(*before)
+
+
+def _named(tokens: EmotionConditioner | None, visual: VisualConditioner | None) -> dict[str, nn.Parameter]:
+    """The parameters of a voice's conditioners, by the names that they have in `Trained`."""
+    parts = {"tokens": tokens, "visual": visual}
+    return {
+        f"{part}.{name}": parameter
+        for part, module in parts.items()
+        if module is not None
+        for name, parameter in module.named_parameters()
+    }

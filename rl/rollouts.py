@@ -19,7 +19,7 @@ from sqlalchemy import Select, func, select
 
 from ..domain import Critique, Emotion, EmotionTarget, RunStatus, UserError
 from ..events import EVENT, HumanFeedback
-from ..tools.reward import Reward, load_reward, value_now
+from ..tools.reward import Look, Reward, load_reward
 from ..traces.rows import RunFilter
 from ..traces.schema import candidates, events, runs
 from ..traces.store import TraceStore
@@ -184,8 +184,10 @@ class LogRollouts:
         rollout = rollout._replace(**said)
         if said.keys() == {"rating"} or (read := rollout.critique) is None:
             return rollout
-        reward = value_now(self.rescore(request.run_id), read, request.target)
-        return _checked(rollout._replace(reward=reward, spread=None))
+        reward = self.rescore(request.run_id)
+        picture = self._store.blobs.get_image(str(rollout.sha256)) if reward.sees else None
+        value = reward.now(Look(read, request.target, request.prompt, picture))
+        return _checked(rollout._replace(reward=value, spread=None))
 
     def _find_reward(self, run_id: str) -> Reward:
         started = select(events.c.body).where(events.c.run_id == run_id, events.c.type == "run_started")

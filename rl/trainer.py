@@ -124,6 +124,8 @@ class Trainer:
                     "set train.text_steps=0 or policy.extra_tokens=0"
                 )
         self._about_tokens = policy.tokens.about
+        if policy.visual is not None:
+            self._about_tokens = {**self._about_tokens, "visual": policy.visual.about}
         #: Before they are wrapped, since the wrapper may split them among processes.
         self._plain_tokens = copy.deepcopy(policy.tokens)
         # A previous adapter's tokens chose among another log's phrases.
@@ -257,6 +259,8 @@ class Trainer:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         knobs, named = self.config.train, self.policy.parameters()
         rates = {"denoiser.": knobs.lr, "tokens.": knobs.emotion_lr or knobs.lr}
+        if self.policy.visual is not None:
+            rates["visual."] = knobs.visual_lr or knobs.lr
         groups = [
             {"params": [p for name, p in named.items() if name.startswith(part)], "lr": rate}
             for part, rate in rates.items()
@@ -383,8 +387,8 @@ class Trainer:
             )
         if state.get("tokens") != self._about_tokens:
             raise UserError(
-                "this training was begun with other emotion tokens, those of another version of emoloop or of another "
-                "previous adapter: start anew with another --out"
+                "this training was begun with other emotion tokens or visual prompts, those of another bank, another "
+                "version of emoloop or another previous adapter: start anew with another --out"
             )
         self._set_weights(state["weights"])
         set_optimizer_state_dict(self.policy.trained, self._adamw, state["optimizer"], options=_STATE)

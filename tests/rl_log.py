@@ -29,6 +29,15 @@ def default_reward(run: int, round_: int, index: int) -> float | None:
     return round(-0.2 + 0.3 * round_ + 0.05 * ((run + 3 * index) % 4), 4)
 
 
+class Seeing:
+    """A reward that looks at the picture: the reading's valence and the mean of its pixels."""
+
+    name, version = "seeing", "1"
+
+    def __call__(self, picture, prompt, critique, target):
+        return critique.valence + np.asarray(picture).mean()
+
+
 class Pleased:
     """A newcomer's reward: pleasure, and a point for the wanted category."""
 

@@ -102,6 +102,22 @@ def defaults(name: str | Path, kind: Kind = "generator") -> dict[str, Any]:
     return {**(table.defaults if table else {}), **(read_json(path) if path else {})}
 
 
+def pipeline_of(model: str) -> str | None:
+    """The class of a generator's pipeline, by the `model_index.json` of its folder or of the hub's cache, if any."""
+    from huggingface_hub import try_to_load_from_cache  # takes its time
+
+    try:
+        found = resolve(model)
+    except UserError:
+        return None
+    index = (
+        found / "model_index.json"
+        if isinstance(found, Path)
+        else try_to_load_from_cache(found, "model_index.json")
+    )
+    return read_json(Path(index)).get("_class_name") if isinstance(index, str | Path) else None
+
+
 def defaults_if_known(model: str, kind: Kind = "generator") -> dict[str, Any]:
     """As `defaults`; none of a model of which nothing is known here, as a server may have it."""
     try:

@@ -132,7 +132,7 @@ class Fold:
                 if event.seconds is not None:  # a fork and an import ask nobody
                     self.calls += getattr(event.critique, "samples", 1)
                 self._critiqued(self._at(event), event.critique)
-            case Rewarded():
+            case Rewarded(weight=None):
                 self._reward(self._at(event), event)
             case Rewritten():
                 self._reopen()

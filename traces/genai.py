@@ -37,10 +37,21 @@ if TYPE_CHECKING:
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.0"
 
 #: Attributes that hold what people and models wrote; dropped unless `traces.capture_content`.
-CONTENT = frozenset({"gen_ai.input.messages", "gen_ai.output.messages", "gen_ai.evaluation.explanation"})
+CONTENT = frozenset(
+    {
+        "gen_ai.input.messages",
+        "gen_ai.output.messages",
+        "gen_ai.evaluation.explanation",
+        "input.value",
+        "output.value",
+    }
+)
 
 #: Calls that leave the agent for a model; everything else happens inside.
 CLIENT = frozenset({"chat", "generate_content"})
+
+#: What OpenInference calls the span of an operation; a "CHAIN" is any other step.
+_KINDS = {"invoke_agent": "AGENT", "chat": "LLM", "generate_content": "LLM"}
 
 #: Characters of one text; OpenTelemetry's own default is no limit.
 _LONGEST = 32_768
@@ -74,7 +85,12 @@ def flatten(attributes: Mapping[str, Any], capture_content: bool) -> dict[str, A
 
 def defaults(name: str) -> dict[str, str]:
     """What the span of any name has."""
-    return {"gen_ai.operation.name": operation(name), "gen_ai.provider.name": "emoloop"}
+    kind = _KINDS.get(operation(name), "CHAIN")
+    return {
+        "gen_ai.operation.name": operation(name),
+        "gen_ai.provider.name": "emoloop",
+        "openinference.span.kind": kind,
+    }
 
 
 def resource() -> Resource:
@@ -299,6 +315,10 @@ def _messages(asked: list[Part], said: Sequence[Part] = (), finish_reason: str =
     if said:
         answer = {"role": "assistant", "parts": said, "finish_reason": finish_reason}
         attributes["gen_ai.output.messages"] = [answer]
+    # The words alone once more, as OpenInference names them: viewers of it have them as columns of their tables.
+    for key, parts in (("input.value", asked), ("output.value", said)):
+        if words := [part["content"] for part in parts if part["type"] == "text"]:
+            attributes[key] = "\n".join(words)
     return attributes
 
 

@@ -72,6 +72,7 @@ class StoreRecorder:
         self._queue: deque[_Waiting] = deque()
         self._guard = threading.Condition()
         self._writing = False
+        self._closed = False
         self._shared = deque([1], maxlen=4)  # how many callers shared each of the last commits
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="emoloop-log")
         self._workers = ThreadPoolExecutor(8, thread_name_prefix="emoloop-blobs")
@@ -85,12 +86,14 @@ class StoreRecorder:
             The events as the log holds them: where a key was known, the first event of that key.
 
         Raises:
-            StoreError: The database failed; none of the events was written.
+            StoreError: The database failed, or the log is closed; none of the events was written.
         """
         if not events:
             return []
         waiting = _Waiting(events)
         with self._guard:
+            if self._closed:
+                raise StoreError("the log is closed")
             self._queue.append(waiting)
             start, self._writing = not self._writing, True
             if len(self._queue) >= max(self._shared):
@@ -212,6 +215,8 @@ class StoreRecorder:
 
     def close(self) -> None:
         """Finish what is being written, send the spans, close the store. May be called twice."""
+        with self._guard:
+            self._closed = True
         self._writer.shutdown()
         self._workers.shutdown()
         if self._spans is not None:
@@ -230,6 +235,8 @@ class StoreRecorder:
         await self.aclose()
 
     async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any) -> T:
+        if self._closed:
+            raise StoreError("the log is closed")
         return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 #: Name → dotted path of the function.
 BENCHES: dict[str, str] = {
+    "bank": ".evals.bench.bank:main",
     "cheat": ".evals.studies.cheat:main",
     "concurrency": ".evals.bench.concurrency:main",
     "dataset": ".evals.bench.dataset:main",

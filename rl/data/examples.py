@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ...domain import EmotionTarget, UserError
-from ...tools.reward import Reward, value_now
+from ...tools.reward import Reward
 from ..config import KINDS, DataConfig, Kind
 from ..rollouts import Rollout
 
@@ -247,7 +247,7 @@ def _values(
     if hit is None:
         return [_value(it) for it in rollouts]
     reads = [it._replace(category=None).critique for it in rollouts]
-    return [value_now(rescore(), read, hit) for read in reads if read is not None]
+    return [rescore()(read, hit) for read in reads if read is not None]
 
 
 def _mean_reading(rollouts: Sequence[Rollout]) -> EmotionTarget:

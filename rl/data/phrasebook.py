@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...domain import HIGH, LOW, Critique, EmotionTarget, UserError
-from ...tools.reward import value_now
 from ..config import DataConfig
 from ..rollouts import RolloutSource
 from .examples import mean_readings, unaided, usable
@@ -256,7 +255,7 @@ def tell(
                 continue
             target = EmotionTarget(valence=valence, arousal=arousal)
             hit = _read_as([*expected[row, phrase].tolist(), float(book.alignment[phrase])])
-            gain = value_now(reward, hit, target) - value_now(reward, base[run][1], target)
+            gain = reward(hit, target) - reward(base[run][1], target)
             if gain > config.min_gain:
                 out.append((run, *point, phrase, gain))
     return book, out

@@ -16,6 +16,7 @@ from emoloop.tools.diffusion.families import family_of
 from emoloop.tools.images.base import ImageRequest
 from emoloop.tools.images.diffusers import DiffusersGenerator
 from emoloop.tools.images.load import load_generator
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -149,6 +150,17 @@ def test_the_folder_holds_what_the_design_says(artifact: Path):
     assert names == {LORA_FILE, TOKENS_FILE, "README.md", "training.json"}
     card = (artifact / "README.md").read_text()
     assert card.startswith("---\nbase_model: tiny/model\nlibrary_name: diffusers\n")
+    said = ModelCard.load(artifact / "README.md")
+    assert said.data.to_dict() == {
+        "base_model": "tiny/model",
+        "base_model_relation": "adapter",
+        "library_name": "diffusers",
+        "license": "other",
+        "license_name": "that-of-the-base-model",
+        "license_link": "https://huggingface.co/tiny/model",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", "lora", "template:sd-lora", "emoloop", "affective-computing"],
+    }
     assert "rank 4, alpha 10" in card
     assert "it has no target" in card
 

@@ -79,6 +79,25 @@ def test_a_critic_teaches_what_it_or_a_person_read(home: Path, tmp_path: Path) -
     assert scores == [["+2.0", "+0.0"]] * 2
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_datasets_loads_each_format_as_the_page_on_exports_says(
+    name: str, home: Path, tmp_path: Path
+) -> None:
+    from datasets import load_dataset
+
+    lines = {"jsonl": "", "reflection": "trajectories.jsonl"}
+    out = tmp_path / ("events.jsonl" if name == "jsonl" else "set")
+    with open_store(settings_for(home)) as store:
+        count = load_format(name)[0](store, None, out)
+    how = {"split": "train", "cache_dir": str(tmp_path / "cache")}
+    if name in lines:
+        rows = load_dataset("json", data_files=str(out / lines[name]), **how)
+    else:
+        rows = load_dataset(str(out), **how)
+    assert len(rows) == count > 0
+    assert all(row is not None for row in rows)
+
+
 async def test_a_rewriter_teaches_what_gained_by_the_question_that_it_was_asked(
     home: Path, tmp_path: Path
 ) -> None:

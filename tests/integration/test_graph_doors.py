@@ -2,12 +2,13 @@
 
 import asyncio
 import operator
+import time
 from collections import Counter
 from typing import Annotated, Any
 
 import pytest
 from emoloop.domain import UserError
-from emoloop.events import ImageGenerated, Rewritten, RunStarted
+from emoloop.events import HumanFeedback, ImageGenerated, Rewritten, RunStarted
 from emoloop.graph import dev
 from emoloop.graph.build import build_graph
 from emoloop.graph.loop import Loop, open_loop
@@ -112,24 +113,32 @@ async def test_runs_that_begin_in_one_thread_at_once_are_each_a_run(tmp_path, se
 
 
 async def test_requests_that_reach_a_server_first_and_together_open_one_loop(tmp_path, monkeypatch):
+    """A server asks from several event loops; one of the requests may be given up."""
     opened: list[Loop] = []
 
     def fake_open() -> Loop:
+        time.sleep(0.2)
         opened.append(make(tmp_path, rounds=1))
         return opened[-1]
 
     monkeypatch.setattr(dev, "open_loop", fake_open)
-    monkeypatch.setattr(dev, "_opening", None)
-    graphs = await asyncio.gather(*(dev.graph() for _ in range(4)))
+
+    async def ask(name: str) -> dict[str, Any]:
+        return await (await dev.graph()).ainvoke(request(), thread(name))
+
     try:
+        given_up = asyncio.create_task(ask("t"))
+        await asyncio.sleep(0)
+        elsewhere = [asyncio.to_thread(asyncio.run, ask(f"e{number}")) for number in range(3)]
+        here = asyncio.gather(*(ask(f"t{number}") for number in range(3)), *elsewhere)
+        given_up.cancel()
+        outs = await here
         assert len(opened) == 1
-        outs = await asyncio.gather(
-            *(graph.ainvoke(request(), thread(f"t{number}")) for number, graph in enumerate(graphs))
-        )
         await check_own(opened[0], list(outs))
     finally:
-        for loop in opened:
-            await loop.__aexit__()
+        dev.close()
+    with pytest.raises(RuntimeError, match="not open"):
+        _ = opened[0].parts
 
 
 # ---- people
@@ -147,6 +156,52 @@ async def test_a_wrong_answer_is_asked_again_with_the_reason(tmp_path, wrong):
             assert (await loop.review("t") or {}).get("wrong")
         done = await loop.graph.ainvoke(Command(resume={"prompt": "a bright dog"}), thread("t"))
         assert [done["status"], done["current"]] == ["completed", "a bright dog"]
+
+
+ANSWERS = [
+    {"prompt": "a bright dog"},
+    "warmer",
+    {"comment": "calmer", "prompt": "a calm dog"},
+    {"stop": True},
+    {},
+]
+
+
+@pytest.mark.parametrize("first", ANSWERS, ids=str)
+async def test_a_review_answered_otherwise_is_a_fork_and_answered_alike_the_same_run(tmp_path, first):
+    async with make(tmp_path, rounds=3, review=True) as loop:
+        graph, where = loop.graph, thread("t")
+        asked: Any = await graph.ainvoke(request(seed=1), where)
+        await graph.ainvoke(Command(resume=first or {"comment": ""}), where)
+        while (await graph.aget_state(where)).next:
+            await graph.ainvoke(Command(resume="go on"), where)
+        before, past = await log(loop, "t"), await checkpoint(loop, "t", "review", 0)
+        forks = set()
+        for answer in ANSWERS:
+            again: Any = await graph.ainvoke(None, past)
+            assert again["__interrupt__"][0].value == {
+                **asked["__interrupt__"][0].value,
+                "events": len(before),
+            }
+            out: Any = await graph.ainvoke(Command(resume=answer or {"comment": ""}), where)
+            events = await log(loop, out["run_id"])
+            assert await log(loop, "t") == before
+            if answer == first:
+                assert out["run_id"] == "t"
+                continue
+            forks.add(out["run_id"])
+            assert events[0].settings["parent"] == {"run_id": "t", "round": 1}
+            assert painted(events, 0) == painted(before, 0)
+            given = {"comment": answer} if isinstance(answer, str) else answer
+            said = [e.comment for e in events if isinstance(e, HumanFeedback)]
+            assert said[:1] == [given["comment"]] if "comment" in given else not said
+            if "stop" in given:
+                assert (out["stop_reason"], out["round"]) == ("stopped", 0)
+            else:
+                assert (out["round"], out["__interrupt__"][0].value["run_id"]) == (1, out["run_id"])
+                assert {p for p, _ in painted(events, 1)} == {out["current"]}
+                assert "prompt" not in given or out["current"] == given["prompt"]
+        assert len(forks) == len(ANSWERS) - 1
 
 
 # ---- plain calls and savers

@@ -6,7 +6,7 @@ import sqlite3
 from collections import Counter
 
 import pytest
-from emoloop.domain import EmotionTarget, Missing, RunStatus, StopReason, UserError
+from emoloop.domain import EmotionTarget, Failure, Missing, RunStatus, StopReason, UserError
 from emoloop.events import (
     Critiqued,
     GenerationFailed,
@@ -19,6 +19,7 @@ from emoloop.events import (
 from emoloop.graph import build, retry
 from emoloop.graph.loop import Loop, open_loop
 from emoloop.graph.state import State
+from emoloop.traces.database import StoreError
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import START, StateGraph
 from langgraph.types import Command
@@ -55,6 +56,25 @@ def essence(result) -> dict:
 
 
 # ---- running
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+async def test_a_loop_that_is_closed_ends_its_open_requests_with_one_error(tmp_path, calls):
+    begun = asyncio.Event()
+    painter = Painter(delay=0.05, fail=lambda number: begun.set() if number >= calls else None)
+    async with make(tmp_path, painter=painter) as loop:
+        runs = [asyncio.create_task(loop.run("a dog", TARGET, run_id=f"r{n}", seed=n)) for n in range(3)]
+        await begun.wait()
+        recorder = loop.recorder
+    for error in await asyncio.gather(*runs, return_exceptions=True):
+        # One that had not begun to work is told that the loop is not open.
+        assert isinstance(error, Failure if "was closed" in str(error) else RuntimeError), error
+        assert "the loop was closed" in str(error) or "the loop is not open" in str(error), error
+    with pytest.raises(StoreError, match="the log is closed"):
+        await recorder.record(RunStarted(run_id="late", prompt="p", target=TARGET, seed=1))
+    async with make(tmp_path) as loop:  # the same requests again go on
+        resumed = [await loop.run("a dog", TARGET, run_id=f"r{n}", seed=n) for n in range(3)]
+    assert {result.status for result in resumed} == {RunStatus.COMPLETED}
 
 
 async def test_a_run_from_request_to_result(tmp_path):
@@ -708,6 +728,12 @@ async def test_a_reward_may_be_async_and_its_failure_is_named(tmp_path):
         assert [c.reward for c in result.rounds[0].candidates] == [value, value]
     assert result.stop_reason is StopReason.NO_REWARD
     assert "the service is away" in result.warnings[-1] and "critique" not in result.warnings[-1]
+
+
+async def test_a_function_is_no_lvlm_and_that_is_said_at_once(tmp_path):
+    with pytest.raises(UserError, match="is no LangChain chat model"):
+        async with open_loop(generator=Painter(), lvlm=len, home=str(tmp_path)):  # pyright: ignore[reportArgumentType]
+            pass
 
 
 def test_a_loop_is_entered_once(tmp_path):

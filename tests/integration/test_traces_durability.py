@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import random
@@ -205,37 +204,6 @@ def test_an_unwritable_home_is_one_clear_line(tmp_path):
         open_store(Settings(home=tmp_path / "home"))
 
 
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
-    """URL of a PostgreSQL of our own, on a socket in a temporary folder; skipped where there is none."""
-    pytest.importorskip("psycopg")
-    # Debian keeps them off the PATH.
-    found = shutil.which("initdb") or max(glob.glob("/usr/lib/postgresql/*/bin/initdb"), default=None)
-    if found is None:
-        pytest.skip("needs PostgreSQL's server programs")
-    programs = os.path.dirname(found)
-    folder = tmp_path_factory.mktemp("postgres")
-    # The server refuses to run as root; there it runs as the user that its package made.
-    as_user: list[str] = []
-    if os.geteuid() == 0:
-        if shutil.which("runuser") is None:
-            pytest.skip("PostgreSQL does not run as root")
-        as_user = ["runuser", "-u", "postgres", "--"]
-        shutil.chown(folder, "postgres")
-        for parent in (folder.parent, folder.parent.parent):
-            parent.chmod(0o711)
-    data = folder / "data"
-
-    def run(*command):
-        subprocess.run([*as_user, *command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
-
-    run(f"{programs}/initdb", "-D", str(data), "-U", "tester", "--auth=trust", "-E", "UTF8", "--no-sync")
-    options = f"-k {folder} -c listen_addresses='' -c fsync=off"
-    run(f"{programs}/pg_ctl", "-D", str(data), "-w", "-o", options, "-l", str(folder / "log"), "start")
-    yield f"postgresql://tester@/postgres?host={folder}"
-    run(f"{programs}/pg_ctl", "-D", str(data), "-m", "immediate", "stop")
-
-
 def test_postgres_keeps_the_same_promises(postgres, tmp_path):
     settings = Settings(home=tmp_path, traces={"database_url": postgres})
     with open_store(settings) as store, open_store(settings) as other:
@@ -260,12 +228,8 @@ def test_postgres_keeps_the_same_promises(postgres, tmp_path):
         assert (row.best_reward, row.seed, row.started) == (0.5, 2**64 - 1, batch[0].time)
         notes = [HumanFeedback(run_id="one", index=n) for n in range(60)]
         with ThreadPoolExecutor(8) as pool:
-            seqs = [
-                s
-                for given in pool.map(lambda it: (store, other)[it.index % 2].append(it), notes)
-                for s in given
-            ]
-        assert sorted(seqs) == list(range(4, 64))
+            kept = list(pool.map(lambda it: (store, other)[it.index % 2].append(it), notes))
+        assert sorted(event.seq for events in kept for event in events) == list(range(4, 64))
         before = store.runs(), list(store.candidates("one"))
         store.rebuild()
         assert (store.runs(), list(store.candidates("one"))) == before

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_clip
 import torch
 from emoloop.domain import Critique, Emotion, EmotionTarget, Missing, UserError
 from emoloop.evals import judges
@@ -134,40 +135,7 @@ def test_ratings_of_a_spreadsheet_are_read_and_other_encodings_refused(tmp_path)
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessor,
-        CLIPModel,
-        CLIPProcessor,
-        CLIPTextConfig,
-        CLIPVisionConfig,
-        PreTrainedTokenizerFast,
-    )
-
-    folder = tmp_path_factory.mktemp("clip")
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 3, "a": 2, "dog": 4, "cat": 5, "<unk>": 6}
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=8, max_position_embeddings=8, eos_token_id=3, bos_token_id=1, pad_token_id=0, **small
-    )
-    vision = CLIPVisionConfig(image_size=16, patch_size=8, **small)
-    CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)
-    ).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=8,
-    )
-    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16), fast).save_pretrained(folder)
-    return folder
+    return tiny_clip.save(tmp_path_factory.mktemp("clip"))
 
 
 async def test_a_head_of_eight_reads_categories_and_their_prototypes(clip_folder, items, tmp_path):

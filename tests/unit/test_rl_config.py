@@ -66,7 +66,7 @@ def test_without_a_fitting_preset_one_is_asked_for(tmp_path: Path) -> None:
     write_log(tmp_path, 2, model="somebody/model")
     words = ["distill", "opd", "--dry-run", "--home", str(tmp_path)]
     failed = CliRunner().invoke(app, words)
-    message = r"no preset fits somebody/model, .* --preset \(miniature, sd35-medium\)"
+    message = r"no preset fits somebody/model, .* --preset \(flux-dev, miniature, sd15, sd35-medium, sdxl\)"
     with pytest.raises(UserError, match=message):
         raise failed.exception or AssertionError
     (tmp_path / "mine.yaml").write_text("train: {steps: 7}\n")

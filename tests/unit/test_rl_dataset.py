@@ -212,6 +212,22 @@ def test_a_persons_reading_is_rewarded_by_the_runs_own_reward(tmp_path: Path) ->
         assert [max(it.rewards) for it in groups] == [3.5, pytest.approx(0.1, abs=0.2)]
 
 
+def test_a_reward_that_sees_gets_the_picture_that_a_person_read_and_no_bare_reading(tmp_path: Path) -> None:
+    target = EmotionTarget(valence=1.0)
+    log = write_log(tmp_path, 2, target=target, reward_name="seeing", reward_path="rl_log:Seeing")
+    with open_store(log) as store:
+        sha = next(store.candidates("run-0000")).sha256
+        store.append(HumanFeedback(run_id="run-0000", sha256=sha, valence=2.5, arousal=0.0))
+        groups = Dataset(LogRollouts(store), ALL).examples("groups").fetch(range(2))
+        light = np.asarray(store.blobs.get_image(str(sha))).mean()
+        assert max(it for group in groups for it in group.rewards) == pytest.approx(2.5 + light)
+        for wrong in (ALL.model_copy(update={"told": "read"}), ALL.model_copy(update={"phrases": 2})):
+            with pytest.raises(
+                UserError, match=r"seeing looks at the picture.*data.told=wanted and data.phrases=0"
+            ):
+                Dataset(LogRollouts(store), wrong)
+
+
 def test_a_reward_is_looked_for_only_where_a_person_read_a_picked_run(tmp_path: Path) -> None:
     with open_store(write_log(tmp_path, 2, reward_name="myr", reward_path="nowhere:Reward")) as store:
         sha = next(store.candidates("run-0000")).sha256

@@ -128,7 +128,7 @@ def test_a_reward_that_is_no_number_is_missing(tmp_path: Path, monkeypatch: pyte
     with open_store(settings) as store:
         statistics = Dataset(LogRollouts(store), ALL).statistics
         assert (statistics.rewarded, statistics.missing) == (10, 2)
-        monkeypatch.setattr("emoloop.rl.rollouts.load_reward", lambda spec: Undefined())
+        monkeypatch.setattr("emoloop.rl.rollouts.load_reward", lambda spec: load_reward(Undefined()))
         sha = next(store.candidates("run-0001")).sha256
         store.append(HumanFeedback(run_id="run-0001", sha256=sha, valence=1.0))
         statistics = Dataset(LogRollouts(store), ALL).statistics

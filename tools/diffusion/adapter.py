@@ -1,4 +1,4 @@
-"""Adapters: LoRA weights by path, and the distilled artifact (LoRA and emotion tokens in one folder).
+"""Adapters: LoRA weights by path, and the distilled artifact (LoRA, emotion tokens, visual prompts in one folder).
 
 diffusers only warns when a LoRA binds nothing or in part, and the run then "succeeds" with the base model.
 So loading and saving prove the effect: every key matched, at least one module bound, the output differs from
@@ -17,7 +17,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,13 +27,16 @@ from ...files import replacing
 from ..fingerprint import content_hash
 from ..presets import read_json
 from ..quiet import quiet
-from .conditioners import EmotionConditioner, points
+from .card import card
+from .conditioners import Conditioner, EmotionConditioner, points
 from .families import Conditioning, Family, family_of
+from .visual import VISUAL, VisualBridge, VisualConditioner, VisualControl
 
 logger = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TOKENS_FILE = "emotion_tokens.safetensors"
+VISUAL_FILE = "visual_prompts.safetensors"
 CARD_FILE = "README.md"
 TRAINING_FILE = "training.json"
 _PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,9 +52,12 @@ class Adapter:
     Attributes:
         path: Where it came from.
         name: Its name in the pipeline.
-        sha256: Hash over LoRA and emotion tokens.
+        sha256: Hash over LoRA, emotion tokens and visual prompts.
         scale: Its strength; at 0 nothing is bound.
         emotion_tokens: The artifact's emotion tokens; None for a LoRA alone.
+        visual_prompts: The artifact's visual prompts; None where it has none.
+        visual: How they are used.
+        bridge: What hands them to the pipeline's denoiser; None where nothing is bound.
         training: The artifact's `training.json`.
     """
 
@@ -61,6 +66,9 @@ class Adapter:
     sha256: str
     scale: float = 1.0
     emotion_tokens: EmotionConditioner | None = None
+    visual_prompts: VisualConditioner | None = None
+    visual: VisualControl = VISUAL
+    bridge: VisualBridge | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -68,7 +76,8 @@ class Adapter:
         """For the record: the hash, with the scale where it is not 1; None where nothing is bound."""
         if self.scale == 0:
             return None
-        return self.sha256 if self.scale == 1 else f"{self.sha256}@{self.scale:g}"
+        told = self.sha256 if self.scale == 1 else f"{self.sha256}@{self.scale:g}"
+        return told if self.visual_prompts is None else f"{told}{self.visual}"
 
     @property
     def guidance(self) -> float | None:
@@ -78,7 +87,13 @@ class Adapter:
 
     def takes(self, target: EmotionTarget | None) -> bool:
         """Whether a target changes the conditioning."""
-        return self.emotion_tokens is not None and self.scale != 0 and target is not None
+        return bool(self._conditioners) and self.scale != 0 and target is not None
+
+    @property
+    def _conditioners(self) -> list[tuple[Conditioner, float]]:
+        """Those there are, each with its strength; visual prompts are looked up by unchanged embeddings, so first."""
+        both = (self.visual_prompts, self.scale * self.visual.scale), (self.emotion_tokens, self.scale)
+        return [(module, scale) for module, scale in both if module is not None and scale]
 
     @torch.no_grad()
     def condition(
@@ -86,15 +101,20 @@ class Adapter:
     ) -> Conditioning:
         """Encoded prompts (B, L, D) with the target added, each row by itself: its bits know no company.
 
-        The negative branch gets no emotion, but the same length L.
+        The negative branch gets no emotion but the same shape, and the visual prompt of `visual.negative`.
         """
-        if self.emotion_tokens is None or not self.takes(target):
+        if not self.takes(target):
             return embeds
-        tokens = self.emotion_tokens.to(embeds.prompt.device)
-        if negative:
-            return tokens.null(embeds)
-        inputs = {"target": points([target], embeds.prompt.device)}
-        return Conditioning.cat([tokens(embeds[[row]], inputs, self.scale) for row in range(len(embeds))])
+        rows = [embeds[[row]] for row in range(len(embeds))]
+        for module, scale in self._conditioners:
+            module.to(embeds.prompt.device)
+            against = self.visual.negative if isinstance(module, VisualConditioner) else None
+            if negative and against is None:
+                rows = [module.null(row) for row in rows]
+                continue
+            inputs = {"target": points([against if negative else target], embeds.prompt.device)}
+            rows = [module(row, inputs, scale) for row in rows]
+        return Conditioning.cat(rows)
 
 
 def load_artifact(
@@ -105,6 +125,7 @@ def load_artifact(
     name: str | None = None,
     call: dict[str, Any] | None = None,
     base: Mapping[str, str | None] | None = None,
+    visual: VisualControl = VISUAL,
 ) -> Adapter:
     """Bind an adapter to a pipeline and prove that it works.
 
@@ -115,9 +136,11 @@ def load_artifact(
         name: The adapter's name in the pipeline; None takes a free one.
         call: Extra arguments of the pipeline's call (`call` of `emoloop.json`).
         base: `model` and `revision` of the pipeline; an adapter that says it was made for others is warned of.
+        visual: How the artifact's visual prompts are used, where it has some.
 
     Raises:
-        UserError: Nothing there, not a LoRA, made for another model, or `name` is taken.
+        UserError: Nothing there, not a LoRA, made for another model, `name` is taken, or a second adapter with visual
+            prompts.
     """
     path = Path(path).expanduser()
     family = family_of(pipe, call)
@@ -126,10 +149,14 @@ def load_artifact(
         raise UserError(f"adapter {path}: the pipeline has an adapter {name!r} already")
     names = chain(["emoloop"], (f"emoloop_{n}" for n in count(2)))
     name = name or next(it for it in names if it not in taken)
-    lora, tokens = _files(path)
-    module = EmotionConditioner.load(tokens).to(pipe._execution_device) if tokens else None
-    if module is not None and not module.fits(family.encode("")):
-        raise UserError(f"adapter {path}: its emotion tokens are made for another model ({module.config})")
+    lora, parts = _files(path)
+    tokens, prompts = (
+        EmotionConditioner.load(parts[TOKENS_FILE]) if TOKENS_FILE in parts else None,
+        VisualConditioner.load(parts[VISUAL_FILE]) if VISUAL_FILE in parts else None,
+    )
+    for module in filter(None, (tokens, prompts)):
+        if not module.to(pipe._execution_device).fits(family.encode("")):
+            raise UserError(f"adapter {path}: its {module.kind} are made for another model ({module.config})")
     before = _probe(family)
     training = read_json(path / TRAINING_FILE)
     made, here = training.get("base") or {}, base or {}
@@ -143,6 +170,7 @@ def load_artifact(
         _check_bound(pipe, path, name, expected)
         _activate(pipe, [*active, name])
         _check_effect(family, path, name, before)
+        bridge = VisualBridge(family, prompts, visual.guidance) if prompts is not None and scale else None
     except Exception as error:
         with contextlib.suppress(Exception):
             _remove(pipe, name, active)
@@ -151,8 +179,8 @@ def load_artifact(
         told = f"adapter {path} does not fit this {type(pipe).__name__}: {first_line(error)}"
         raise UserError(told) from error
     config = lora.with_name(_PEFT_CONFIG) if lora.name == _PEFT_WEIGHTS else None
-    hashed = content_hash([file for file in (lora, tokens, config) if file is not None])
-    adapter = Adapter(path, name, hashed, scale, module, training)
+    hashed = content_hash([file for file in (lora, *parts.values(), config) if file is not None])
+    adapter = Adapter(path, name, hashed, scale, tokens, prompts, visual, bridge, training)
     if scale == 0:
         _remove(pipe, name, active)
     else:
@@ -177,6 +205,8 @@ def unload(pipe: Any, adapter: Adapter) -> None:
     """Take an adapter off the pipeline again; the others stay as they are."""
     if known(pipe).pop(adapter.name, None) is None:
         return
+    if adapter.bridge is not None:
+        adapter.bridge.remove()
     if not known(pipe):
         del pipe.__dict__[_KNOWN]
     _remove(pipe, adapter.name, [it for it in pipe.get_active_adapters() if it != adapter.name])
@@ -213,6 +243,7 @@ def save_artifact(
     *,
     adapter_name: str = "default",
     emotion_tokens: EmotionConditioner | None = None,
+    visual_prompts: VisualConditioner | None = None,
     training: dict[str, Any] | None = None,
     base_model: str = "",
     call: dict[str, Any] | None = None,
@@ -224,6 +255,7 @@ def save_artifact(
         pipe: The pipeline whose denoiser carries the LoRA.
         adapter_name: The LoRA's name there; it must be active, at scale 1.
         emotion_tokens: Written beside it where given.
+        visual_prompts: The same.
         training: What `training.json` says: configuration, data hash, rewards, guard metrics. Plain JSON.
         base_model: The base model's id, for the card.
         call: As for `load_artifact`.
@@ -248,7 +280,7 @@ def save_artifact(
         f"{family.denoiser}.{key}": sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
     }
-    card = jinja2.Template(Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"))
+    parts = {TOKENS_FILE: emotion_tokens, VISUAL_FILE: visual_prompts}
     with contextlib.ExitStack() as stack:
 
         def beside(name: str) -> Path:
@@ -261,33 +293,42 @@ def save_artifact(
             beside(LORA_FILE),
             metadata={LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, sort_keys=True)},
         )
-        if emotion_tokens is not None:
-            emotion_tokens.save(beside(TOKENS_FILE))
+        for file, module in parts.items():
+            if module is not None:
+                module.save(beside(file))
         text = json.dumps(training or {}, indent=2, sort_keys=True, default=str)
         beside(TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
-        about = {"base_model": base_model, "pipeline": type(pipe).__name__, "config": config}
-        beside(CARD_FILE).write_text(card.render(about, tokens=emotion_tokens), encoding="utf-8")
-    if emotion_tokens is None:
-        (directory / TOKENS_FILE).unlink(missing_ok=True)
+        about = card(
+            type(pipe).__name__,
+            config,
+            base_model,
+            training or {},
+            tokens=emotion_tokens,
+            visual=visual_prompts,
+        )
+        beside(CARD_FILE).write_text(about, encoding="utf-8")
+    for file, module in parts.items():
+        if module is None:
+            (directory / file).unlink(missing_ok=True)
     return directory
 
 
-def _files(path: Path) -> tuple[Path, Path | None]:
-    """The LoRA file and, where there are some, the emotion tokens beside it."""
+def _files(path: Path) -> tuple[Path, dict[str, Path]]:
+    """The LoRA file and what there is beside it, by name."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"adapter {path}: a .safetensors file is wanted")
-        return path, None
+        return path, {}
     if not path.is_dir():
         raise UserError(f"no adapter at {path}")
-    tokens = path / TOKENS_FILE
-    present = [file for file in sorted(path.glob("*.safetensors")) if file != tokens]
+    beside = {name: path / name for name in (TOKENS_FILE, VISUAL_FILE) if (path / name).is_file()}
+    present = [file for file in sorted(path.glob("*.safetensors")) if file.name not in beside]
     named = [path / name for name in (LORA_FILE, _PEFT_WEIGHTS) if path / name in present]
     if not present:
         raise UserError(f"adapter {path} holds no LoRA ({LORA_FILE})")
     if not named and len(present) > 1:
         raise UserError(f"adapter {path} holds {len(present)} safetensors files: name one of them")
-    return (named or present)[0], tokens if tokens.is_file() else None
+    return (named or present)[0], beside
 
 
 def _bind(family: Family, lora: Path, name: str) -> set[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from ...domain import EmotionTarget
 from .adapter import Adapter, known, load_artifact, unload
 from .families import Conditioning, family_of
+from .visual import VisualControl
 
 
 @dataclass
@@ -53,7 +54,14 @@ class Applied:
 
 
 def apply(
-    pipe: Any, adapter: Path | str, target: EmotionTarget | None = None, *, scale: float = 1.0
+    pipe: Any,
+    adapter: Path | str,
+    target: EmotionTarget | None = None,
+    *,
+    scale: float = 1.0,
+    visual_scale: float = 1.0,
+    visual_guidance: float = 1.0,
+    visual_negative: EmotionTarget | None = None,
 ) -> Applied:
     """Put an adapter and a target on a diffusers pipeline; its plain call makes the pictures then.
 
@@ -69,14 +77,18 @@ def apply(
         adapter: A distilled artifact, or any LoRA, which knows no target.
         target: The wanted emotion.
         scale: Strength; 0 checks the adapter and changes nothing.
+        visual_scale: Strength of the adapter's visual prompts, where it has some; 0 leaves them out.
+        visual_guidance: How far guidance goes along what they change, as a multiple of the text's (`VisualControl`).
+        visual_negative: The emotion whose visual prompt the negative branch gets.
 
     Returns:
         What takes it off again: `with emoloop.apply(...):`, or its `remove()`.
 
     Raises:
-        UserError: Nothing there, not a LoRA, or made for another model.
+        UserError: Nothing there, not a LoRA, made for another model, or a second one with visual prompts.
     """
-    applied = Applied(pipe, load_artifact(pipe, adapter, scale=scale), target)
+    visual = VisualControl(visual_scale, visual_guidance, visual_negative)
+    applied = Applied(pipe, load_artifact(pipe, adapter, scale=scale, visual=visual), target)
     if applied.adapter.id is not None:
         known(pipe)[applied.adapter.name] = applied
         if not isinstance(pipe, _Emotional):
@@ -127,7 +139,7 @@ def _told(pipe: Any, encoded: Any, positive: bool) -> tuple[Any, ...]:
         embeds: Conditioning = family.conditioning(named, sign)
         for it in _applied(pipe):
             embeds = it.adapter.condition(embeds, it.target, negative=bool(sign) or not positive)
-        named[f"{sign}prompt_embeds"], named[f"{sign}pooled_prompt_embeds"] = embeds.prompt, embeds.pooled
+        named[f"{sign}prompt_embeds"], named[f"{sign}pooled_prompt_embeds"] = embeds.carrier, embeds.pooled
     if "text_ids" in named:
         named["text_ids"] = named["text_ids"].new_zeros(named["prompt_embeds"].shape[1], 3)
     return tuple(named[name] for name in family.named(encoded))

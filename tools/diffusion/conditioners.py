@@ -37,8 +37,9 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,9 +49,6 @@ from torch.nn.functional import silu
 
 from ...domain import HIGH, EmotionTarget, UserError, first_line
 from .families import Conditioning
-
-_FORMAT = "emoloop.emotion_tokens"
-_VERSION = 3
 
 #: Octaves of the trunk's waves; the first has a period of 12 points.
 _BANDS = 3
@@ -77,9 +75,17 @@ class Conditioner(nn.Module, ABC):
 
     Attributes:
         inputs: Names of the tensors it reads.
+        config: The arguments it was made with; they are saved in the file's header.
+        kind: What its file holds, for people.
+        header: Name of the file's header entry.
+        version: Of the architecture.
     """
 
     inputs: ClassVar[tuple[str, ...]]
+    kind: ClassVar[str]
+    header: ClassVar[str]
+    version: ClassVar[int]
+    config: dict[str, Any]
 
     @abstractmethod
     def forward(self, embeds: Conditioning, inputs: Mapping[str, Tensor], scale: float = 1.0) -> Conditioning:
@@ -93,16 +99,51 @@ class Conditioner(nn.Module, ABC):
     def fits(self, embeds: Conditioning) -> bool:
         """Whether a model's embeddings have this module's widths."""
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """Version of the architecture, and arguments: what weights have to agree on."""
+        return {"version": self.version, **self.config}
+
+    def save(self, path: Path) -> None:
+        """Write weights as safetensors; version and arguments go into the header, the same ones every time."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        # One entry, since safetensors writes several in random order.
+        save_file(state, path, metadata={self.header: json.dumps(self.about)})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a file that `save` wrote; on the CPU, in eval mode.
+
+        Raises:
+            UserError: Not such a file, or written by another version.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(cls.header, "{}"))
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+        if header.pop("version", None) != cls.version:
+            raise UserError(f"{path} holds no {cls.kind} of version {cls.version}: distil again")
+        try:
+            module = cls(**header)
+            module.load_state_dict(state)
+        except (TypeError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged: {first_line(error)}") from error
+        return module.eval()
+
 
 class EmotionConditioner(Conditioner):
     """Adds valence and arousal to prompt embeddings; reads the input "target".
 
     Attributes:
-        config: The arguments it was made with; they are saved in the file's header.
         tokens: Extra tokens appended to the prompt, 0 by default.
     """
 
     inputs: ClassVar = ("target",)
+    kind = "emotion tokens"
+    header = "emoloop.emotion_tokens"
+    version = 3
 
     def __init__(
         self,
@@ -196,7 +237,7 @@ class EmotionConditioner(Conditioner):
             spoken = self.extra(h).unflatten(-1, (self.tokens, -1)) * present[..., None]
             silent = self.null_extra * (1 - (present != 0).to(h.dtype))[..., None]
             prompt = self._append(prompt, embeds.prompt, spoken + silent)
-        return Conditioning(prompt, pooled)
+        return replace(embeds, prompt=prompt, pooled=pooled)
 
     def choice(self, embeds: Conditioning, wanted: Tensor) -> Tensor:
         """Logits of the choice, (B, choices), for embeddings and a target (B, 2)."""
@@ -221,41 +262,8 @@ class EmotionConditioner(Conditioner):
         if not self.tokens:
             return embeds
         silent = self.null_extra.expand(len(embeds.prompt), -1, -1)
-        return Conditioning(self._append(embeds.prompt, embeds.prompt, silent), embeds.pooled)
+        return replace(embeds, prompt=self._append(embeds.prompt, embeds.prompt, silent))
 
     def _append(self, prompt: Tensor, source: Tensor, low: Tensor) -> Tensor:
         extra = source[:, -1:] + self.up_extra(low).to(source.dtype)
         return torch.cat([prompt, extra], dim=1)
-
-    @property
-    def about(self) -> dict[str, int]:
-        """Version of the architecture, and arguments: what weights have to agree on."""
-        return {"version": _VERSION, **self.config}
-
-    def save(self, path: Path) -> None:
-        """Write weights as safetensors; version and arguments go into the header, the same ones every time."""
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        # One entry, since safetensors writes several in random order.
-        save_file(state, path, metadata={_FORMAT: json.dumps(self.about)})
-
-    @classmethod
-    def load(cls, path: Path) -> EmotionConditioner:
-        """Read a file that `save` wrote; on the CPU, in eval mode.
-
-        Raises:
-            UserError: Not such a file, or written by another version.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(_FORMAT, "{}"))
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is not a readable safetensors file: {error}") from error
-        if header.pop("version", None) != _VERSION:
-            raise UserError(f"{path} holds no emotion tokens of version {_VERSION}: distil again")
-        try:
-            module = cls(**header)
-            module.load_state_dict(state)
-        except (TypeError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged: {first_line(error)}") from error
-        return module.eval()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import override
 
 from ...domain import UserError
@@ -35,17 +36,20 @@ class Conditioning:
     Attributes:
         prompt: Token embeddings, shape (B, L, D).
         pooled: Pooled embeddings, shape (B, P); None for models that have none.
+        visual: A visual prompt, (B, K, W), for the attention of `visual.py`; None where there is none.
     """
 
     prompt: Tensor
     pooled: Tensor | None = None
+    visual: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        """Apply a function to both tensors."""
-        return Conditioning(function(self.prompt), None if self.pooled is None else function(self.pooled))
+        """Apply a function to each tensor."""
+        pooled, visual = (None if x is None else function(x) for x in (self.pooled, self.visual))
+        return Conditioning(function(self.prompt), pooled, visual)
 
     def __getitem__(self, rows: Any) -> Conditioning:
         return self.map(lambda x: x[rows])
@@ -64,9 +68,27 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Concatenate along the batch; all rows have the same length L."""
+        """Concatenate along the batch; all rows have the same length L, and all or none a visual prompt."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
-        return Conditioning(torch.cat([part.prompt for part in parts]), torch.cat(pooled) if pooled else None)
+        visual = [part.visual for part in parts if part.visual is not None]
+        return Conditioning(
+            torch.cat([part.prompt for part in parts]),
+            torch.cat(pooled) if pooled else None,
+            torch.cat(visual) if visual else None,
+        )
+
+    @property
+    def carrier(self) -> Tensor:
+        """The prompt with the visual prompt's numbers as further columns, (B, L, D + ⌈K W / L⌉).
+
+        All that pipelines do with embeddings (stacking both branches, a row for each image) they then do with both,
+        and `visual.VisualBridge` parts them again before the denoiser.
+        """
+        if self.visual is None:
+            return self.prompt
+        rows, flat = self.prompt.shape[1], self.visual.flatten(1).to(self.prompt.dtype)
+        columns = pad(flat, (0, -flat.shape[1] % rows)).unflatten(1, (rows, -1))
+        return torch.cat([self.prompt, columns], -1)
 
 
 class Family(ABC):
@@ -80,12 +102,16 @@ class Family(ABC):
         pipeline: Name of the diffusers class.
         denoiser: The component that LoRA adapts, "transformer" or "unet".
         lora_targets: Name endings of the layers that a LoRA adapts by default.
+        text_attention: Pattern of the names of the attention layers in which the image reads the text.
+        attention_kwargs: Name of the argument that the denoiser hands to its attention processors.
         even_sigmas: As for `Flow`.
     """
 
     pipeline: ClassVar[str]
     denoiser: ClassVar[str]
     lora_targets: ClassVar[list[str]]
+    text_attention: ClassVar[str] = r"transformer_blocks\.\d+\.attn"
+    attention_kwargs: ClassVar[str] = "joint_attention_kwargs"
     even_sigmas: ClassVar[bool] = False
 
     def __init__(self, pipe: Any, call: Mapping[str, Any] | None = None) -> None:
@@ -100,14 +126,15 @@ class Family(ABC):
     # Text.
 
     @torch.no_grad()
-    def encode(self, text: str | None) -> Conditioning:
+    def encode(self, text: str | list[str] | None) -> Conditioning:
         """Encode one prompt.
 
         Args:
-            text: The prompt; None is "no negative prompt", what guidance steers away from by default.
+            text: The prompt; None is "no negative prompt", what guidance steers away from by default. Several at once
+                are quicker, and a text's last bits then depend on its company.
 
         Returns:
-            Embeddings of batch 1, on the pipeline's device and in its dtype.
+            Embeddings of batch 1 (or of the list's length), on the pipeline's device and in its dtype.
         """
         known = inspect.signature(type(self.pipe).encode_prompt).parameters
         how = {"prompt_2": None, "prompt_3": None, "device": self.pipe._execution_device}
@@ -190,9 +217,9 @@ class Family(ABC):
 
     def arguments(self, positive: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
         """The embeddings as arguments of the pipeline's call."""
-        named = {"prompt_embeds": positive.prompt, "pooled_prompt_embeds": positive.pooled}
+        named = {"prompt_embeds": positive.carrier, "pooled_prompt_embeds": positive.pooled}
         if negative is not None:
-            named["negative_prompt_embeds"] = negative.prompt
+            named["negative_prompt_embeds"] = negative.carrier
             named["negative_pooled_prompt_embeds"] = negative.pooled
         return {name: value for name, value in named.items() if value is not None}
 
@@ -273,6 +300,8 @@ class StableDiffusion(Family):
     pipeline = "StableDiffusionPipeline"
     denoiser = "unet"
     lora_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
+    text_attention = r".+\.attn2"
+    attention_kwargs = "cross_attention_kwargs"
 
     @override
     def guided(self, guidance: float) -> bool:
@@ -285,7 +314,7 @@ class StableDiffusion(Family):
 
     @override
     def denoise(self, module: Any, x: Tensor, t: Tensor, condition: Conditioning, guidance: float) -> Tensor:
-        return module(x, t, encoder_hidden_states=condition.prompt, return_dict=False)[0]
+        return module(x, t, encoder_hidden_states=condition.carrier, return_dict=False)[0]
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -294,7 +323,7 @@ class StableDiffusionXL(StableDiffusion):
     pipeline = "StableDiffusionXLPipeline"
 
     @override
-    def encode(self, text: str | None) -> Conditioning:
+    def encode(self, text: str | list[str] | None) -> Conditioning:
         """As `Family.encode`; the published weights were trained with zeros in place of an empty prompt."""
         condition = super().encode(text)
         zeros = text is None and self.pipe.config.force_zeros_for_empty_prompt
@@ -307,7 +336,7 @@ class StableDiffusionXL(StableDiffusion):
         ids = torch.tensor([[*size, 0, 0, *size]], dtype=condition.prompt.dtype, device=x.device)
         added = {"text_embeds": condition.pooled, "time_ids": ids.expand(len(x), -1)}
         return module(
-            x, t, encoder_hidden_states=condition.prompt, added_cond_kwargs=added, return_dict=False
+            x, t, encoder_hidden_states=condition.carrier, added_cond_kwargs=added, return_dict=False
         )[0]
 
 
@@ -348,7 +377,7 @@ class StableDiffusion3(Family):
         return module(
             hidden_states=x,
             timestep=t * 1000,
-            encoder_hidden_states=condition.prompt,
+            encoder_hidden_states=condition.carrier,
             pooled_projections=condition.pooled,
             return_dict=False,
         )[0]
@@ -388,7 +417,7 @@ class Flux(Family):
             hidden_states=self.pipe._pack_latents(x.contiguous(), b, c, h, w),
             timestep=t,
             guidance=torch.full((b,), guidance, device=x.device) if guided else None,
-            encoder_hidden_states=condition.prompt,
+            encoder_hidden_states=condition.carrier,
             pooled_projections=condition.pooled,
             txt_ids=torch.zeros(condition.prompt.shape[1], 3, device=x.device, dtype=x.dtype),
             img_ids=self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, x.device, x.dtype),

@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...domain import UserError
+from ...domain import EmotionTarget, UserError
 from ...settings import GeneratorSettings
 from .. import presets
 from ..diffusion.adapter import Adapter, adapters_on, load_artifact, unload
 from ..diffusion.families import TOKENIZERS, Conditioning, Family, family_of
+from ..diffusion.visual import VisualControl
 from ..fingerprint import versions
 from .base import GeneratedImage, ImageRequest, UnknownWord, gather_images
 from .batching import BatchWorker
@@ -128,20 +129,24 @@ class DiffusersGenerator:
         self._device, self._dtype = pipe._execution_device, self.family.module.dtype
         self.adapter: Adapter | None = None
         if settings.adapter is not None:
-            base = {"model": self._model, "revision": revision}
+            base, against = {"model": self._model, "revision": revision}, settings.visual_negative
             self.adapter = load_artifact(
-                pipe, settings.adapter, scale=settings.adapter_scale, call=self._call, base=base
-            )
+                pipe, settings.adapter, scale=settings.adapter_scale, call=self._call, base=base,
+                visual=VisualControl(
+                    settings.visual_scale, settings.visual_guidance,
+                    None if against is None else EmotionTarget(category=against),
+                ),
+            )  # fmt: skip
             if settings.guidance is None and self.adapter.guidance is not None:
                 self.guidance = self.adapter.guidance
         self._closed = False
         self._encode = lru_cache(_CACHED_PROMPTS)(lambda text: self.family.encode(text))
-        self._fair_shapes: set[tuple[int, int]] = set()
+        self._fair_shapes: set[tuple[int, ...]] = set()
         self._worker: BatchWorker[ImageRequest, GeneratedImage] = BatchWorker(
             self._run,
             size=pick("micro_batch", 1 if self._device.type == "cpu" else 4),
             window=settings.batch_window_ms / 1000,
-            key=self._emotional,  # extra tokens make other shapes
+            key=self._emotional,  # extra tokens and visual prompts make other shapes
             name="emoloop-generator",
         )
 
@@ -303,7 +308,7 @@ class DiffusersGenerator:
         Not a matter of course: where threads or tiles split a tensor in the middle of a row, its last bits
         depend on its place. That hangs on shapes and cores alone, so one step tells, once for each shape.
         """
-        shape = size, row.positive.prompt.shape[1]
+        shape = size, *row.positive.carrier.shape[1:]
         if size > 1 and shape not in self._fair_shapes:
             pixels = self._draw([row] * size, [0] * size, 1).images
             if not all(np.array_equal(pixels[0], other, equal_nan=True) for other in pixels[1:]):

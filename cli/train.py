@@ -1,0 +1,91 @@
+"""The verbs `emoloop train …`: the papers' online stages. Nothing heavy is imported at the top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..domain import UserError
+from . import options as opt
+
+app = typer.Typer(help="Train the critic on labelled pictures.", no_args_is_help=True)
+
+
+@app.callback()
+def _train() -> None:
+    """Train the critic on labelled pictures."""
+
+
+@app.command()
+def critic(
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="Labelled pictures: a folder with metadata.*, or a published layout."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the trained model; made by this run.")] = None,
+    test: Annotated[
+        Path | None,
+        typer.Option(help="Labelled pictures to measure by, before and after; nothing is chosen by them."),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out.")] = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="Train nothing: the calibration card of the model on all of DATA.")
+    ] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="miniature, qwen25-vl-3b or qwen25-vl-7b; miniature where no --config is given."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file over the preset.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over the file: grpo.steps=200")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option(help="Print every knob with its value and meaning as YAML for --config, and stop.")
+    ] = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Teach the critic to read labelled pictures, by GRPO (extra `train`) after an optional supervised start."""
+    from ..rl.critic.config import commented, load_critic_config
+
+    resolved = load_critic_config(preset or (None if config else "miniature"), config, sets or [])
+    if print_config:
+        typer.echo(commented(resolved), nl=False)
+        return
+    if data is None:
+        raise UserError("train critic needs DATA, a folder of labelled pictures")
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if card:
+        from ..rl.critic.train import card_of
+
+        opt.print_json(card_of(resolved, data))
+        return
+    if out is None:
+        raise UserError("train critic needs --out DIR")
+    from ..rl.critic.train import train_critic
+
+    with opt.bars(console, opt.COUNT, "{task.fields[figures]}") as progress:
+        task = progress.add_task("train critic", total=resolved.steps, figures="")
+
+        def watch(step: int, steps: int, figures: dict[str, float]) -> None:
+            shown = "  ".join(f"{key} {figures[key]:.3f}" for key in ("loss", "reward") if key in figures)
+            progress.update(task, completed=step, total=steps, figures=shown)
+
+        done = train_critic(resolved, data, out, test=test, resume=resume, watch=watch)
+    for flag in done.flags:
+        opt.say(console, f"guard: {flag}", "yellow")
+    if as_json:
+        document = {"folder": str(out), "reason": done.reason, "flags": done.flags, "card": done.card}
+        opt.print_json({**document, "figures": done.figures})
+    elif done.reason == "interrupted":
+        opt.say(console, "interrupted; go on with --resume")
+    else:
+        before, after = (done.figures.get(f"mae_{when}", float("nan")) for when in ("before", "after"))
+        opt.say(
+            console, f"{done.reason}: error {before:.3f} → {after:.3f}; use it: emoloop run … --lvlm {out}"
+        )
+    if done.reason == "interrupted":
+        raise typer.Exit(130)
