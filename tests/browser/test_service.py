@@ -139,7 +139,7 @@ def page_of(browser):
 def start(page, url, prompt="a dog by the sea", review=False):
     page.goto(url)
     page.keyboard.press("n")
-    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_label("Prompt", exact=True).fill(prompt)
     page.locator("#new [data-pick]").click(position={"x": 150, "y": 150})
     if review:
         page.get_by_label("Ask me before each rewrite").check()
