@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres():
     """URL of a PostgreSQL of our own, on a socket in a temporary folder; skipped where there is none."""
     pytest.importorskip("psycopg")
     # Debian keeps them off the PATH.
@@ -36,23 +37,23 @@ def postgres(tmp_path_factory):
     if found is None:
         pytest.skip("needs PostgreSQL's server programs")
     programs = os.path.dirname(found)
-    folder = tmp_path_factory.mktemp("postgres")
-    # The server refuses to run as root; there it runs as the user that its package made.
+    # The server refuses to run as root; there it runs as the user that its package made, who may not enter
+    # pytest's folders.
     as_user: list[str] = []
     if os.geteuid() == 0:
         if shutil.which("runuser") is None:
             pytest.skip("PostgreSQL does not run as root")
         as_user = ["runuser", "-u", "postgres", "--"]
-        shutil.chown(folder, "postgres")
-        for parent in (folder.parent, folder.parent.parent):
-            parent.chmod(0o711)
-    data = folder / "data"
+    with tempfile.TemporaryDirectory(prefix="emoloop-postgres-") as folder:
+        if as_user:
+            shutil.chown(folder, "postgres")
+        data = f"{folder}/data"
 
-    def run(*command):
-        subprocess.run([*as_user, *command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
+        def run(*command):
+            subprocess.run([*as_user, *command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
 
-    run(f"{programs}/initdb", "-D", str(data), "-U", "tester", "--auth=trust", "-E", "UTF8", "--no-sync")
-    options = f"-k {folder} -c listen_addresses='' -c fsync=off"
-    run(f"{programs}/pg_ctl", "-D", str(data), "-w", "-o", options, "-l", str(folder / "log"), "start")
-    yield f"postgresql://tester@/postgres?host={folder}"
-    run(f"{programs}/pg_ctl", "-D", str(data), "-m", "immediate", "stop")
+        run(f"{programs}/initdb", "-D", data, "-U", "tester", "--auth=trust", "-E", "UTF8", "--no-sync")
+        options = f"-k {folder} -c listen_addresses='' -c fsync=off"
+        run(f"{programs}/pg_ctl", "-D", data, "-w", "-o", options, "-l", f"{folder}/log", "start")
+        yield f"postgresql://tester@/postgres?host={folder}"
+        run(f"{programs}/pg_ctl", "-D", data, "-m", "immediate", "stop")

@@ -147,6 +147,15 @@ def test_an_old_log_is_brought_up_to_date(version_0):
         assert len(store.events("old")) == 6
 
 
+def _known(now, before):
+    """What a document says now, without the keys that it did not have before."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        return {key: _known(value, before[key]) for key, value in now.items() if key in before}
+    if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        return [_known(*pair) for pair in zip(now, before, strict=True)]
+    return now
+
+
 def test_a_log_of_version_1_gives_the_same_results(tmp_path):
     """The log and the document were written by version 1: a run that is complete, lacks readings, failed, waits."""
     shutil.copy(DATA / "log-version-1.db", tmp_path / "events.db")
@@ -164,7 +173,8 @@ def test_a_log_of_version_1_gives_the_same_results(tmp_path):
             }
             for row in store.runs()
         }
-        assert json.loads(json.dumps(found).replace(str(tmp_path), "HOME")) == expected
+        now = json.loads(json.dumps(found).replace(str(tmp_path), "HOME"))
+        assert _known(now, expected) == expected
         told = store.tail(0, 1000)
         assert [event.cursor for event in told] == list(range(1, len(told) + 1))
         assert [event.time for event in told] == sorted(event.time for event in told)
