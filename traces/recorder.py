@@ -72,6 +72,7 @@ class StoreRecorder:
         self._queue: deque[_Waiting] = deque()
         self._guard = threading.Condition()
         self._writing = False
+        self._claims: dict[str, str] = {}  # owner → run, of all claims that are asked for or held
         self._closed = False
         self._shared = deque([1], maxlen=4)  # how many callers shared each of the last commits
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="emoloop-log")
@@ -164,21 +165,27 @@ class StoreRecorder:
             UserError: Somebody else does.
         """
         owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
-        while (other := await self._in(self._workers, self.store.lease, run_id, owner, _LEASE)) is not None:
-            if not is_gone(other):
-                raise UserError(
-                    f"run {run_id!r} is being worked on by {other}: wait until it is done, or choose another id"
-                )
-            await self._in(self._workers, self.store.release, run_id, other)
-        renewing = asyncio.create_task(self._renew(run_id, owner))
+        self._claims[owner] = run_id
+        renewing = None
         try:
+            while (
+                other := await self._in(self._workers, self.store.lease, run_id, owner, _LEASE)
+            ) is not None:
+                if not is_gone(other):
+                    raise UserError(
+                        f"run {run_id!r} is being worked on by {other}: wait until it is done, or choose another id"
+                    )
+                await self._in(self._workers, self.store.release, run_id, other)
+            renewing = asyncio.create_task(self._renew(run_id, owner))
             yield
         finally:
-            renewing.cancel()
-            with suppress(asyncio.CancelledError, StoreError):
-                await renewing
-            with suppress(StoreError):
+            if renewing is not None:
+                renewing.cancel()
+                with suppress(asyncio.CancelledError, StoreError):
+                    await renewing
+            with suppress(StoreError):  # what is closed by now released it itself
                 await self._in(self._workers, self.store.release, run_id, owner)
+                self._claims.pop(owner, None)
 
     async def _renew(self, run_id: str, owner: str) -> None:
         while True:
@@ -219,6 +226,10 @@ class StoreRecorder:
             self._closed = True
         self._writer.shutdown()
         self._workers.shutdown()
+        while self._claims:  # a claim may have come through after its task was ended
+            owner, run_id = self._claims.popitem()
+            with suppress(StoreError):
+                self.store.release(run_id, owner)
         if self._spans is not None:
             self._spans.close()
             self._spans = None
