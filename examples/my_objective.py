@@ -35,7 +35,8 @@ class Threshold(Objective):
 
 
 if __name__ == "__main__":
-    with open_loop(loop={"rounds": 1, "images": 3}) as loop:
+    # What is learned from are several pictures of each neutral prompt.
+    with open_loop(loop={"rounds": 1, "images": 3, "neutral_images": 3}) as loop:
         for seed, prompt in enumerate(["a dog by the sea", "a cat in the city", "a fox", "a boat"]):
             loop.run_sync(prompt, EmotionTarget(valence=2, arousal=-1), seed=seed)
 

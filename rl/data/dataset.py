@@ -142,11 +142,13 @@ class Dataset:
             found, held = self.statistics, self.statistics.sources[source]["held_out"]
             dropped = found.dropped.items() if source == "pairs" else ()
             why = ", ".join(f"{count} × {reason}" for reason, count in dropped)
+            # A round shows each of its prompts once by default, and a group is several pictures of the neutral one.
+            mend = "set data.group=all, or collect with loop.neutral_images of 2 and more; or " * (source == "groups")
             raise UserError(
                 f"the {found.runs} runs give no {source} to train on"
                 + (f" ({why})" if why else "")
                 + (f", and {held} held out (lower data.held_out)" if held else "")
-                + ": loosen data.min_gain, data.min_margin or --from, or collect more runs"
+                + f": {mend}loosen data.min_gain, data.min_margin or --from, or collect more runs"
             )
         return Examples(self, source, rows)
 
