@@ -143,7 +143,9 @@ class Dataset:
             dropped = found.dropped.items() if source == "pairs" else ()
             why = ", ".join(f"{count} × {reason}" for reason, count in dropped)
             # A round shows each of its prompts once by default, and a group is several pictures of the neutral one.
-            mend = "set data.group=all, or collect with loop.neutral_images of 2 and more; or " * (source == "groups")
+            mend = "set data.group=all, or collect with loop.neutral_images of 2 and more; or " * (
+                source == "groups"
+            )
             raise UserError(
                 f"the {found.runs} runs give no {source} to train on"
                 + (f" ({why})" if why else "")
