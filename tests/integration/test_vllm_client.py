@@ -143,10 +143,12 @@ async def test_a_restart_costs_only_time(connect):
         port = first.server_port
         model = connect(first, patience=20)
         assert (await model.ainvoke("x")).content == "ok"
-        first.script = lambda number, body: hang(0.2)
+        killed = threading.Event()
+        first.script = lambda number, body: killed.wait() and None
         waiting = [asyncio.create_task(model.ainvoke("x")) for _ in range(16)]
         await asyncio.sleep(0.1)
         await asyncio.to_thread(first.kill)
+        killed.set()
     await asyncio.sleep(0.3)
     with serving(port) as second:
         second.script = lambda number, body: chat("again")
