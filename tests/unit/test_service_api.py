@@ -84,13 +84,14 @@ async def test_one_key_starts_one_run(client):
 
 
 async def test_a_run_is_cancelled_and_resumed(tmp_path):
-    painter = Painter(delay=0.02)
+    painter = Painter(delay=30)  # it is still at work when it is cancelled
     async with client_of(service_of(settings_of(tmp_path), painter)) as client:
         run_id = (await client.post(f"{API}/runs", json=REQUEST)).json()["run_id"]
         stopped = await client.post(f"{API}/runs/{run_id}/cancel")
         assert stopped.status_code == 202 and stopped.json()["state"] == "stopped"
         assert (await client.post(f"{API}/runs/{run_id}/cancel")).status_code == 409
         assert (await client.get(f"{API}/runs", params={"state": "stopped"})).json()["total"] == 1
+        painter.delay = 0.02
         resumed = await client.post(f"{API}/runs/{run_id}/resume")
         assert resumed.json()["state"] == "running"
         assert (await ended(client, run_id))[-1]["data"] == "completed"
