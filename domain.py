@@ -6,7 +6,7 @@ reader or a training job on another machine can use them without torch or LangGr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -216,7 +216,7 @@ class Round(BaseModel):
     def mean_reward(self) -> float | None:
         """Mean over the candidates that have a reward; None where none has."""
         rewards = [c.reward for c in self.candidates if c.reward is not None]
-        return sum(rewards) / len(rewards) if rewards else None
+        return mean(rewards)
 
 
 class Example(NamedTuple):
@@ -233,6 +233,10 @@ class Example(NamedTuple):
     prompt: str
     valence: float
     arousal: float
+
+
+#: Rewriters that are shown no round.
+BLIND = ("one_shot", "diverse")
 
 
 class RunStatus(StrEnum):
@@ -303,6 +307,11 @@ class UserError(ValueError):
 
     A ValueError, because servers of graphs show the text of few others to their clients.
     """
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean; None of nothing, which stays missing."""
+    return sum(values) / len(values) if values else None
 
 
 def first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..domain import EmotionTarget, UserError
+from ..domain import read_target
 from . import options as opt
 
 app = typer.Typer(help="Visual prompts: what each emotion looks like.", no_args_is_help=True)
@@ -73,19 +73,12 @@ def show(
     as_json: opt.AsJson = False,
 ) -> None:
     """Print what a prompt and an emotion retrieve, and write a page to look through."""
-    from pydantic import ValidationError
-
     from ..tools.bank.bank import Bank
     from ..tools.bank.sheet import save_sheet
 
     bank = Bank.load(file)
     wanted = {"valence": valence, "arousal": arousal, "category": category}
-    target = None
-    if any(value is not None for value in wanted.values()):
-        try:
-            target = EmotionTarget.model_validate(wanted)
-        except ValidationError as error:
-            raise UserError(f"target: {error.errors()[0]['msg']}") from error
+    target = read_target(wanted) if any(value is not None for value in wanted.values()) else None
     query, found = None, []
     if prompt:
         from ..tools.bank.encoders import text_encoder

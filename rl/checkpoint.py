@@ -7,13 +7,15 @@ training, optimizer, averages. A file that bears its name is whole; older ones g
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from ..domain import first_line
-from ..files import replacing
+from ..domain import UserError, first_line
+from ..files import check_writable, replacing
 
 _FILE = "state.pt"
 
@@ -57,3 +59,31 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
 def found(folder: Path) -> list[Path]:
     """The folders of the checkpoints, oldest first."""
     return sorted(folder.glob("step-*"))
+
+
+def check_folder(
+    out: Path, config: Path, resume: bool, changes: Callable[[dict[str, Any]], Mapping[str, tuple[Any, Any]]]
+) -> None:
+    """Refuse a folder that cannot be trained into: taken, not writable, or with a training of other settings.
+
+    Args:
+        out: The folder.
+        config: The file in it that a training's settings are kept in.
+        resume: Whether a training is to go on.
+        changes: Gives the knobs that differ from the settings of that file, as (then, now).
+
+    Raises:
+        UserError: It cannot.
+    """
+    check_writable(out, "--out")
+    if config.exists():
+        if not resume:
+            raise UserError(f"--out {out} holds a training: go on with --resume, or choose another folder")
+        then = yaml.safe_load(config.read_text(encoding="utf-8"))
+        for key, (before, now) in changes(then).items():
+            raise UserError(
+                f"--resume with another {key} ({before} then, {now} now): the run could not be the same; "
+                "use the old value or another --out"
+            )
+    elif out.is_dir() and any(out.iterdir()) and not resume:
+        raise UserError(f"--out {out} is not empty: choose another folder")

@@ -7,7 +7,7 @@ into the run's folder. An unknown key is an error that names the nearest known o
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -304,13 +304,15 @@ def flat(config: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, A
     return out
 
 
-def changed(before: Mapping[str, Any], now: DistillConfig) -> dict[str, tuple[Any, Any]]:
-    """The knobs with another value than in an earlier training (then, now), but for those of `RESUMABLE`.
+def changed(
+    before: Mapping[str, Any], now: BaseModel, free: Collection[str] = RESUMABLE
+) -> dict[str, tuple[Any, Any]]:
+    """The knobs with another value than in an earlier training (then, now), but for those that are free to differ.
 
     A knob that was not there yet did what its default does.
     """
-    then, after = flat(DistillConfig()) | flat(before), flat(now)
-    keys = sorted((then.keys() | after.keys()) - RESUMABLE)
+    then, after = flat(type(now)()) | flat(before), flat(now)
+    keys = sorted((then.keys() | after.keys()) - set(free))
     return {key: (then.get(key), after.get(key)) for key in keys if then.get(key) != after.get(key)}
 
 

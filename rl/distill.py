@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from ..domain import UserError
-from ..files import check_writable, write_atomic
+from ..files import write_atomic
 from ..settings import Settings
 from ..tools.bank.bank import Bank
 from ..tools.diffusion.adapter import load_artifact, save_artifact
@@ -34,6 +34,7 @@ from ..tools.images.diffusers import DiffusersGenerator
 from ..tools.images.load import load_generator
 from ..traces.rows import RunFilter
 from ..traces.store import TraceStore, open_store
+from .checkpoint import check_folder
 from .config import DistillConfig, changed
 from .data.cache import Cache
 from .data.dataset import Dataset
@@ -106,7 +107,7 @@ def distill(
     """
     objective, source = objective_of(config)
     training = out / "training"
-    _check_folder(out, training, config, resume)
+    check_folder(out, training / _CONFIG, resume, lambda then: changed(then, config))
     with open_store(settings, read_only=True) as store:
         dataset = Dataset(LogRollouts(store, where), config.data)
         train, held_out = dataset.examples(source), dataset.examples(source, "held_out")
@@ -236,21 +237,6 @@ def _notes(config: DistillConfig, held_out: int, prompts: int, guarded: bool) ->
             "raise data.held_out or collect more prompts"
         )
     return notes
-
-
-def _check_folder(out: Path, training: Path, config: DistillConfig, resume: bool) -> None:
-    check_writable(out, "--out")
-    if (training / _CONFIG).exists():
-        if not resume:
-            raise UserError(f"--out {out} holds a training: go on with --resume, or choose another folder")
-        then = yaml.safe_load((training / _CONFIG).read_text(encoding="utf-8"))
-        for key, (before, now) in changed(then, config).items():
-            raise UserError(
-                f"--resume with another {key} ({before} then, {now} now): the run could not be the same; "
-                "use the old value or another --out"
-            )
-    elif out.is_dir() and any(out.iterdir()) and not resume:
-        raise UserError(f"--out {out} is not empty: choose another folder")
 
 
 def _record(

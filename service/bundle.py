@@ -88,11 +88,7 @@ def write_bundle(store: TraceStore, run_ids: Sequence[str], out: Path) -> int:
         with (out / links.events(run_id)).open("w", encoding="utf-8") as stream:
             export_jsonl(store, RunFilter(run_ids=(run_id,)), stream)
         for place, shot in enumerate(shots):
-            neighbours = {
-                "before": shots[place - 1] if place else None,
-                "following": shots[place + 1] if place + 1 < len(shots) else None,
-            }
-            write(links.shot(run_id, shot), "shot.html.jinja", run=run, shot=shot, **neighbours)
+            write(links.shot(run_id, shot), "shot.html.jinja", run=run, shot=shot, **run.beside(place))
         _pictures(store, run, links, out)
     page = RunPage(items=[run.run for run in runs], next=None, total=len(runs))
     write(links.home, "runs.html.jinja", page=page, wanted=Listing(), pair=len(runs) == 2)

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..domain import Critique, Emotion, EmotionTarget, Missing, Score
 from ..events import Event, Sha256
-from ..settings import LoopSettings
 from ..traces.rows import RunRow
 
 #: How a run stands, as a person asks it. `waiting`: for a review. `stopped`: nobody works on it, and it can be resumed.
@@ -20,8 +19,6 @@ State = Literal["running", "waiting", "stopped", "completed", "failed"]
 
 #: Plain text of one line or several: what a person types.
 Text = Annotated[str, Field(max_length=4000, pattern=r"^[^\x00]*$")]
-
-_LOOP = LoopSettings.model_fields
 
 
 class Document(BaseModel):
@@ -225,6 +222,11 @@ class RunDocument(Document):
                 (it for proposal in round_.proposals for it in proposal.candidates), key=lambda it: it.index
             )
         ]
+
+    def beside(self, place: int) -> dict[str, Shot | None]:
+        """The candidates `before` and `following` one of `shots`, None at the ends."""
+        shots = [None, *self.shots, None]
+        return {"before": shots[place], "following": shots[place + 2]}
 
 
 class RunRequest(Document):

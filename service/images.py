@@ -9,9 +9,6 @@ from ..domain import UserError
 from ..traces.blobs import BlobStore
 from .errors import NotFound
 
-#: Sides of a small copy, in pixels: few, so that a cache serves them.
-SIDES = (96, 192, 384, 768)
-
 #: Pixels of a picture that is made smaller: a picture may claim more than memory holds.
 _MOST_PIXELS = 50_000_000
 

@@ -152,8 +152,7 @@ async def _shot(service: Service, run_id: str, number: int, index: int, whole: b
         "shot.html.jinja" if whole else "_shot.html.jinja",
         run=run,
         shot=shots[place],
-        before=shots[place - 1] if place else None,
-        following=shots[place + 1] if place + 1 < len(shots) else None,
+        **run.beside(place),
     )
 
 

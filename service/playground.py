@@ -6,7 +6,6 @@ Nothing of it is logged: nobody asked for a run, and what is tried in passing is
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from ..graph.parts import check_request
 from ..settings import GeneratorSettings
 from ..tools.images.base import Generator, ImageRequest
 from ..tools.images.load import load_generator
+from ..tools.lvlm.chat import image_url
 from .documents import Play, Played
 from .errors import Unavailable
 
@@ -65,9 +65,8 @@ class Playground:
             png, reading = await asyncio.to_thread(_png, it.image), None
             if wanted.read:
                 reading = (await loop.parts.critic.read(png, prompt, target, seed=wanted.seed)).critique
-            image = f"data:image/png;base64,{base64.b64encode(png).decode()}"
             played.append(
-                Played(name=name, image=image, seconds=it.provenance.get("seconds"), reading=reading)
+                Played(name=name, image=image_url(png), seconds=it.provenance.get("seconds"), reading=reading)
             )
         return played
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..domain import Candidate, Critique, Missing, Proposal, Round, RunResult, RunStatus, StopReason
+from ..domain import Candidate, Critique, Missing, Proposal, Round, RunResult, RunStatus, StopReason, mean
 from ..events import (
     Critiqued,
     Event,
@@ -225,8 +225,8 @@ class Fold:
             return None
         again = final.unselected(self)
         images = {0: again} if again else self.round(self.best[0])
-        winning = _mean(self._rewards(images, best.prompt if best else None))
-        first = _mean(self._rewards(self.round(0), self.started.prompt))
+        winning = mean(self._rewards(images, best.prompt if best else None))
+        first = mean(self._rewards(self.round(0), self.started.prompt))
         first = self.mean_reward(0) if first is None else first
         return None if first is None or winning is None else winning - first
 
@@ -250,7 +250,7 @@ class Fold:
 
     def mean_reward(self, number: int) -> float | None:
         """Mean reward of a round; None where nothing in it was rewarded."""
-        return _mean(self.rewards(number))
+        return mean(self.rewards(number))
 
     def round(self, number: int) -> dict[int, Tried]:
         """The candidates of a round, by index."""
@@ -478,10 +478,6 @@ def answers(event: Rewritten) -> int:
 def hash_prompt(prompt: str) -> str:
     """SHA-256 of a prompt, in hexadecimal: what groups candidates of one prompt in SQL."""
     return hashlib.sha256(prompt.encode()).hexdigest()
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _most_common(reasons: list[str]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..domain import Critique, EmotionTarget, Missing, RunStatus
+from ..domain import BLIND, Critique, EmotionTarget, Missing, RunStatus
 from ..events import (
     Critiqued,
     Event,
@@ -294,7 +294,7 @@ def _words(target: EmotionTarget) -> str:
 def _tried(before: Sequence[Event], number: int) -> Iterator[str]:
     """What a rewriter may look at: each prompt of a round with what was read, and a person's words on the last."""
     fold = Fold(before[0].run_id, before) if before else Fold("")
-    if fold.started and fold.started.settings.get("loop", {}).get("rewriter") in ("one_shot", "diverse"):
+    if fold.started and fold.started.settings.get("loop", {}).get("rewriter") in BLIND:
         return  # they are shown no round
     for tried, round in zip(fold.numbers, fold.rounds(), strict=True):
         for prompt in dict.fromkeys(it.prompt for it in round.candidates if tried < number):

@@ -13,9 +13,6 @@ from ..ask import Asker
 #: How the reason begins where the rewriter's own prompt was refused.
 KEPT = "kept the best prompt so far"
 
-#: Rewriters that are shown no round.
-BLIND = ("one_shot", "diverse")
-
 #: Rewriters by name; a value is called with the asker and the name of the prompt file.
 REWRITERS: dict[str, str] = {
     "diverse": ".agents.rewriters.diverse:DiverseRewriter",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ...domain import Candidate, Critique, EmotionTarget, Proposal, Round
+from ...domain import Candidate, Critique, EmotionTarget, Proposal, Round, mean
 
 #: The best prompts that are varied further, and prompts in a history at most.
 PARENTS, LONGEST = 4, 8
@@ -81,14 +81,8 @@ def _summary(number: int, asked: Round | Proposal, candidates: Sequence[Candidat
         "prompt": asked.prompt,
         "changes": asked.changes,
         "count": len(read),
-        **{
-            axis: _mean([getattr(it, axis) for _, it in read]) for axis in ("valence", "arousal", "alignment")
-        },
-        "reward": _mean([it.reward for it in candidates if it.reward is not None]),
+        **{axis: mean([getattr(it, axis) for _, it in read]) for axis in ("valence", "arousal", "alignment")},
+        "reward": mean([it.reward for it in candidates if it.reward is not None]),
         "best": ranked[0][1] if ranked else None,
         "worst": ranked[-1][1] if len(ranked) > 1 else None,
     }
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None

@@ -10,7 +10,6 @@ sees many more pictures a second than answers do; and no label is needed.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from ...domain import Failure, UserError
+from ...domain import UserError
 from .data import Sample
-from .policy import CriticPolicy
+from .policy import CriticPolicy, check_loss
 
 #: So many pictures with a counterpart come with one without.
 _SHARE = 4
@@ -68,8 +67,7 @@ class Matcher(Trainer):
             wanted = _tokens(self._before, inputs["clean"])
         given = _tokens(self._policy.model, inputs["shown"])
         loss = ((given - wanted) / (wanted.std(0) + 1e-6)).square().mean()
-        if not math.isfinite(loss.item()):
-            raise Failure(f"the loss became {loss.item()} at step {self.state.global_step}: lower match.lr")
+        check_loss(loss, self.state.global_step, "match")
         return (loss, {}) if return_outputs else loss
 
 

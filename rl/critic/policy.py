@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ...agents.prompt import load_prompt
-from ...domain import UserError
+from ...domain import Failure, UserError
 from ...files import replacing
 from ...tools import presets
 from ...tools.lvlm.embedded import check_model
@@ -161,3 +162,13 @@ class CriticPolicy:
         if told is not None:
             # Ours would name the attention of the training.
             (folder / "config.json").write_bytes(told)
+
+
+def check_loss(loss: Tensor, step: int, stage: str) -> None:
+    """End a training whose loss is no number, before it reaches the weights.
+
+    Raises:
+        Failure: It is none.
+    """
+    if not math.isfinite(loss.item()):
+        raise Failure(f"the loss became {loss.item()} at step {step}: lower {stage}.lr")

@@ -8,7 +8,6 @@ model says itself, so that only the labelled fields pull it anywhere.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,8 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from ...agents.schemas import CRITIC_SCHEMA
-from ...domain import Failure
 from .data import Sample
-from .policy import CriticPolicy
+from .policy import CriticPolicy, check_loss
 from .rewards import read_answer
 
 _FIELDS = tuple(CRITIC_SCHEMA["properties"])
@@ -93,6 +91,5 @@ class SFTrainer(Trainer):
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         told = labels[:, 1:] != -100
         loss = F.cross_entropy(logits[told].float(), labels[:, 1:][told], weight=self._weight)
-        if not math.isfinite(loss.item()):
-            raise Failure(f"the loss became {loss.item()} at step {self.state.global_step}: lower sft.lr")
+        check_loss(loss, self.state.global_step, "sft")
         return (loss, {"logits": logits}) if return_outputs else loss

@@ -25,11 +25,12 @@ import yaml
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from ...domain import Failure, UserError
-from ...files import check_writable, write_atomic
+from ...files import write_atomic
 from ...tools.fingerprint import revision, versions
 from ...tools.presets import read_json
 from ...tools.quiet import quiet
-from ..config import flat
+from ..checkpoint import check_folder
+from ..config import changed
 from ..launch import listening
 from .card import card, figures, read
 from .config import CriticConfig
@@ -184,7 +185,7 @@ def train_critic(
     """
     training = out / "training"
     rewards = tasks(config.rewards, config.threshold)
-    _check_folder(out, training, config, resume)
+    check_folder(out, training / _CONFIG, resume, lambda then: changed(then, config, RESUMABLE))
     train, held_out = divided(
         read_data(data, config.data.layout, config.data.scale), config.data.held_out, config.data.split_salt
     )
@@ -345,22 +346,6 @@ def _grpo(policy: CriticPolicy, train: Sequence[Sample], folder: Path, callback:
             "prompts of one are not the other's"
         )
     return trainer
-
-
-def _check_folder(out: Path, training: Path, config: CriticConfig, resume: bool) -> None:
-    check_writable(out, "--out")
-    if (training / _CONFIG).exists():
-        if not resume:
-            raise UserError(f"--out {out} holds a training: go on with --resume, or choose another folder")
-        then, now = flat(yaml.safe_load((training / _CONFIG).read_text(encoding="utf-8"))), flat(config)
-        for key in sorted((then.keys() | now.keys()) - RESUMABLE):
-            if then.get(key) != now.get(key):
-                raise UserError(
-                    f"--resume with another {key} ({then.get(key)} then, {now.get(key)} now): the run could not be the "
-                    "same; use the old value or another --out"
-                )
-    elif out.is_dir() and any(out.iterdir()) and not resume:
-        raise UserError(f"--out {out} is not empty: choose another folder")
 
 
 def _write(

@@ -7,7 +7,6 @@ between the two); a loss that is no number ends the training at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +15,8 @@ from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
 
-from ...domain import Failure
 from .data import Sample, question
-from .policy import CriticPolicy
+from .policy import CriticPolicy, check_loss
 from .rewards import TaskReward, neutral, read_answer
 
 #: Largest |log ratio| of sampler and trainer, by precision.
@@ -63,8 +61,7 @@ class CriticTrainer(GRPOTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One backward pass."""
         loss = super().training_step(*args, **kwargs)
-        if not math.isfinite(loss.item()):
-            raise Failure(f"the loss became {loss.item()} at step {self.state.global_step}: lower grpo.lr")
+        check_loss(loss, self.state.global_step, "grpo")
         return loss
 
     @torch.no_grad()

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...agents.prompt import Prompt, load_prompt
-from ...agents.rewriters.base import BLIND, KEPT
+from ...agents.rewriters.base import KEPT
 from ...agents.rewriters.simple import question
 from ...agents.schemas import signed, target_text
-from ...domain import Critique, Round, RunResult, UserError
+from ...domain import BLIND, Critique, Round, RunResult, UserError
+from ...domain import mean as mean_of
 from ...events import Critiqued, Event, HumanFeedback, Rewritten, RunStarted
 from ...tools.lvlm.chat import to_openai
 from ...traces.exchange.export import write_parquet
@@ -125,8 +126,7 @@ def rewriter_turns(run: RunResult, events: list[Event]) -> Iterator[Turn]:
 
 def _mean(round: Round, prompts: set[str]) -> float | None:
     """Mean reward of the images of some of a round's prompts."""
-    rewards = [it.reward for it in round.candidates if it.prompt in prompts and it.reward is not None]
-    return sum(rewards) / len(rewards) if rewards else None
+    return mean_of([it.reward for it in round.candidates if it.prompt in prompts and it.reward is not None])
 
 
 def export(
