@@ -16,6 +16,7 @@ OBJECTIVES: dict[str, str] = {
     "nft": ".rl.objectives.nft:NFT",
     "rwr": ".rl.objectives.rwr:RWR",
     "sft": ".rl.objectives.sft:SFT",
+    "flow-grpo": ".rl.online.objective:FlowGRPO",
 }
 
 

@@ -48,11 +48,13 @@ class SDE:
         level: η above 0; below 1 for "cps".
 
     Attributes:
+        times: (steps + 1,) as given.
         deviation: (steps,) s of each step.
         elapsed: (steps,) σ - σ' of each step.
     """
 
     def __init__(self, times: Tensor, kind: SDEKind, level: float) -> None:
+        self.times = times
         sigma, after = times[:-1].double(), times[1:].double()
         dt = sigma - after
         if kind == "cps":
