@@ -208,6 +208,7 @@ RESUMABLE = {
     "train.tensorboard",
     "train.cache",
     "guard.sheet_every",
+    "objective.patience",
 }
 
 

@@ -35,7 +35,7 @@ def run(settings: Settings, out: Path, *more: str, lvlm: Any = None, **how: Any)
     train.load_lvlm = lambda settings: lvlm or Scripted()  # type: ignore[assignment]
     try:
         config = load_config("flow-grpo", sets=[*QUICK, *more])
-        return train.train_flow_grpo(settings, config, out, REQUESTS, **how)
+        return train.train_flow_grpo(settings, config, out, REQUESTS, warn=lambda note: None, **how)
     finally:
         train.load_lvlm = loader
 

@@ -113,7 +113,8 @@ class FlowGRPO(Objective):
 
     @property
     def required_keys(self) -> frozenset[str]:
-        """What was drawn at a step, by whom, and what came of it."""
+        """`step` (B,) its number, `state` and `after` (B, C, H, W) before and after it, `mean` of the Gaussian and
+        `log_probability` (B,) under the policy that drew it, `advantage` (B,) of its picture."""
         return frozenset(
             {"prompt", "target", "step", "state", "after", "mean", "log_probability", "advantage"}
         )

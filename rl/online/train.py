@@ -102,6 +102,7 @@ def train_flow_grpo(
     recorder = open_recorder(settings)
     try:
         policy, cache = make_policy(settings, config, generator, recorder.store, None)
+        objective.sde(policy)  # what it refuses, it refuses before the folder is taken
         about = generator.describe()
         base = Base(about["model"], about["revision"], policy.previous_id)
         guards = Guards(config.guard, policy, cache, kept) if config.guard.every and kept else None

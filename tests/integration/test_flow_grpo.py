@@ -26,6 +26,7 @@ from emoloop.tools.diffusion.conditioners import EmotionConditioner
 from emoloop.tools.diffusion.families import family_of
 from emoloop.tools.images.pipelines import load_pipeline
 from emoloop.traces.store import open_store
+from pydantic import PrivateAttr
 from safetensors.torch import load_file
 from scripted import Scripted, critic_answer
 
@@ -151,7 +152,7 @@ def test_killed_anywhere_and_resumed_equals_undisturbed_to_the_bit(
     server.set_forkserver_preload(["emoloop.rl.online.train"])
     out = tmp_path / "killed"
     # In the first collection, in the third (after a checkpoint), and in the second try at it.
-    for turn, number in enumerate((3, 18, 2)):
+    for turn, number in enumerate((3, 16, 0)):
         child = server.Process(target=helpers.run_until_killed, args=(settings, out, more, number, turn > 0))
         child.start()
         child.join(300)
@@ -159,8 +160,8 @@ def test_killed_anywhere_and_resumed_equals_undisturbed_to_the_bit(
     lvlm = Scripted()
     helpers.run(settings, out, *more, lvlm=lvlm, resume=True)
     assert weights(out) == weights(tmp_path / "whole")
-    # What the log held was not asked again.
-    assert lvlm.calls["critic"] < 8
+    # The last collection alone was asked for, since the last checkpoint lies before it.
+    assert lvlm.calls["critic"] <= 8
     keep = ("step", "loss", "ratio", "reward")
     before, after = (
         [[it.get(key) for key in keep] for it in lines(tmp_path / name)] for name in ("whole", "killed")
@@ -190,6 +191,7 @@ def test_a_critic_that_stays_away_ends_training_in_one_line_and_resumes(
     out, never = tmp_path / "out", 10**9
     with pytest.raises(Failure, match=r"does not answer: ConnectionError: nobody there"):
         helpers.run(settings, out, lvlm=Scripted(fail=helpers.away(0, never)))
+    # How long it is waited for changes no weight.
     with pytest.raises(Failure, match=r"has not answered for 0 s .*--resume"):
         helpers.run(
             settings, out, "objective.patience=0", resume=True, lvlm=Scripted(fail=helpers.away(12, never))
@@ -200,13 +202,25 @@ def test_a_critic_that_stays_away_ends_training_in_one_line_and_resumes(
     assert weights(out) == weights(tmp_path / "whole")
 
 
+class Blind(Scripted):
+    """Has no words for the first two pictures that it sees."""
+
+    _first: list[str] = PrivateAttr(default_factory=list)
+
+    def _critique(self, messages: Any) -> str:
+        said = super()._critique(messages)
+        picture = str(messages[-1].content)
+        if len(self._first) < 2 and picture not in self._first:
+            self._first.append(picture)
+        return "no JSON at all" if any(it in str(messages) for it in self._first) else said
+
+
 def test_a_reward_that_is_missing_drops_its_picture(settings: Settings, tmp_path: Path) -> None:
-    unreadable = Scripted(fail=lambda role, number: "no JSON at all" if number in (2, 3) else None)
-    helpers.run(settings, tmp_path / "out", "train.steps=2", lvlm=unreadable)
-    assert 1 <= lines(tmp_path / "out")[0]["missing"] <= 2
+    helpers.run(settings, tmp_path / "out", "train.steps=2", lvlm=Blind())
+    assert lines(tmp_path / "out")[0]["missing"] == 2
     with open_store(settings, read_only=True) as store:
         rows = [row for run in store.runs() for row in store.candidates(run.run_id)]
-        assert {row.missing is None for row in rows} == {True, False}
+        assert len([row for row in rows if row.reward is None and row.missing]) == 2
 
 
 def test_rewards_that_are_all_equal_are_one_clear_line(settings: Settings, tmp_path: Path) -> None:
@@ -262,7 +276,10 @@ def test_a_second_training_starts_from_the_first_and_is_held_to_it(
     assert first["kl"] < 1e-9 < lines(tmp_path / "two")[-1]["kl"]
     record = json.loads((tmp_path / "two" / "training.json").read_text())
     pipe = load_pipeline(Path(settings.generator.model), torch.float32)
-    assert record["base"]["adapter"] == load_artifact(pipe, tmp_path / "one", call={}).id
+    assert (
+        record["base"]["adapter"]
+        == load_artifact(pipe, tmp_path / "one", call=tiny.DEFAULTS["sd3"]["call"]).id
+    )
 
 
 @pytest.mark.parametrize(
