@@ -208,11 +208,10 @@ class Blind(Scripted):
     _first: list[str] = PrivateAttr(default_factory=list)
 
     def _critique(self, messages: Any) -> str:
-        said = super()._critique(messages)
-        picture = str(messages[-1].content)
+        picture = str(messages[1].content)
         if len(self._first) < 2 and picture not in self._first:
             self._first.append(picture)
-        return "no JSON at all" if any(it in str(messages) for it in self._first) else said
+        return "no JSON at all" if picture in self._first else super()._critique(messages)
 
 
 def test_a_reward_that_is_missing_drops_its_picture(settings: Settings, tmp_path: Path) -> None:
