@@ -141,6 +141,14 @@ def test_a_training_leaves_an_artifact_and_a_log_like_the_loops(
     assert load_artifact(pipe, out, call=tiny.DEFAULTS["sd3"]["call"]).emotion_tokens is not None
 
 
+def test_flux_learns_online_too(tmp_path: Path) -> None:
+    folder = tiny.save("flux", tmp_path / "flux")
+    settings = rl_log.settings_for(tmp_path / "home", generator={"model": str(folder)})
+    helpers.run(settings, tmp_path / "out", "train.steps=2", "objective.sampler=cps")
+    assert [it["ratio_apart"] < 1e-5 for it in lines(tmp_path / "out")] == [True, False]
+    assert load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+
+
 @pytest.mark.training
 def test_killed_anywhere_and_resumed_equals_undisturbed_to_the_bit(
     settings: Settings, tmp_path: Path
