@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import signal
@@ -141,10 +142,18 @@ def test_a_training_leaves_an_artifact_and_a_log_like_the_loops(
     assert load_artifact(pipe, out, call=tiny.DEFAULTS["sd3"]["call"]).emotion_tokens is not None
 
 
+class Moody(Scripted):
+    """Feels something else about each picture, however alike they are."""
+
+    def _critique(self, messages: Any) -> str:
+        digest = hashlib.sha256(str(messages[1].content).encode()).digest()
+        return critic_answer(digest[0] / 64 - 2, digest[1] / 64 - 2)
+
+
 def test_flux_learns_online_too(tmp_path: Path) -> None:
     folder = tiny.save("flux", tmp_path / "flux")
     settings = rl_log.settings_for(tmp_path / "home", generator={"model": str(folder)})
-    helpers.run(settings, tmp_path / "out", "train.steps=2", "objective.sampler=cps")
+    helpers.run(settings, tmp_path / "out", "train.steps=2", "objective.sampler=cps", lvlm=Moody())
     assert [it["ratio_apart"] < 1e-5 for it in lines(tmp_path / "out")] == [True, False]
     assert load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
 
