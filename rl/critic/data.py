@@ -170,9 +170,18 @@ def read_folder(folder: Path, scale: Scale) -> Iterator[Sample]:
             valence=rescaled(row.get("valence"), scale, where), arousal=rescaled(row.get("arousal"), scale, where),
             category=emotion(row.get("category"), where), prompt=str(row.get("prompt") or ""),
             target=EmotionTarget(**aims) if any(aim is not None for aim in aims.values()) else None,
-            texts={key: str(row[key]) for key in TEXTS if row.get(key)}, split=str(row.get("split") or ""),
+            texts={key: str(row[key]) for key in TEXTS if row.get(key)}, split=_split(row.get("split"), where),
             clean=clean,
         )  # fmt: skip
+
+
+def _split(value: Any, where: str) -> str:
+    if value in (None, ""):
+        return ""
+    if value not in ("train", "held_out"):
+        # Taken for training, a row of somebody's test set would be learned.
+        raise UserError(f"{where}: split {value!r} is none of train, held_out")
+    return value
 
 
 def rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -187,7 +196,11 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
             with file.open(encoding="utf-8-sig", newline="") as stream:
                 yield from csv.DictReader(stream)
         else:
-            yield from (json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip())
+            with file.open(encoding="utf-8-sig") as stream:
+                for row in (json.loads(line) for line in stream if line.strip()):
+                    if not isinstance(row, dict):
+                        raise ValueError("each line must be a JSON object")
+                    yield row
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {first_line(error)}") from error
 
