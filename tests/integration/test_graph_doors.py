@@ -181,7 +181,7 @@ async def test_a_review_answered_otherwise_is_a_fork_and_answered_alike_the_same
     async with make(tmp_path, rounds=3, review=True) as loop:
         graph, where = loop.graph, thread("t")
         asked: Any = await graph.ainvoke(request(seed=1), where)
-        await graph.ainvoke(Command(resume=first or {"comment": ""}), where)
+        await graph.ainvoke(Command(resume=first or ""), where)
         while (await graph.aget_state(where)).next:
             await graph.ainvoke(Command(resume="go on"), where)
         before, past = await log(loop, "t"), await checkpoint(loop, "t", "review", 0)
