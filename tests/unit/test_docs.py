@@ -64,7 +64,7 @@ async def test_a_scorer_in_an_environment_of_its_own_answers_as_the_page_on_rewa
     monkeypatch.setattr(sys, "argv", ["scores.py", "0"])
     servers: list[HTTPServer] = []
     with monkeypatch.context() as patched:
-        patched.setattr(HTTPServer, "serve_forever", servers.append)
+        patched.setattr(HTTPServer, "serve_forever", lambda it: servers.append(it))
         exec(code["scores"], {})
     [server] = servers
     Thread(target=server.serve_forever, daemon=True).start()
