@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
@@ -23,8 +22,8 @@ from ..graph.loop import Loop, open_loop
 from ..graph.state import new_run_id
 from ..settings import Settings
 from ..traces.fold import Fold
-from ..traces.recorder import is_gone
-from ..traces.schema import leases, runs
+from ..traces.queue import is_gone
+from ..traces.schema import queue, runs
 from ..traces.store import TraceStore, open_store
 from . import reading
 from .documents import (
@@ -122,16 +121,14 @@ class Service:
 
     def held(self) -> set[str]:
         """The runs that somebody works on now, in this process or another."""
-        query = select(leases.c.run_id, leases.c.owner).where(leases.c.expires > time.time())
-        with self.store.read() as connection:
-            others = {run_id for run_id, owner in connection.execute(query) if not is_gone(owner)}
-        return others | set(self._tasks)
+        return {*self.store.queue.held(), *self._tasks}
 
     def _orphans(self) -> list[str]:
         """The runs under way whose worker is a process of this machine that is no more."""
-        query = select(leases.c.run_id, leases.c.owner).join(runs, runs.c.run_id == leases.c.run_id)
+        query = select(queue.c.id, queue.c.owner).join(runs, runs.c.run_id == queue.c.id)
         with self.store.read() as connection:
-            rows = connection.execute(query.where(runs.c.status == RunStatus.RUNNING))
+            left = runs.c.status == RunStatus.RUNNING, queue.c.state.is_(None), queue.c.owner.is_not(None)
+            rows = connection.execute(query.where(*left))
             return [run_id for run_id, owner in rows if is_gone(owner)]
 
     async def page(self, wanted: Listing) -> RunPage:
