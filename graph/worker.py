@@ -32,6 +32,7 @@ class Worker:
         concurrency: Runs at a time; they share the models, and their requests share batches.
         needs: What runs may need of the models (`collect.fingerprint`).
         batch: Only runs of this batch; by default of any.
+        until_empty: Drain when nothing waits.
         on_done: Called with each run that ended here, and why it failed.
     """
 
@@ -42,6 +43,7 @@ class Worker:
         concurrency: int = 8,
         needs: str | None = None,
         batch: str | None = None,
+        until_empty: bool = False,
         on_done: Callable[[Item, str | None], object] = lambda item, error: None,
     ) -> None:
         self._loop, self._concurrency, self._on_done = loop, concurrency, on_done
@@ -51,7 +53,7 @@ class Worker:
         self._work: dict[str, asyncio.Task[str | None]] = {}
         self._door = asyncio.Lock()
         self._news = asyncio.Event()
-        self._drained = False
+        self._drained, self._until_empty = False, until_empty
 
     def drain(self) -> None:
         """Take no more; `work` returns when what is under way is done."""
@@ -104,6 +106,9 @@ class Worker:
                 item = await _whole(self._take)
                 if item is not None:
                     return item
+                if self._until_empty and not self._work:
+                    self.drain()
+                    break
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL):
                         await self._news.wait()

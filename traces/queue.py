@@ -351,6 +351,12 @@ class Queue:
                 found.setdefault(kind, dict.fromkeys(STATES, 0))[state] = count
         return found
 
+    def waiting(self, kind: str = "run") -> dict[str | None, int]:
+        """How many entries are queued, by what they need."""
+        query = select(queue.c.needs, func.count()).where(queue.c.kind == kind, queue.c.state == "queued")
+        with self._read() as connection:
+            return dict(connection.execute(query.group_by(queue.c.needs)).tuples().all())
+
     def rate(self, kind: str = "run") -> float:
         """Entries that ended, a second, over the last minutes; 0 where none did."""
         now = time.time()
