@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import threading
@@ -50,7 +51,9 @@ def states(loop: Loop) -> list[str]:
 
 
 async def until(holds) -> None:
-    while not holds():
+    for _ in itertools.count():
+        if holds():
+            return
         await asyncio.sleep(0.005)
 
 
