@@ -134,6 +134,16 @@ def queue(
     opt.tell(document, as_json, lambda: _show(document))
 
 
+def job(job_id: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
+    """Supervise one job of the service: hold its lease, run its command, write how it ended."""
+    from ..service.supervise import supervise
+    from ..settings import load_settings
+    from ..traces.store import open_store
+
+    with open_store(load_settings()) as store:
+        supervise(store, job_id)
+
+
 def _show(document: dict[str, Any]) -> None:
     for kind, counts in document["entries"].items():
         print(f"{kind:12}", "  ".join(f"{count} {state}" for state, count in counts.items() if count))

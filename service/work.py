@@ -41,6 +41,8 @@ from .documents import (
 )
 from .errors import Busy, Conflict, NotFound, Unavailable
 from .feed import Feed
+from .jobs import Jobs
+from .metrics import Metrics
 from .playground import Playground
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class Service:
         settings: The resolved settings.
         store: The log.
         feed: Follows it.
+        jobs: Distillations and other processes.
+        metrics: What Prometheus scrapes.
         playground: One pass of the distilled model and of its base.
         problems: Why work on a run broke off, for runs that this server worked on.
 
@@ -78,6 +82,8 @@ class Service:
         self._stack.callback(self.store.close)
         self._stack.push_async_callback(self.playground.aclose)
         self.feed = await self._stack.enter_async_context(Feed(self.store))
+        self.jobs = await self._stack.enter_async_context(Jobs(self.settings, self.store))
+        self.metrics = Metrics(self.store)
         if self._given is not None:
             self._loading = asyncio.create_task(self._load(self._given))
         return self
@@ -122,6 +128,10 @@ class Service:
     def held(self) -> set[str]:
         """The runs that somebody works on now, in this process or another."""
         return {*self.store.queue.held(), *self._tasks}
+
+    def figures(self) -> bytes:
+        """What Prometheus scrapes."""
+        return self.metrics.scrape(len(self._tasks), self.ready)
 
     def _orphans(self) -> list[str]:
         """The runs under way whose worker is a process of this machine that is no more."""
