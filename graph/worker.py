@@ -93,7 +93,7 @@ class Worker:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
             if work.cancelled():  # the run is no more ours: it was cancelled, or taken over
-                await _whole(self._queue.settle, item.id, self._owner, "cancelled", None)
+                await _whole(self._queue.settle, item.id, self._owner, "queued")
                 continue
             error = work.result()
             await _whole(self._queue.settle, item.id, self._owner, "failed" if error else "done", error)
@@ -149,9 +149,10 @@ class Worker:
             with suppress(
                 StoreError
             ):  # a lease outlives a lost connection, and without a log the runs end anyway
+                work = dict(self._work)  # what is taken meanwhile is not in the answer
                 ours = await _whole(self._queue.renew, self._owner)
-                for id in self._work.keys() - ours:
-                    self._work[id].cancel()
+                for id in work.keys() - ours:
+                    work[id].cancel()
                 await _whole(self._queue.reap)
 
 
