@@ -33,6 +33,9 @@ from .errors import Conflict, NotFound
 #: Seconds between two looks at what waits, and at a log that grows.
 _POLL = 1.0
 
+#: The supervisor's command line, before the job's name.
+PROGRAM = [sys.executable, "-m", "emoloop", "job"]
+
 #: Bytes of a log that are read at once.
 _LOG = 64_000
 
@@ -346,7 +349,7 @@ class Jobs:
     def _supervised(self, job_id: str) -> subprocess.Popen[bytes]:
         with (self.folder(job_id) / "log.txt").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "emoloop", "job", job_id],
+                [*PROGRAM, job_id],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
