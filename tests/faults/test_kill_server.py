@@ -36,7 +36,8 @@ class Server:
         self.url, self._home = f"http://127.0.0.1:{self.port}", home
 
     async def start(self, client: httpx.AsyncClient) -> None:
-        self.process = subprocess.Popen([sys.executable, str(SERVER), str(self._home), str(self.port)])
+        line = [sys.executable, str(SERVER), str(self._home), str(self.port)]
+        self.process = subprocess.Popen(line)  # noqa: ASYNC220
         for _ in range(1200):
             assert self.process.poll() is None
             with contextlib.suppress(httpx.TransportError):
@@ -104,7 +105,7 @@ async def test_a_killed_server_loses_nothing(tmp_path):
             following = [asyncio.create_task(it.follow(client)) for it in (*watchers, log)]
             heard = 0
             for _ in range(KILLS):
-                while sum(len(it.ids) for it in watchers) < heard + 2 * WATCHERS or len(log.ids) < 2:
+                while sum(len(it.ids) for it in watchers) < heard + 2 * WATCHERS or len(log.ids) < 2:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 server.kill()
                 heard = sum(len(it.ids) for it in watchers)
