@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +22,9 @@ def worker(
     context: typer.Context,
     concurrency: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 8,
     empty: Annotated[bool, typer.Option("--until-empty", help="End when nothing waits any more.")] = False,
+    jobs: Annotated[
+        bool, typer.Option("--jobs", help="Start jobs of the service here too, `service.jobs` at a time.")
+    ] = False,
     rounds: opt.Rounds = None,
     images: opt.Images = None,
     proposals: opt.Proposals = None,
@@ -46,14 +49,15 @@ def worker(
     from ..settings import load_settings
 
     settings = load_settings(opt.overrides(context.params))
-    raise typer.Exit(run_async(_worker(settings, concurrency, empty, as_json)))
+    raise typer.Exit(run_async(_worker(settings, concurrency, empty, jobs, as_json)))
 
 
-async def _worker(settings: Settings, concurrency: int, empty: bool, as_json: bool) -> int:
+async def _worker(settings: Settings, concurrency: int, empty: bool, jobs: bool, as_json: bool) -> int:
     from rich.console import Console
 
     from ..graph.collect import fingerprint
     from ..graph.worker import Worker
+    from ..service.jobs import Jobs
 
     console = Console(stderr=True)
     done = {"completed": 0, "failed": 0}
@@ -71,7 +75,8 @@ async def _worker(settings: Settings, concurrency: int, empty: bool, as_json: bo
         if others:
             opt.say(console, f"{others} runs wait for workers with other models or loop settings", "yellow")
         _drain_at_signals(worker, console)
-        await worker.work()
+        async with Jobs(settings, loop.recorder.store) if jobs else nullcontext():
+            await worker.work()
     if as_json:
         opt.print_json(done)
     opt.say(console, f"{done['completed']} runs completed, {done['failed']} failed")

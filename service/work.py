@@ -252,12 +252,15 @@ class Service:
 
         Raises:
             NotFound: There is no such run.
-            Conflict: This server does not work on it.
+            Conflict: Neither this server nor a worker of the queue works on it.
         """
         task = self._tasks.get(run_id)
         if task is None:
             await self.events(run_id)
-            raise Conflict(f"this server does not work on run {run_id}")
+            # A worker that has it from the queue sees that at its next look.
+            if not await asyncio.to_thread(self.store.queue.cancel, [run_id]):
+                raise Conflict(f"nobody who could be told works on run {run_id}")
+            return
         task.cancel()
         await asyncio.wait([task])
 

@@ -24,18 +24,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from .database import lock
 from .schema import meta, queue
 
-#: How an entry stands. What was only claimed and never queued has no state.
+#: How an entry stands: queued → running → done, failed or back; what is queued or runs may be cancelled, and what
+#: failed or was cancelled queued again. What was only claimed and never queued has no state.
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 STATES: tuple[State, ...] = get_args(State)
-
-#: From which states each may come.
-_FROM: dict[State, tuple[State, ...]] = {
-    "queued": ("running", "failed", "cancelled"),
-    "running": ("queued",),
-    "done": ("running",),
-    "failed": ("running",),
-    "cancelled": ("queued", "running"),
-}
 
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
 
@@ -269,8 +261,8 @@ class Queue:
             values["attempts"] = queue.c.attempts - 1
         mine = (queue.c.id == id, queue.c.owner == owner)
         with self._write() as connection:
-            was = queue.c.state.in_(_FROM[state])
-            if connection.execute(update(queue).where(*mine, was).values(values)).rowcount:
+            running = queue.c.state == "running"
+            if connection.execute(update(queue).where(*mine, running).values(values)).rowcount:
                 return True
             connection.execute(update(queue).where(*mine).values(owner=None, expires=None))
             return False
@@ -312,7 +304,7 @@ class Queue:
             How many.
         """
         chosen = queue.c.id.in_(ids) if batch is None else queue.c.batch == batch
-        states = _FROM["cancelled"] if batch is None else ("queued",)
+        states = ("queued", "running") if batch is None else ("queued",)
         return self._turn("cancelled", chosen, queue.c.state.in_(states))
 
     def requeue(self, ids: Sequence[str] | None = None, *, kind: str = "run") -> int:

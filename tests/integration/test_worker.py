@@ -163,7 +163,7 @@ async def test_what_a_stopped_collection_queued_is_withdrawn(tmp_path):
     painter = Painter(delay=30)
     async with make(tmp_path, painter) as loop:
         task = asyncio.create_task(collect(loop, source, tmp_path / "failed", concurrency=2))
-        await until(lambda: painter.requests)
+        await until(lambda: painter.requests and len(states(loop)) == 9)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
