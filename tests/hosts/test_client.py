@@ -14,13 +14,19 @@ from emoloop.service.app import create_app
 from hosts.environments import program
 from service_parts import service_of, serving, settings_of
 
+CONFIG = """
+package_name_override: emoloop_client
+post_hooks: []
+content_type_overrides: {image/png: application/octet-stream, image/webp: application/octet-stream}
+"""
+
 USE = """
 import sys
 from emoloop_client import Client
 from emoloop_client.api.health import alive, metrics
 from emoloop_client.api.jobs import cancel_job, get_job, list_jobs, start_job
 from emoloop_client.api.runs import get_run, give_feedback, list_runs, start_run
-from emoloop_client.models import DistillJob, EmotionTarget, Feedback, RunRequest
+from emoloop_client.models import DistillJob, DistillJobObjective, EmotionTarget, Feedback, RunRequest
 
 client = Client(base_url=sys.argv[1], raise_on_unexpected_status=True)
 assert alive.sync(client=client)["status"] == "ok"
@@ -34,7 +40,7 @@ said = give_feedback.sync(
     run.run_id, client=client, body=Feedback(sha256=document.run.best_sha256, rating=4.0, favourite=True)
 )
 assert said.rating == 4 and list_runs.sync(client=client).total == 1
-job = start_job.sync(client=client, body=DistillJob(kind="distill", objective="sft", steps=5))
+job = start_job.sync(client=client, body=DistillJob(kind="distill", objective=DistillJobObjective.SFT, steps=5))
 assert get_job.sync(job.id, client=client).request.objective == "sft"
 assert cancel_job.sync(job.id, client=client).state == "cancelled"
 assert [it.id for it in list_jobs.sync(client=client)] == [job.id]
@@ -50,7 +56,7 @@ def test_a_generated_client_is_typed_and_works(tmp_path):
     service = service_of(settings_of(tmp_path / "home"))
     document = create_app(service).openapi()
     (tmp_path / "openapi.json").write_text(json.dumps(document))
-    (tmp_path / "config.yaml").write_text("package_name_override: emoloop_client\npost_hooks: []\n")
+    (tmp_path / "config.yaml").write_text(CONFIG)
     made = subprocess.run(
         [
             str(generator), "generate", "--path", "openapi.json", "--config", "config.yaml", "--meta", "none",
