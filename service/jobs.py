@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -382,7 +383,9 @@ def _metrics(folder: Path) -> list[dict[str, float]]:
     found = []
     for line in lines:
         with suppress(ValueError):  # a line that is being written
-            found.append({key: float(value) for key, value in json.loads(line).items()})
+            figures = json.loads(line).items()
+            # JSON knows no infinity, and a loss may be one.
+            found.append({key: float(value) for key, value in figures if math.isfinite(value)})
     return found
 
 

@@ -206,7 +206,12 @@ async def test_a_training_shows_its_curves_and_samples(client, service):
     (training / "samples").mkdir(parents=True)
     (training / "samples" / "step-0000004.png").write_bytes(b"png")
     lines = [{"step": n, "loss": 2.0 / n, "guard/alignment": 0.5} for n in range(1, 1001)]
-    (training / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 10')
+    (training / "metrics.jsonl").write_text(
+        "\n".join(
+            [*map(json.dumps, lines[:-1]), '{"step": 1000, "loss": 0.002, "guard/alignment": 0.5, "x": NaN}']
+        )
+        + '\n{"step": 10'
+    )
     figures = (await client.get(f"{API}/jobs/{job_id}/metrics")).json()
     assert figures == lines
     job = (await client.get(f"{API}/jobs/{job_id}")).json()
