@@ -73,7 +73,7 @@ async def _worker(settings: Settings, concurrency: int, empty: bool, jobs: bool,
         waiting = await asyncio.to_thread(loop.recorder.store.queue.waiting)
         others = sum(count for wanted, count in waiting.items() if wanted not in (needs, None))
         if others:
-            opt.say(console, f"{others} runs wait for workers with other models or loop settings", "yellow")
+            opt.say(console, f"queued for other models or loop settings: {others}", "yellow")
         _drain_at_signals(worker, console)
         async with Jobs(settings, loop.recorder.store) if jobs else nullcontext():
             await worker.work()
