@@ -127,7 +127,7 @@ async def _postgres(url: str) -> AsyncIterator[BaseCheckpointSaver[Any]]:
         async with pool.connection() as connection:
             # Workers that start together must not make the tables at the same time. To wait inside a statement would
             # hold up an index that is made concurrently.
-            while not (await (await connection.execute(_TRY_LOCK)).fetchone())["mine"]:
+            while not (await (await connection.execute(_TRY_LOCK)).fetchone())["mine"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
             await saver.setup()
             await connection.execute(_UNLOCK)
