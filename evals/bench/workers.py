@@ -71,6 +71,9 @@ def main(
             figures["killed"] = _work(store, shared, workers, kill_seconds, random.Random(seed))
             figures["seconds"] = time.perf_counter() - began
             results = _results(store)
+            for item in store.queue.items():
+                if item.error:
+                    print(f"{item.id}: {item.error}", file=sys.stderr)
             keys = Counter(event.key for row in store.runs() for event in store.events(row.run_id))
         figures["completed"] = sum(it.status is RunStatus.COMPLETED for it in results.values())
         figures["lost"] = runs - figures["completed"]
