@@ -19,6 +19,7 @@ from emoloop.service.supervise import supervise
 from emoloop.service.templates import curves
 from emoloop.service.work import Service
 from emoloop.settings import load_settings
+from emoloop.traces.store import open_store
 from service_parts import API, client_of, settings_of
 
 DISTILL = {"kind": "distill", "objective": "sft", "where": ["since=7d"], "steps": 5}
@@ -157,6 +158,16 @@ async def test_a_job_that_fails_says_why(client, service):
     assert "<b>here" not in page and "&lt;b&gt;here" in page
     # What is not there to be taken is not run.
     assert not supervise(service.store, job_id, python("raise SystemExit(9)"))
+
+
+def test_the_real_supervisor_runs_the_real_command(tmp_path):
+    settings = settings_of(tmp_path)
+    with open_store(settings) as store:
+        jobs = module.Jobs(settings, store)
+        job_id = jobs.start(JobRequest.model_validate({"kind": "eval", "suite": "nosuch"}), None).id
+        assert jobs._supervised(job_id).wait(300) == 0
+        job = jobs.get(job_id)
+        assert job.state == "failed" and "exit code 2" in (job.error or "") and "nosuch" in jobs.tail(job_id)
 
 
 async def test_a_cancelled_job_may_save_what_it_has(client, service):
