@@ -28,6 +28,7 @@ BENCHES: dict[str, str] = {
     "sde": ".evals.bench.sde:main",
     "serve": ".service.bench:main",
     "startup": ".evals.bench.startup:main",
+    "workers": ".evals.bench.workers:main",
 }
 
 #: Former benchmarks → the script in a clone of the repository that does the same.
