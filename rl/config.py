@@ -89,8 +89,9 @@ class PolicyConfig(Section):
     """Name endings of the layers to adapt; None takes the family's attention projections."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in front of the LoRA."""
-    emotion_rank: int = Field(default=32, ge=1)
-    """Width of the emotion residual on the prompt's embeddings."""
+    emotion_rank: int = Field(default=32, ge=0)
+    """Width of the emotion residual on the prompt's embeddings; 0 has none, and the target reaches the denoiser
+    by the pooled embeddings, its modulation, alone."""
     emotion_hidden: int = Field(default=128, ge=1)
     """Width of the network that reads valence, arousal and a little of the prompt."""
     guidance: float | None = Field(default=None, ge=0)
@@ -120,16 +121,16 @@ class TrainConfig(Section):
     """Examples in one forward pass of one process."""
     accumulation: int = Field(default=1, ge=1)
     """Forward passes in one optimizer step."""
-    lr: float = Field(default=3e-4, gt=0)
-    """Learning rate of the LoRA (AdamW)."""
-    emotion_lr: float | None = Field(default=None, gt=0)
-    """Learning rate of the emotion tokens; None takes `lr`."""
-    visual_lr: float | None = Field(default=None, gt=0)
+    lr: float = Field(default=3e-4, ge=0)
+    """Learning rate of the LoRA (AdamW); 0 leaves it out, and what else learns is trained alone."""
+    emotion_lr: float | None = Field(default=None, ge=0)
+    """Learning rate of the emotion tokens; None takes `lr`, 0 leaves them as the start on text made them."""
+    visual_lr: float | None = Field(default=None, ge=0)
     """Learning rate of the visual prompts; None takes `lr`."""
     text_steps: int = Field(default=0, ge=0)
     """Steps before the first one in which the emotion tokens alone learn to make the refined prompt's
     embeddings of the neutral prompt's (`rl/warm_start.py`): no pass of the network, some hundredths of a
-    second each. For objectives with refined prompts."""
+    second each. The prompts are those of `data.phrases`, else the log's pairs, whatever the objective takes."""
     warmup: int = Field(default=10, ge=0)
     """Steps over which the rate rises."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"

@@ -46,6 +46,7 @@ from .objectives.base import Objective
 from .policy import PREVIOUS, STUDENT, Policy
 from .rollouts import Base, LogRollouts
 from .trainer import Outcome, Trainer, Watcher
+from .warm_start import TEXT
 
 _CONFIG = "config.yaml"
 
@@ -111,6 +112,7 @@ def distill(
     with open_store(settings, read_only=True) as store:
         dataset = Dataset(LogRollouts(store, where), config.data)
         train, held_out = dataset.examples(source), dataset.examples(source, "held_out")
+        text = dataset.examples(source_for(TEXT, config.data)) if config.train.text_steps else None
         accelerator = make_accelerator(config, training)
         generator = _base_model(settings, config, dataset.base, accelerator.device)
         policy, cache = make_policy(settings, config, generator, store, dataset.base)
@@ -120,7 +122,7 @@ def distill(
         for note in notes:
             warn(note)
         trainer = Trainer(
-            config, objective, policy, train, held_out, cache, guards, training,
+            config, objective, policy, train, held_out, text, cache, guards, training,
             statistics["data_hash"], accelerator,
         )  # fmt: skip
         # From here on the folder is taken: what is refused, is refused before.

@@ -214,6 +214,7 @@ class Policy:
         generator: torch.Generator,
         keep: int,
         early: float = 1.0,
+        late: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """States of the student's own guided sampling.
 
@@ -225,14 +226,16 @@ class Policy:
             generator: CPU generator of the noise and of the choice of states.
             keep: States a row, drawn without repetition and for each row by itself; at most as many as there are.
             early: Share of the steps, from the noisy end, whose states are drawn from; the rest is not walked.
+            late: Share of the steps, from the clean end, likewise; one state at least is left of both.
 
         Returns:
             States (keep · B, C, H, W) and times (keep · B,), state-major.
         """
         steps, guidance = steps or self.steps, self.guidance if guidance is None else guidance
         n, walked = len(condition), max(1, round(early * steps))
+        first = min(walked - 1, steps - max(1, round(late * steps)))
         noise = torch.randn(n, *self.latent_shape, generator=generator)
-        chosen = torch.rand(n, walked, generator=generator).argsort(1)[:, :keep]
+        chosen = first + torch.rand(n, walked - first, generator=generator).argsort(1)[:, :keep]
         with self.voice(STUDENT):
             # The last step leads to the clean image, which is no state to learn from: it is not taken.
             path = islice(self._walk(noise.to(self.device), condition, target, steps, guidance), walked)

@@ -87,6 +87,7 @@ class Trainer:
         policy: What is trained.
         train: Training examples.
         held_out: Held-out examples, for the held-out loss; may be empty.
+        text: What the start on text is taught, with refined prompts; None where there is none.
         cache: Encodings.
         guards: What is watched, or None.
         folder: Checkpoints, metrics and sheets go here.
@@ -101,6 +102,7 @@ class Trainer:
         policy: Policy,
         train: Examples,
         held_out: Examples,
+        text: Examples | None,
         cache: Cache,
         guards: Guards | None,
         folder: Path,
@@ -108,21 +110,15 @@ class Trainer:
         accelerator: Any,
     ) -> None:
         self.config, self.objective, self.policy = config, objective, policy
-        self._train, self._held_out, self._guards = train, held_out, guards
+        self._train, self._held_out, self._text, self._guards = train, held_out, text, guards
         self._folder, self._data_hash, self._accelerator = folder, data_hash, accelerator
         self._order = Order(len(train), config.train.seed)
         self._load = Loader(objective.required_keys, cache, policy.device)
-        if config.train.text_steps:
-            if "refined" not in objective.required_keys:
-                raise UserError(
-                    f"train.text_steps teaches what a refined prompt says, and {config.objective['name']} has "
-                    "none: set train.text_steps=0"
-                )
-            if policy.tokens.tokens:
-                raise UserError(
-                    "train.text_steps teaches the rows that a prompt has, and extra tokens are further ones: "
-                    "set train.text_steps=0 or policy.extra_tokens=0"
-                )
+        if text is not None and policy.tokens.tokens:
+            raise UserError(
+                "train.text_steps teaches the rows that a prompt has, and extra tokens are further ones: "
+                "set train.text_steps=0 or policy.extra_tokens=0"
+            )
         self._about_tokens = policy.tokens.about
         if policy.visual is not None:
             self._about_tokens = {**self._about_tokens, "visual": policy.visual.about}
@@ -142,6 +138,8 @@ class Trainer:
         self._metrics = Metrics(accelerator, folder)
         #: Why training stopped early, so that a resumed one does not run on.
         self._stopped: str | None = None
+        #: A start on text that broke off.
+        self._begun_text: dict[str, Any] | None = None
 
     # The loop.
 
@@ -159,8 +157,8 @@ class Trainer:
         with listening() as asked, self._metrics.open(outcome.steps if begun else -1):
             if not begun:
                 self._look()
-                if knobs.text_steps and not self._warm_start(asked):
-                    stop = "interrupted"
+            if self._text is not None and (not begun or self._begun_text) and not self._warm_start(asked):
+                stop = "interrupted"
             while outcome.steps < knobs.steps and stop is None:
                 figures = self._step(outcome.steps)
                 outcome.steps += 1
@@ -186,16 +184,20 @@ class Trainer:
 
     def _warm_start(self, asked: list[int]) -> bool:
         """Teach the emotion tokens on text alone, the same in all processes; False if asked to stop meanwhile."""
-        knobs = self.config.train
+        knobs, text = self.config.train, self._text
+        assert text is not None
+        order = Order(len(text), knobs.seed)
 
         def batch(step: int) -> Batch:
-            chosen = self._order.take(step * BATCH, BATCH)
-            return self._load_text(self._train.fetch(chosen, np.random.default_rng([6, knobs.seed, step])))
+            chosen = order.take(step * BATCH, BATCH)
+            return self._load_text(text.fetch(chosen, np.random.default_rng([6, knobs.seed, step])))
 
-        done = warm_start(self._plain_tokens, batch, knobs.text_steps, lambda: self._anywhere(asked))
-        if done is None:
+        taught, loss, self._begun_text = warm_start(
+            self._plain_tokens, batch, knobs.text_steps, lambda: self._anywhere(asked), self._begun_text
+        )
+        if self._begun_text is not None:
+            self._save()
             return False
-        taught, loss = done
         self._check("text loss", loss, 0)
         taught_state = {f"tokens.{name}": value for name, value in taught.state_dict().items()}
         self._set_weights(taught_state, whole=False)
@@ -260,8 +262,8 @@ class Trainer:
         knobs, named = self.config.train, self.policy.parameters()
         rates = {
             "denoiser.": knobs.lr,
-            "tokens.": knobs.emotion_lr or knobs.lr,
-            "visual.": knobs.visual_lr or knobs.lr,
+            "tokens.": knobs.lr if knobs.emotion_lr is None else knobs.emotion_lr,
+            "visual.": knobs.lr if knobs.visual_lr is None else knobs.visual_lr,
         }
         groups = [
             {"params": params, "lr": rate}
@@ -361,6 +363,7 @@ class Trainer:
             and {"names": torch.tensor(list(memory)), "rows": torch.stack(list(memory.values()))},
             "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
             "tokens": self._about_tokens,
+            "text": self._begun_text,
             "data_hash": self._data_hash,
             "best_held_out": list(self._best_held_out),
             "stopped": self._stopped,
@@ -412,6 +415,7 @@ class Trainer:
         one, other = state["best_held_out"]
         self._best_held_out = one, other
         self._outcome.steps, self._stopped = state["step"], state["stopped"]
+        self._begun_text = state.get("text")
         return True
 
     def _set_weights(self, weights: dict[str, Any], whole: bool = True) -> None:

@@ -98,7 +98,7 @@ def source_for(keys: frozenset[str], config: DataConfig | None = None) -> str:
             "sampler logged it while generating"
         )
     phrased = config is not None and config.phrases > 0
-    wanted = [name for name in SOURCES if (name == "phrases") == phrased]
+    wanted = [name for name in SOURCES if name != ("pairs" if phrased else "phrases")]
     for name in wanted:
         if keys <= SOURCES[name]:
             return name

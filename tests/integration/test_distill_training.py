@@ -115,7 +115,7 @@ def test_each_objective_leaves_an_artifact_that_works(
     [
         ("opd", [], (1, 3, 5)),
         ("opd", ["data.phrases=2", "train.text_steps=3"], (2, 4)),
-        ("nft", [], (3,)),
+        ("nft", ["objective.old=slow"], (3,)),
         ("dpo", ["objective.draws=2"], (4,)),
     ],
 )
@@ -163,10 +163,53 @@ def test_a_phrasebook_with_a_start_on_text_leaves_an_artifact(
     assert first["step"] == 0 and first["text_loss"] < 1.5
     record = json.loads((tmp_path / "out/training.json").read_text())
     assert record["source"] == "phrases" and record["data"]["reader_error"]
-    with pytest.raises(UserError, match=r"train\.text_steps=0"):
-        run(world, tmp_path / "sft", "sft", "train.text_steps=3")
     with pytest.raises(UserError, match=r"policy\.extra_tokens=0"):
         run(world, tmp_path / "extra", "opd", "train.text_steps=3", "policy.extra_tokens=2")
+
+
+@pytest.mark.parametrize("objective", ["dpo", "nft", "rwr", "sft"])
+def test_every_objective_may_start_on_text(
+    objective: str, world: tuple[Settings, Path], tmp_path: Path
+) -> None:
+    run(world, tmp_path / "out", objective, "data.phrases=2", "train.text_steps=40", "train.steps=1")
+    first = json.loads((tmp_path / "out/training/metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0 and first["text_loss"] < 1.5
+
+
+def test_tokens_are_trained_alone_and_a_lora_without_a_text_residual(
+    world: tuple[Settings, Path], tmp_path: Path
+) -> None:
+    run(world, tmp_path / "tokens", "opd", "train.text_steps=3", "train.lr=0", "train.emotion_lr=0.01")
+    found = weights(tmp_path / "tokens")
+    assert all(not any(bits) for name, bits in found.items() if "lora_B" in name)
+    pipe = load_pipeline(world[1], torch.float32)
+    load_artifact(pipe, tmp_path / "tokens", call=tiny.DEFAULTS["sd3"]["call"])
+    run(world, tmp_path / "lora", "opd", "policy.emotion_rank=0")
+    pipe = load_pipeline(world[1], torch.float32)
+    tokens = load_artifact(pipe, tmp_path / "lora", call=tiny.DEFAULTS["sd3"]["call"]).emotion_tokens
+    told = family_of(pipe, tiny.DEFAULTS["sd3"]["call"]).encode("a dog")
+    assert tokens is not None
+    said = tokens(told, {"target": torch.tensor([[2.0, 1.0]])})
+    assert torch.equal(said.prompt, told.prompt) and not torch.equal(said.pooled, told.pooled)
+
+
+def test_a_start_on_text_that_is_interrupted_is_kept(
+    world: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("data.phrases=2", "train.text_steps=6")
+    run(world, tmp_path / "whole", "opd", *more)
+    asked, anywhere = [0], trainer.Trainer._anywhere
+
+    def fourth(self: Any, signals: list[int]) -> bool:
+        asked[0] += 1
+        return asked[0] == 4 or anywhere(self, signals)
+
+    monkeypatch.setattr(trainer.Trainer, "_anywhere", fourth)
+    assert run(world, tmp_path / "out", "opd", *more).outcome.reason == "interrupted"
+    state = checkpoint.load_latest(tmp_path / "out/training/checkpoints")
+    assert state is not None and state["step"] == 0 and len(state["text"]["losses"]) == 3
+    run(world, tmp_path / "out", "opd", *more, resume=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
 def test_a_loss_that_is_no_number_ends_training_and_keeps_the_checkpoint(
