@@ -175,7 +175,9 @@ class GuardConfig(Section):
     steps: int | None = Field(default=None, ge=1)
     """Sampler steps; None takes the model's default."""
     tolerance: float = Field(default=0.3, gt=0, lt=1)
-    """A guard has fallen when it is this share below the lower of base and teacher."""
+    """A guard has fallen when it is this share below its yardsticks, a grid when the base's is this share below it."""
+    periods: tuple[Annotated[int, Field(ge=2)], ...] = (8, 12, 14, 16)
+    """Pixels after which a grid would repeat: patches of generators and critics."""
     action: Literal["stop", "flag"] = "flag"
     """What to do when the reward rises while a guard has fallen: "stop" or "flag"."""
     patience: int = Field(default=0, ge=0)

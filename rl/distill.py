@@ -255,7 +255,7 @@ def _record(
         "base": {**generator.describe(), "adapter": dataset.base.adapter},
         "reward": {"name": dataset.reward[0], "version": dataset.reward[1]},
         # An evaluation refuses these as its headline judge.
-        "critics": dataset.rollouts.critics(),
+        "critics": sorted({*dataset.rollouts.critics(), *objective.judges}),
         "source": source,
         "data": dataset.statistics.model_dump(mode="json"),
         "outcome": asdict(outcome),

@@ -336,7 +336,9 @@ class Trainer:
                 if self._due(config.sheet_every) and self._accelerator.is_main_process:
                     sheet = self._folder / "samples" / f"step-{step:07d}.png"
                     sheet.parent.mkdir(exist_ok=True)
-                    grid = make_image_grid([it for row in images for it in row], len(images), len(images[0]))
+                    # The teacher's first: what is wrong with it the student learns too.
+                    rows = [[*one, *other] for one, other in zip(self._guards.teacher, images, strict=True)]
+                    grid = make_image_grid([it for row in rows for it in row], len(rows), len(rows[0]))
                     grid.save(sheet, compress_level=1)
         self._metrics.log(step, figures, look=True)
         return stop

@@ -176,6 +176,8 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[_Row]) -> list[ChatResult]:
+        """The answers of a batch of requests with as many pictures each."""
+
         def render(row: _Row) -> str:
             go_on = {"add_generation_prompt": not row.continues, "continue_final_message": row.continues}
             return self.processor.apply_chat_template(row.messages, tokenize=False, **go_on)

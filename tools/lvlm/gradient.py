@@ -94,7 +94,9 @@ class GradientReader:
 
         def shown(picture: np.ndarray) -> Tensor:
             image = Image.fromarray(picture.astype(np.uint8))
-            return self._decoder.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+            return self._decoder.processor.image_processor(images=[image], return_tensors="pt")[
+                "pixel_values"
+            ]
 
         numbers = np.arange(height * width * 3).reshape(height, width, 3)
         black, white = (shown(np.full_like(numbers, value)) for value in (0, 255))
