@@ -49,8 +49,8 @@ class DataConfig(Section):
     phrases: int = Field(default=0, ge=0)
     """Above 0, `pairs` make way for `phrases`: so many additions, chosen to reach every target between
     them, that are told behind every neutral prompt (`rl/data/phrasebook.py`). One neutral prompt and target
-    then has one answer; a student that is shown many learns their average. New emotion tokens get as many
-    vectors to choose among; those of a previous adapter keep theirs."""
+    then has one answer, the one that a reader of the log's wording expects nearest; a student that is shown
+    many learns their average. More phrases serve each prompt better and are harder to learn."""
     phrase_targets: int = Field(default=32, ge=1)
     """Targets that each neutral prompt is told with them: its own, and others of the log; 20,000 in all
     and at most."""
@@ -92,6 +92,9 @@ class PolicyConfig(Section):
     emotion_rank: int = Field(default=32, ge=0)
     """Width of the emotion residual on the prompt's embeddings; 0 has none, and the target reaches the denoiser
     by the pooled embeddings, its modulation, alone."""
+    emotion_choices: int | None = Field(default=None, ge=0)
+    """Vectors that new emotion tokens choose among; None takes one for each of `data.phrases` and tells them which
+    phrase it is, 0 has no choice, for phrases too many to tell apart. Those of a previous adapter keep theirs."""
     emotion_hidden: int = Field(default=128, ge=1)
     """Width of the network that reads valence, arousal and a little of the prompt."""
     guidance: float | None = Field(default=None, ge=0)

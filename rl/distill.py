@@ -171,7 +171,8 @@ def make_policy(
             torch.manual_seed(config.train.seed)
             tokens = EmotionConditioner.for_embeds(
                 network.encode(None), tokens=knobs.extra_tokens, rank=knobs.emotion_rank,
-                hidden=knobs.emotion_hidden, choices=config.data.phrases,
+                hidden=knobs.emotion_hidden,
+                choices=config.data.phrases if knobs.emotion_choices is None else knobs.emotion_choices,
             )  # fmt: skip
     visual = None
     if previous is not None and previous.visual_prompts is not None:

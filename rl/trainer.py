@@ -125,7 +125,8 @@ class Trainer:
         #: Before they are wrapped, since the wrapper may split them among processes.
         self._plain_tokens = copy.deepcopy(policy.tokens)
         # A previous adapter's tokens chose among another log's phrases.
-        chosen = {"phrase"} if config.data.phrases and config.policy.previous is None else set()
+        own = config.policy.previous is None and config.policy.emotion_choices is None
+        chosen = {"phrase"} if config.data.phrases and own else set()
         self._load_text = Loader(frozenset({"prompt", "added", "target"} | chosen), cache, policy.device)
         policy.null = policy.null.to(policy.device)
         self._adamw = self._make_optimizer()
