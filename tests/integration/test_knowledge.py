@@ -74,12 +74,16 @@ async def test_a_model_of_words_picks_what_is_painted(tmp_path):
     async with make(tmp_path / "none", oversample=4) as loop:
         unaided = await loop.run("a dog by the sea", TARGET, seed=7)
     teach(tmp_path / "taught")
-    async with make(tmp_path / "taught", oversample=4) as loop:
+    async with make(tmp_path / "taught", oversample=4, memory=1) as loop:
         result = await loop.run("a dog by the sea", TARGET, seed=7)
-        again = await loop.run("a dog by the sea", TARGET, seed=7, oversample=1)
+        again = await loop.run("a dog by the sea", TARGET, seed=7, oversample=1, memory=0)
+        forgetful = await loop.run("a dog by the sea", TARGET, seed=7, memory=0)
     assert set(words(result, 0)) == {"bright"}
     # Where nothing is known, what is written is painted as it comes.
     assert words(unaided, 0) == words(again, 0) and len(set(words(again, 0))) > 1
+    assert [c.prompt for r in forgetful.rounds for c in r.candidates] == [
+        c.prompt for r in unaided.rounds for c in r.candidates
+    ]
     # A run's own readings count as well: here bright words turned out otherwise.
     assert {c.prompt for c in result.rounds[1].candidates}.isdisjoint(
         c.prompt for c in result.rounds[0].candidates
@@ -101,7 +105,7 @@ async def test_what_a_run_read_itself_counts_above_the_log(tmp_path):
         )
         store.append(*own)
         fold = store.fold("run-0099")
-        given = await knowledge.advice(fold, TARGET, 2, {"oversample": 3}, 2)
+        given = await knowledge.advice(fold, TARGET, 2, {"oversample": 3, "memory": 1}, 2)
         assert given["spare"] == 4
         # The log says that bright is good; three pictures of this run said that it is not.
         asked = ["a tent bright 1 red", "a tent calm", "a tent bright 1"]
@@ -119,7 +123,7 @@ async def test_the_model_is_fitted_anew_only_when_the_log_has_grown(tmp_path, mo
 
     monkeypatch.setattr(WordModel, "__init__", counted)
     teach(tmp_path)
-    async with make(tmp_path, oversample=2, rounds=1, images=2, proposals=2) as loop:
+    async with make(tmp_path, oversample=2, memory=1, rounds=1, images=2, proposals=2) as loop:
         for seed in range(3):
             await loop.run("a dog", TARGET, seed=seed)
     # 216 events, 225, 234: it is fitted to the first 208 and to the first 224.
