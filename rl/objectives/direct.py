@@ -170,7 +170,7 @@ class Direct(Objective):
         return pictures
 
     def _rewards(self, policy: Policy) -> list[Reward]:
-        device = str(policy.device)
+        device = policy.device.type
         found: list[Reward] = [
             critic_reward(model, self.prompt, self.critique, self.size, device) for model in self.critics
         ]

@@ -44,7 +44,7 @@ class GradientReader:
             messages: The chat about each, with one picture in it (any address).
 
         Returns:
-            (B, 2) valence and arousal, float32, with gradient to the pictures.
+            (B, 2) valence and arousal, float32 at least, with gradient to the pictures.
 
         Raises:
             UserError: The processor resamples pictures of this size.
@@ -62,7 +62,8 @@ class GradientReader:
                 prefix_allowed_tokens_fn=lambda _, said: answer[min(len(said) - start, len(answer) - 1)],
             )  # fmt: skip
         padding = (inputs["attention_mask"] == 0).sum(1)
-        logits = model(**self._on_the_right(inputs, written, padding)).logits.float()
+        logits = model(**self._on_the_right(inputs, written, padding)).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         rows = torch.arange(len(pictures), device=logits.device)
         # What stands before a token says how likely it is.
         before = [logits[rows, start + place - 1 - padding] for place in range(len(answer))]
