@@ -54,7 +54,7 @@ def bias_and_spread(readings: Sequence[Reading], target: EmotionTarget) -> tuple
     read = [{axis: getattr(it, axis) for axis in axes} for it in readings]
     if len(read) < 2 or any(value is None for it in read for value in it.values()):
         return None, None
-    middle = Reading(**{axis: float(np.mean([it[axis] for it in read])) for axis in axes})
+    middle = Reading.model_validate({axis: np.mean([it[axis] for it in read]) for axis in axes})
     apart = [sum(abs(it[axis] - getattr(middle, axis)) for axis in axes) for it in read]
     return error(middle, target), float(np.mean(apart))
 

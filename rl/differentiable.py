@@ -51,7 +51,7 @@ class CriticReward:
         known = {key: wanted[key] for key in ("max_tokens", "batch_size", "threads") if key in wanted}
         self._chat = EmbeddedLVLM(model=str(folder), device=device, **known)
         self._reader = GradientReader(self._chat)
-        self._prompt, self._critique = load_prompt(prompt), critique and load_prompt(critique)
+        self._prompt, self._critique = load_prompt(prompt), load_prompt(critique) if critique else None
         self._size = size
 
     def __call__(self, pictures: Tensor, prompts: Sequence[str], targets: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class CriticReward:
     def _full(self, pictures: Tensor, told: Sequence[dict[str, str]]) -> Tensor:
         assert self._critique
         pixels = (pictures.detach().permute(0, 2, 3, 1) * 255).round().to("cpu", torch.uint8).numpy()
-        asked = [
+        asked: list[Any] = [
             self._critique.messages((image_url(Image.fromarray(picture)),), **values)
             for picture, values in zip(pixels, told, strict=True)
         ]

@@ -105,7 +105,8 @@ class DPO(Objective):
         rw, rl = errors.to(x.device).T
         mw, ml = per_row(student - wanted).chunk(2)
         if self.safeguard is not None:
-            ml = safeguarded(ml, *(student - wanted).chunk(2), self.safeguard)
+            winner_off, loser_off = (student - wanted).chunk(2)
+            ml = safeguarded(ml, winner_off, loser_off, self.safeguard)
         loss = dpo_loss(mw, ml, rw, rl, self.beta)
         logits = ((rw - rl) - (mw - ml)).detach()
         return loss + hold, {
