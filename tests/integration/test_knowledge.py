@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emoloop.agents.rewriters import Rewrite, propose
+from emoloop.agents.rewriters import propose
 from emoloop.agents.rewriters.simple import SimpleRewriter
 from emoloop.domain import EmotionTarget, Example
 from emoloop.events import ImageGenerated, Rewritten
@@ -15,7 +15,7 @@ from emoloop.tools.words import WordModel
 from emoloop.traces.store import open_store
 from painter import Painter
 from rl_log import run_events, settings_for
-from scripted import Scripted
+from scripted import Own, Scripted
 
 TARGET = EmotionTarget(valence=2, arousal=0)
 
@@ -23,17 +23,11 @@ TARGET = EmotionTarget(valence=2, arousal=0)
 DID = {"bright": 2.0, "dark": -2.0, "red": -1.0, "calm": 0.5}
 
 
-class Own:
-    """Somebody's rewriter: every word in turn."""
+class Words(Own):
+    """Every word in turn."""
 
-    name = model = "own"
-    prompt_id = "own@1"
-
-    def __init__(self, asker: object, prompt: str) -> None:
-        pass
-
-    async def rewrite(self, neutral, target, rounds=(), *, comment="", seed=0) -> Rewrite:
-        return Rewrite(f"{neutral} {list(DID)[seed % 4]} {seed % 97}")
+    def says(self, neutral: str, seed: int) -> str:
+        return f"{neutral} {list(DID)[seed % 4]} {seed % 97}"
 
 
 def teach(home: Path, **more: Any) -> None:
@@ -59,7 +53,7 @@ def make(home: Path, model: Scripted | None = None, **options: Any) -> Loop:
         "proposals": 4,
         "patience": 3,
         "tolerance": 0.0,
-        "rewriter": f"{__name__}:Own",
+        "rewriter": f"{__name__}:Words",
     }
     return open_loop(generator=Painter(), lvlm=model or Scripted(), home=str(home), loop={**loop, **options})
 
