@@ -179,7 +179,7 @@ def load_artifact(
             expected = _bind(family, lora, name)
         _check_bound(pipe, path, name, expected)
         _activate(pipe, [*active, name])
-        _check_effect(family, path, name, tokens, before)
+        _check_effect(family, path, name, _alone(tokens, training), before)
         bridge = VisualBridge(family, prompts, visual.guidance) if prompts is not None and scale else None
     except Exception as error:
         with contextlib.suppress(Exception):
@@ -285,7 +285,7 @@ def save_artifact(
         raise UserError(
             f"no module of the {family.denoiser} carries the LoRA {adapter_name!r}: nothing to save"
         )
-    _check_effect(family, directory, adapter_name, emotion_tokens)
+    _check_effect(family, directory, adapter_name, _alone(emotion_tokens, training or {}))
     metadata = {
         f"{family.denoiser}.{key}": sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
@@ -396,6 +396,11 @@ def _check_bound(pipe: Any, path: Path, name: str, expected: set[str]) -> None:
         )
 
 
+def _alone(tokens: EmotionConditioner | None, training: Mapping[str, Any]) -> EmotionConditioner | None:
+    """The tokens of an artifact that was trained by them alone; any other LoRA has to do something itself."""
+    return tokens if training.get("config", {}).get("train", {}).get("lr") == 0 else None
+
+
 def _check_effect(
     family: Family, path: Path, name: str, tokens: EmotionConditioner | None, base: Tensor | None = None
 ) -> None:
@@ -415,7 +420,7 @@ def _check_effect(
 def _probe(family: Family, tokens: EmotionConditioner | None = None) -> Tensor:
     """The denoiser's prediction at a small size for a fixed prompt and noise: it sees all that carries a LoRA.
 
-    Tokens are told the strongest wish, since an artifact may speak by them alone.
+    Tokens that speak alone are told the strongest wish.
     """
     modules = [m for m in family.pipe.components.values() if isinstance(m, nn.Module) and m.training]
     for module in modules:
