@@ -8,7 +8,7 @@ teacher, whose pictures of one prompt are nearly one picture. A rising reward wi
 reward hacking; training then stops or says so.
 
 Two cheats have guards of their own. A critic's patches drawn over every picture show as energy at their period
-(`measures.grid`, against the base's own). And a LoRA that only undoes what its tokens do gives pictures that lie
+(`measures.grid`, against the base's own, under whichever prompt). And a LoRA that only undoes what its tokens do gives pictures that lie
 nearer to the base's than those of the tokens alone: its whole keeps little of the tokens' way.
 """
 
@@ -131,10 +131,11 @@ class Guards:
             return [yardstick[it][name] for it in whose if name in yardstick.get(it, {})]
 
         low = [it for it in GUARDS if it in figures and figures[it] < share * min(of(it, *GUARDS[it]))]
-        grids = [it for it in figures if it.startswith("grid_")]
-        return (
-            low + [it for it in grids if figures[it] * share > max(of(it, "base"), default=np.inf)] + undone
-        )
+        # What refined prompts draw has energy of its own at some periods.
+        most = {
+            it: max(of(it, "base", "rewrites")) for it in figures if it.startswith("grid_") and of(it, "base")
+        }
+        return low + [it for it in most if figures[it] * share > most[it]] + undone
 
     def _images(self, prompts: list[list[str]], voice: str) -> list[list[Image]]:
         """Of each request's prompts, each with a seed of its own."""
