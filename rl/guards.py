@@ -8,8 +8,8 @@ teacher, whose pictures of one prompt are nearly one picture. A rising reward wi
 reward hacking; training then stops or says so.
 
 Two cheats have guards of their own. A critic's patches drawn over every picture show as energy at their period
-(`measures.grid`, against the base's own, under whichever prompt). And a LoRA that only undoes what its tokens do gives pictures that lie
-nearer to the base's than those of the tokens alone: its whole keeps little of the tokens' way.
+(`measures.grid`, against the base's own, under whichever prompt). And a LoRA that only undoes what its tokens do gives
+pictures that lie nearer to the base's than those of the tokens alone: its whole keeps little of the tokens' way.
 """
 
 from __future__ import annotations
