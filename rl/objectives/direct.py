@@ -18,18 +18,21 @@ agree, and the guards watch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
+from ...domain import UserError
 from ..differentiable import Reward, critic_reward, custom_reward
 from .base import Batch, Metrics, Objective, normal_like, per_row
 
 if TYPE_CHECKING:
     from ..policy import Policy, State
+
+Pixels = Annotated[int, Field(ge=1)]
 
 #: Whether a way takes the states as constants, and whether its steps are the last ones and their number is drawn.
 WAYS = {"drtune": (True, False, False), "draft": (False, True, False), "alignprop": (False, True, True)}
@@ -49,7 +52,7 @@ class Direct(Objective):
     """Prompt file of the critics' score mode, whose gradient it is."""
     critique: str | None = None
     """Prompt file of their full critique, which then gives the value: a third less error, twice the time."""
-    size: tuple[int, int] | None = None
+    size: tuple[Pixels, Pixels] | None = None
     """(height, width) of what the critics see; None is the picture's own."""
     rollout_steps: int | None = Field(default=None, ge=1)
     """Sampler steps; None takes the model's default."""
@@ -70,14 +73,6 @@ class Direct(Objective):
     latent_noise: float = Field(default=0.0, ge=0)
     """The same on latents in front of the decoder; drawn between 0 and this."""
 
-    @model_validator(mode="after")
-    def _rewarded(self) -> Direct:
-        if not self.judges:
-            raise ValueError(
-                "direct needs a reward with a gradient: objective.critics=[MODEL] or objective.reward=PATH"
-            )
-        return self
-
     @property
     def judges(self) -> tuple[str, ...]:
         """The critics, and the reward."""
@@ -85,7 +80,15 @@ class Direct(Objective):
 
     @property
     def required_keys(self) -> frozenset[str]:
-        """Prompts and wishes; a picture for `direct_align`."""
+        """Prompts and wishes; a picture for `direct_align`.
+
+        Raises:
+            UserError: No reward.
+        """
+        if not self.judges:
+            raise UserError(
+                "direct needs a reward with a gradient: set objective.critics=[MODEL] or objective.reward=PATH"
+            )
         keys = {"prompt", "text", "target"}
         return frozenset(keys | {"winner"} if self.way == "direct_align" else keys)
 
