@@ -19,8 +19,13 @@ from .stats import Estimate, difference, estimate, sign_test
 from .suites import Suite
 from .wording import METRICS
 
-#: How far a guard may fall before it counts: 3 points of alignment or subject accuracy, a fifth of diversity.
-ALIGNMENT_SLACK, DIVERSITY_SLACK = 0.03, 0.8
+#: How far a guard may fall before it counts: 3 points of alignment or subject accuracy; of the base's diversity a
+#: quarter is left at least, since images of one feeling are more alike than neutral ones (an honest adapter's have two
+#: fifths).
+ALIGNMENT_SLACK, DIVERSITY_SLACK = 0.03, 0.25
+
+#: What distilled weights have to be better than, each trained or found on the same log.
+CONTROLS = ("tokens", "lora", "lookup", "planner", "rewrite")
 
 #: Parts of the loop's gain: name, what it says, from which arm to which.
 _PARTS = (
@@ -80,10 +85,13 @@ def of_request(
     ]
     features = [reading.features for reading in row.guard if reading and reading.features]
     errors = [metrics.axis_errors(reading, target) for reading in readings]
+    bias, spread = metrics.bias_and_spread(readings, target)
     return {
         "error": mean(metrics.error(reading, target) for reading in readings),
         "valence_error": mean(valence for valence, _ in errors),
         "arousal_error": mean(arousal for _, arousal in errors),
+        "bias": bias,
+        "spread": spread,
         "emotion_accuracy": mean(metrics.emotion_right(reading, target) for reading in readings),
         "subject_accuracy": mean(reading.subject_right for reading in readings),
         "alignment": looks("alignment"),
@@ -325,9 +333,8 @@ def flags(table: Table, trained: Sequence[str]) -> list[dict[str, Any]]:
         trained: Names of the arms that run on an adapter.
 
     Returns:
-        One entry for each mark: arm, what, and the sentence for the report. Differences are against `base`;
-        diversity against `teacher` (or `rewrite`), since images of one feeling are more alike than neutral
-        ones.
+        One entry for each mark: arm, what, and the sentence for the report. Differences are against `base`: the
+        teacher's pictures of one prompt are nearly one picture, and no yardstick for diversity.
     """
     found: list[dict[str, Any]] = []
     for arm in trained:
@@ -349,16 +356,35 @@ def flags(table: Table, trained: Sequence[str]) -> list[dict[str, Any]]:
                 if change.high is not None and change.high < -ALIGNMENT_SLACK:
                     what = f"{metric.replace('_', ' ')} changed by {change.value:+.2f} ({_span(change)})."
                     marks.append((metric, what))
-        for against in ("teacher", "rewrite", "base"):
-            if table.has(arm, against, metric="diversity"):
-                ratio = table.ratio("diversity", arm, against)
-                if ratio.high is not None and ratio.high < DIVERSITY_SLACK:
-                    what = f"diversity over seeds is {ratio.value:.0%} of {against}'s ({_span(ratio)})."
-                    marks.append(("diversity", what))
-                break
+        if table.has(arm, "base", metric="diversity"):
+            ratio = table.ratio("diversity", arm, "base")
+            if ratio.high is not None and ratio.high < DIVERSITY_SLACK:
+                what = f"diversity over seeds is {ratio.value:.0%} of the base's ({_span(ratio)})."
+                marks.append(("diversity", what))
         rose = f"{arm}: the reward rose by {reward.value:.2f} over base, but "
         found += [{"arm": arm, "what": what, "sentence": rose + sentence} for what, sentence in marks]
     return found
+
+
+def worth(table: Table, whole: str | None) -> dict[str, Estimate]:
+    """What distilled weights add, as falls of the error with paired intervals: above 0 they are nearer.
+
+    Args:
+        table: The columns.
+        whole: The arm with all of an adapter.
+
+    Returns:
+        `whole_minus_<control>` for each of `CONTROLS` that is there, and `direct_gain` where the arms `text` (the start
+        on text alone) and `direct` are.
+    """
+    pairs = {f"whole_minus_{control}": (control, whole) for control in CONTROLS if whole} | {
+        "direct_gain": ("text", "direct")
+    }
+    return {
+        name: table.difference("error", before, after)[0]
+        for name, (before, after) in pairs.items()
+        if after and table.has(before, after)
+    }
 
 
 def _span(found: Estimate) -> str:

@@ -8,12 +8,13 @@ mean, what one image is expected to be); any other hands over one, picked by the
 The controls are what makes a gain mean something: best-of-N at the loop's image budget (is it selection?),
 one rewrite without feedback (is it knowing the words?), both together, as many different rewrites as images (does
 feedback add anything to exploring?), the teacher
-(what of it could weights learn?), a phrase looked up in the log (did weights learn more than that?), and a reader that
-looks at no picture (what does the suite give for nothing?).
+(what of it could weights learn?), a phrase looked up in the log and an edit chosen by a reader of the log's wording
+(did weights learn more than those?), and a reader that looks at no picture (what does the suite give for nothing?).
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -31,7 +32,7 @@ from ..graph.state import Context, candidate_seed
 from ..settings import Settings, merged, read_set
 from ..tools.registry import resolve
 from ..traces.fold import answers
-from .lookup import Phrases
+from .lookup import Phrases, Planner
 from .records import Cost, Reading, Row
 from .reuse import Reuse, digest
 from .suites import Request, Suite
@@ -80,6 +81,11 @@ class Harness:
     def phrases(self) -> Phrases:
         """What the log's rewrites added and how that was read."""
         return Phrases.of_log(self.log)
+
+    @cached_property
+    def planner(self) -> Planner:
+        """What chooses edits by the log's wording."""
+        return Planner(self.log)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -189,6 +195,14 @@ async def lookup(harness: Harness, request: Request, seed: int, name: str) -> Ro
     return await harness.run(arm, request, seed, start=f"{request.prompt}{phrase}")
 
 
+async def planner(harness: Harness, request: Request, seed: int, name: str) -> Row:
+    """The edit of the neutral prompt that the log's wording promises to come nearest, as plain text: no picture is
+    made for it and no model asked."""
+    arm = Arm(name, {"rewriter": "keep", "rewrite_first": True, "rounds": 1})
+    edited = await asyncio.to_thread(lambda: harness.planner.edit(request.prompt, request.target))
+    return await harness.run(arm, request, seed, start=edited)
+
+
 #: Arms by name.
 ARMS = {
     name: Arm(name, options)
@@ -207,7 +221,7 @@ ARMS = {
         },
         "loop": {},
     }.items()
-} | {arm.__name__: Arm(arm.__name__, answer=arm) for arm in (teacher, constant, lookup)}
+} | {arm.__name__: Arm(arm.__name__, answer=arm) for arm in (teacher, constant, lookup, planner)}
 
 #: How a part of an adapter is named, `tokens_of_NAME`.
 PARTS = ("tokens", "lora")

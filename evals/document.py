@@ -70,6 +70,7 @@ def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
     table = analysis.Table(outcome.rows, outcome.pace, suite)
     estimates = table.estimates()
     gains = table.gains()
+    worth = analysis.worth(table, _whole_of(ready.arms))
     trained = [arm.name for arm in ready.arms if arm.adapter]
     base = outcome.generators.get("") or next(iter(outcome.generators.values()))
     asked = suite.requests
@@ -90,7 +91,10 @@ def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
         "judge": {"name": ready.judge.name, "version": ready.judge.version},
         "guard": ready.guard and {"name": ready.guard.name, "version": ready.guard.version},
         "reward_judge": ready.conflict,
-        "figures": {**analysis.figures(table, outcome.measures), **_training(ready.arms)},
+        "figures": {
+            **analysis.figures(table, {**outcome.measures, **worth}),
+            **_training(ready.arms),
+        },
         "arms": {
             arm.name: {
                 "adapter": arm.adapter and str(arm.adapter),
@@ -106,6 +110,7 @@ def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
         },
         "measures": {name: asdict(found) for name, found in outcome.measures.items()},
         "gains": gains,
+        "worth": {name: asdict(found) for name, found in worth.items()},
         "verdict": analysis.verdict(gains),
         "comparisons": table.comparisons(),
         "flags": analysis.flags(table, trained),
@@ -118,6 +123,17 @@ def describe(ready: Plan, outcome: Outcome, options: Options) -> dict[str, Any]:
         "wall_seconds": round(outcome.seconds, 1),
         "home": str(outcome.home),
     }
+
+
+def _whole_of(arms: Sequence[Arm]) -> str | None:
+    """The arm with all of an adapter in one pass: `whole`, else the first that is no control."""
+    passes = [
+        arm.name
+        for arm in arms
+        if arm.adapter and arm.options.get("rounds") == 1 and not arm.models["generator"].get("adapter_part")
+    ]
+    found = [name for name in passes if name not in (*analysis.CONTROLS, "text")]
+    return "whole" if "whole" in found else next(iter(found), None)
 
 
 def _training(arms: Sequence[Arm]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from ..graph.state import Context
 from ..settings import load_settings, merged, pruned
 from ..tools.children import GuardedProcess
 from ..tools.registry import resolve
-from .arms import load_arm, lookup
+from .arms import load_arm, lookup, planner
 from .document import Options, Plan, describe
 from .judges import conflict, load_judge, reward_sources
 from .ledger import check, record, release_of
@@ -51,7 +51,7 @@ def plan(options: Options) -> Plan:
     for arm, its in zip(arms, ours, strict=True):
         resolve(Context(**arm.options).over(its.loop)["rewriter"], REWRITERS, "rewriter")
     twice = [name for name, count in Counter(arm.name for arm in arms).items() if count > 1]
-    if any(arm.answer is lookup for arm in arms):
+    if any(arm.answer in (lookup, planner) for arm in arms):
         Phrases.of_log(settings)
     if twice:
         raise UserError(f"two arms are called {twice[0]!r}: name one of them, NAME={twice[0]}")

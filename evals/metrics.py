@@ -43,6 +43,22 @@ def error(reading: Reading | Critique, target: EmotionTarget) -> float | None:
     return sum(off for off in errors if off is not None)
 
 
+def bias_and_spread(readings: Sequence[Reading], target: EmotionTarget) -> tuple[float | None, float | None]:
+    """The two parts of the error of several pictures of one wish.
+
+    Returns:
+        Bias, the error of their mean reading: what the words or weights get wrong each time. And spread, the mean
+        |ΔV| + |ΔA| between each reading and that mean: what is luck. None for fewer than two pictures.
+    """
+    axes = [name for name, aim in zip(("valence", "arousal"), target.point, strict=True) if aim is not None]
+    read = [{axis: getattr(it, axis) for axis in axes} for it in readings]
+    if len(read) < 2 or any(value is None for it in read for value in it.values()):
+        return None, None
+    middle = Reading.model_validate({axis: np.mean([it[axis] for it in read]) for axis in axes})
+    apart = [sum(abs(it[axis] - getattr(middle, axis)) for axis in axes) for it in read]
+    return error(middle, target), float(np.mean(apart))
+
+
 #: Counts of images at which the error is told.
 IMAGES = (1, 2, 4, 8, 12, 24)
 

@@ -21,6 +21,8 @@ METRICS: dict[str, Metric] = {
     "error": Metric("|ΔV| + |ΔA|", less_is_better=True),
     "valence_error": Metric("V-Error", less_is_better=True),
     "arousal_error": Metric("A-Error", less_is_better=True),
+    "bias": Metric("bias", less_is_better=True),
+    "spread": Metric("spread", less_is_better=True),
     "error_reduction": Metric("error reduction"),
     "amortisation": Metric("amortisation"),
     "emotion_accuracy": Metric("Emo-A"),

@@ -49,8 +49,8 @@ class DataConfig(Section):
     phrases: int = Field(default=0, ge=0)
     """Above 0, `pairs` make way for `phrases`: so many additions, chosen to reach every target between
     them, that are told behind every neutral prompt (`rl/data/phrasebook.py`). One neutral prompt and target
-    then has one answer; a student that is shown many learns their average. New emotion tokens get as many
-    vectors to choose among; those of a previous adapter keep theirs."""
+    then has one answer, the one that a reader of the log's wording expects nearest; a student that is shown
+    many learns their average. More phrases serve each prompt better and are harder to learn."""
     phrase_targets: int = Field(default=32, ge=1)
     """Targets that each neutral prompt is told with them: its own, and others of the log; 20,000 in all
     and at most."""
@@ -89,8 +89,12 @@ class PolicyConfig(Section):
     """Name endings of the layers to adapt; None takes the family's attention projections."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in front of the LoRA."""
-    emotion_rank: int = Field(default=32, ge=1)
-    """Width of the emotion residual on the prompt's embeddings."""
+    emotion_rank: int = Field(default=32, ge=0)
+    """Width of the emotion residual on the prompt's embeddings; 0 has none, and the target reaches the denoiser
+    by the pooled embeddings, its modulation, alone."""
+    emotion_choices: int | None = Field(default=None, ge=0)
+    """Vectors that new emotion tokens choose among; None takes one for each of `data.phrases` and tells them which
+    phrase it is, 0 has no choice, for phrases too many to tell apart. Those of a previous adapter keep theirs."""
     emotion_hidden: int = Field(default=128, ge=1)
     """Width of the network that reads valence, arousal and a little of the prompt."""
     guidance: float | None = Field(default=None, ge=0)
@@ -120,16 +124,16 @@ class TrainConfig(Section):
     """Examples in one forward pass of one process."""
     accumulation: int = Field(default=1, ge=1)
     """Forward passes in one optimizer step."""
-    lr: float = Field(default=3e-4, gt=0)
-    """Learning rate of the LoRA (AdamW)."""
-    emotion_lr: float | None = Field(default=None, gt=0)
-    """Learning rate of the emotion tokens; None takes `lr`."""
-    visual_lr: float | None = Field(default=None, gt=0)
+    lr: float = Field(default=3e-4, ge=0)
+    """Learning rate of the LoRA (AdamW); 0 leaves it out, and what else learns is trained alone."""
+    emotion_lr: float | None = Field(default=None, ge=0)
+    """Learning rate of the emotion tokens; None takes `lr`, 0 leaves them as the start on text made them."""
+    visual_lr: float | None = Field(default=None, ge=0)
     """Learning rate of the visual prompts; None takes `lr`."""
     text_steps: int = Field(default=0, ge=0)
     """Steps before the first one in which the emotion tokens alone learn to make the refined prompt's
     embeddings of the neutral prompt's (`rl/warm_start.py`): no pass of the network, some hundredths of a
-    second each. For objectives with refined prompts."""
+    second each. The prompts are those of `data.phrases`, else the log's pairs, whatever the objective takes."""
     warmup: int = Field(default=10, ge=0)
     """Steps over which the rate rises."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -174,7 +178,9 @@ class GuardConfig(Section):
     steps: int | None = Field(default=None, ge=1)
     """Sampler steps; None takes the model's default."""
     tolerance: float = Field(default=0.3, gt=0, lt=1)
-    """A guard has fallen when it is this share below the lower of base and teacher."""
+    """A guard has fallen when it is this share below its yardsticks, a grid when the base's is this share below it."""
+    periods: tuple[Annotated[int, Field(ge=2)], ...] = (8, 12, 14, 16)
+    """Pixels after which a grid would repeat: patches of generators and critics."""
     action: Literal["stop", "flag"] = "flag"
     """What to do when the reward rises while a guard has fallen: "stop" or "flag"."""
     patience: int = Field(default=0, ge=0)

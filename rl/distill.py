@@ -46,6 +46,7 @@ from .objectives.base import Objective
 from .policy import PREVIOUS, STUDENT, Policy
 from .rollouts import Base, LogRollouts
 from .trainer import Outcome, Trainer, Watcher
+from .warm_start import TEXT
 
 _CONFIG = "config.yaml"
 
@@ -111,6 +112,7 @@ def distill(
     with open_store(settings, read_only=True) as store:
         dataset = Dataset(LogRollouts(store, where), config.data)
         train, held_out = dataset.examples(source), dataset.examples(source, "held_out")
+        text = dataset.examples(source_for(TEXT, config.data)) if config.train.text_steps else None
         accelerator = make_accelerator(config, training)
         generator = load_base(settings, config, dataset.base, accelerator.device)
         policy, cache = make_policy(settings, config, generator, store, dataset.base)
@@ -120,7 +122,7 @@ def distill(
         for note in notes:
             warn(note)
         trainer = Trainer(
-            config, objective, policy, train, held_out, cache, guards, training,
+            config, objective, policy, train, held_out, text, cache, guards, training,
             statistics["data_hash"], accelerator,
         )  # fmt: skip
         origin = Origin(dataset.base, dataset.reward, dataset.rollouts.critics(), source, statistics)
@@ -208,7 +210,8 @@ def make_policy(
             torch.manual_seed(config.train.seed)
             tokens = EmotionConditioner.for_embeds(
                 network.encode(None), tokens=knobs.extra_tokens, rank=knobs.emotion_rank,
-                hidden=knobs.emotion_hidden, choices=config.data.phrases,
+                hidden=knobs.emotion_hidden,
+                choices=config.data.phrases if knobs.emotion_choices is None else knobs.emotion_choices,
             )  # fmt: skip
     visual = None
     if previous is not None and previous.visual_prompts is not None:
@@ -297,7 +300,7 @@ def _record(
         "base": {**generator.describe(), "adapter": origin.base.adapter},
         "reward": {"name": origin.reward[0], "version": origin.reward[1]},
         # An evaluation refuses these as its headline judge.
-        "critics": origin.critics,
+        "critics": sorted({*origin.critics, *objective.judges}),
         "source": origin.source,
         "data": origin.data,
         "outcome": asdict(outcome),

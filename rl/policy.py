@@ -12,10 +12,10 @@ every adapter off, the network runs the base's own layers, so its output equals 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -30,6 +30,9 @@ from ..tools.diffusion.families import Conditioning, Family
 from ..tools.diffusion.visual import VisualBridge, VisualConditioner
 
 STUDENT, PREVIOUS, SLOW = "student", "previous", "slow"
+
+#: Further voices of `Policy.sample`: what made the traces, and the student with its LoRA off.
+REFERENCE, SWITCHED_OFF = "reference", "switched_off"
 
 
 class Trained(nn.Module):
@@ -60,6 +63,18 @@ class Trained(nn.Module):
         if target is not None:
             told = _condition(told, target, self.tokens, self.visual)
         return self._network.denoise(self.denoiser, x, t, told, guidance)
+
+
+#: A state (B, C, H, W), its times (B,) and what the student predicts there.
+State = tuple[Tensor, Tensor, Tensor]
+
+
+class Graded(NamedTuple):
+    """Which steps of a walk carry gradient; see `Policy.path`."""
+
+    steps: Collection[int]
+    detach: bool
+    states: list[State]
 
 
 #: Emotion tokens and visual prompts of a voice.
@@ -173,6 +188,13 @@ class Policy:
             return self._predict(x, t, self._heard(condition, target, self._reference), None, self.guidance)
 
     @torch.no_grad()
+    def switched_off(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
+        """Prediction under the student's own conditioners with its LoRA off (that of the round before on): what it
+        would say if the LoRA had learned nothing."""
+        with self.voice(self._reference):
+            return self._predict(x, t, condition, target, self.guidance)
+
+    @torch.no_grad()
     def slow(self, x: Tensor, t: Tensor, condition: Conditioning, target: Tensor) -> Tensor:
         """Prediction of the student's moving average."""
         with self.voice(SLOW):
@@ -216,6 +238,7 @@ class Policy:
         generator: torch.Generator,
         keep: int,
         early: float = 1.0,
+        late: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """States of the student's own guided sampling.
 
@@ -227,20 +250,56 @@ class Policy:
             generator: CPU generator of the noise and of the choice of states.
             keep: States a row, drawn without repetition and for each row by itself; at most as many as there are.
             early: Share of the steps, from the noisy end, whose states are drawn from; the rest is not walked.
+            late: Share of the steps, from the clean end, likewise; one state at least is left of both.
 
         Returns:
             States (keep · B, C, H, W) and times (keep · B,), state-major.
         """
         steps, guidance = steps or self.steps, self.guidance if guidance is None else guidance
         n, walked = len(condition), max(1, round(early * steps))
+        first = min(walked - 1, steps - max(1, round(late * steps)))
         noise = torch.randn(n, *self.latent_shape, generator=generator)
-        chosen = torch.rand(n, walked, generator=generator).argsort(1)[:, :keep]
+        chosen = first + torch.rand(n, walked - first, generator=generator).argsort(1)[:, :keep]
         with self.voice(STUDENT):
             # The last step leads to the clean image, which is no state to learn from: it is not taken.
             path = islice(self._walk(noise.to(self.device), condition, target, steps, guidance), walked)
             states, times = zip(*path, strict=True)
         kept = torch.stack(states)[chosen.T, torch.arange(n)].reshape(-1, *self.latent_shape)
         return kept, torch.stack(times)[chosen.T].reshape(-1).to(self.device)
+
+    def path(
+        self,
+        noise: Tensor,
+        condition: Conditioning,
+        target: Tensor,
+        trained: Collection[int],
+        *,
+        detach: bool,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> tuple[Tensor, list[State]]:
+        """The student's own sampling, with gradient.
+
+        Args:
+            noise: (B, C, H, W).
+            condition: (B) neutral prompts.
+            target: (B, 2).
+            trained: Numbers of the steps whose predictions carry gradient.
+            detach: Whether the denoiser takes each state without the gradient that led to it.
+            steps: Sampler steps, None for the default.
+            guidance: None for the default.
+
+        Returns:
+            Clean latents (B, C, H, W), and of each trained step the state, its times and the conditional prediction.
+        """
+        states: list[State] = []
+        guidance = self.guidance if guidance is None else guidance
+        walk = self._walk(
+            noise, condition, target, steps or self.steps, guidance, Graded(trained, detach, states)
+        )
+        with self.voice(STUDENT):
+            *_, (clean, _) = walk
+        return clean, states
 
     @torch.no_grad()
     def sample(
@@ -258,21 +317,27 @@ class Policy:
             condition: (B) prompts.
             target: (B, 2) targets; a base reference has no ear for them.
             seeds: B seeds.
-            voice: "student" or "reference".
+            voice: `STUDENT`, `REFERENCE` or `SWITCHED_OFF`.
             steps: None for the default.
         """
         noise = torch.cat(
             [torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         ).to(self.device)
         told: tuple[Conditioning, Tensor | None] = (condition, target)
-        if voice != STUDENT:
+        if voice == REFERENCE:
             told = self._heard(condition, target, self._reference), None
         with self.voice(STUDENT if voice == STUDENT else self._reference):
             *_, (clean, _) = self._walk(noise, *told, steps or self.steps, self.guidance)
         return self.network.decode(clean)
 
     def _walk(
-        self, x: Tensor, told: Conditioning, target: Tensor | None, steps: int, guidance: float
+        self,
+        x: Tensor,
+        told: Conditioning,
+        target: Tensor | None,
+        steps: int,
+        guidance: float,
+        graded: Graded | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """States and times of guided sampling from noise x to the clean image."""
         times = self.process.schedule(steps, self.network.image_tokens(self.latent_shape))
@@ -285,13 +350,19 @@ class Policy:
                     null = module.null(null)
             told = Conditioning.cat([null, told])
             target = None if target is None else torch.cat([torch.full_like(target, torch.nan), target])
-        for t, t_next in pairwise(times):
+        for number, (t, t_next) in enumerate(pairwise(times)):
             yield x, t
-            both = x.repeat(2, 1, 1, 1) if guided else x
-            out = self._predict(both, t.expand(len(both)), told, target, guidance)
+            learns = graded is not None and number in graded.steps
+            state = x if graded is None or (learns and not graded.detach) else x.detach()
+            both = state.repeat(2, 1, 1, 1) if guided else state
+            with torch.set_grad_enabled(learns):
+                out = self._predict(both, t.expand(len(both)), told, target, guidance)
+            conditional = out[-n:]
             if guided:
-                unconditional, conditional = out.chunk(2)
+                unconditional = out[:n]
                 out = unconditional + guidance * (conditional - unconditional)
+            if graded is not None and learns:
+                graded.states.append((state.detach(), t.expand(n).to(x.device), conditional))
             x = self.process.step(x, out.to(x), t, t_next)
         yield x, times[-1]
 

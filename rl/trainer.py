@@ -103,6 +103,7 @@ class Trainer:
         policy: What is trained.
         train: Training examples.
         held_out: Held-out examples, for the held-out loss; None or empty where there are none.
+        text: What the start on text is taught, with refined prompts; None where there is none.
         cache: Encodings.
         guards: What is watched, or None.
         folder: Checkpoints, metrics and sheets go here.
@@ -117,6 +118,7 @@ class Trainer:
         policy: Policy,
         train: Data,
         held_out: Data | None,
+        text: Data | None,
         cache: Cache,
         guards: Guards | None,
         folder: Path,
@@ -124,28 +126,23 @@ class Trainer:
         accelerator: Any,
     ) -> None:
         self.config, self.objective, self.policy = config, objective, policy
-        self._train, self._held_out, self._guards = train, held_out, guards
+        self._train, self._held_out, self._text, self._guards = train, held_out, text, guards
         self._folder, self._data_hash, self._accelerator = folder, data_hash, accelerator
         self._order = Order(len(train), config.train.seed)
         self._load = Loader(objective.required_keys, cache, policy.device)
-        if config.train.text_steps:
-            if "refined" not in objective.required_keys:
-                raise UserError(
-                    f"train.text_steps teaches what a refined prompt says, and {config.objective['name']} has "
-                    "none: set train.text_steps=0"
-                )
-            if policy.tokens.tokens:
-                raise UserError(
-                    "train.text_steps teaches the rows that a prompt has, and extra tokens are further ones: "
-                    "set train.text_steps=0 or policy.extra_tokens=0"
-                )
+        if text is not None and policy.tokens.tokens:
+            raise UserError(
+                "train.text_steps teaches the rows that a prompt has, and extra tokens are further ones: "
+                "set train.text_steps=0 or policy.extra_tokens=0"
+            )
         self._about_tokens = policy.tokens.about
         if policy.visual is not None:
             self._about_tokens = {**self._about_tokens, "visual": policy.visual.about}
         #: Before they are wrapped, since the wrapper may split them among processes.
         self._plain_tokens = copy.deepcopy(policy.tokens)
         # A previous adapter's tokens chose among another log's phrases.
-        chosen = {"phrase"} if config.data.phrases and config.policy.previous is None else set()
+        own = config.policy.previous is None and config.policy.emotion_choices is None
+        chosen = {"phrase"} if config.data.phrases and own else set()
         self._load_text = Loader(frozenset({"prompt", "added", "target"} | chosen), cache, policy.device)
         policy.null = policy.null.to(policy.device)
         self._adamw = self._make_optimizer()
@@ -158,6 +155,8 @@ class Trainer:
         self._metrics = Metrics(accelerator, folder)
         #: Why training stopped early, so that a resumed one does not run on.
         self._stopped: str | None = None
+        #: A start on text that broke off.
+        self._begun_text: dict[str, Any] | None = None
 
     # The loop.
 
@@ -175,8 +174,8 @@ class Trainer:
         with listening() as asked, self._metrics.open(outcome.steps if begun else -1):
             if not begun:
                 self._look()
-                if knobs.text_steps and not self._warm_start(asked):
-                    stop = "interrupted"
+            if self._text is not None and (not begun or self._begun_text) and not self._warm_start(asked):
+                stop = "interrupted"
             while outcome.steps < knobs.steps and stop is None:
                 figures = self._step(outcome.steps)
                 outcome.steps += 1
@@ -209,16 +208,20 @@ class Trainer:
 
     def _warm_start(self, asked: list[int]) -> bool:
         """Teach the emotion tokens on text alone, the same in all processes; False if asked to stop meanwhile."""
-        knobs = self.config.train
+        knobs, text = self.config.train, self._text
+        assert text is not None
+        order = Order(len(text), knobs.seed)
 
         def batch(step: int) -> Batch:
-            chosen = self._order.take(step * BATCH, BATCH)
-            return self._load_text(self._train.fetch(chosen, np.random.default_rng([6, knobs.seed, step])))
+            chosen = order.take(step * BATCH, BATCH)
+            return self._load_text(text.fetch(chosen, np.random.default_rng([6, knobs.seed, step])))
 
-        done = warm_start(self._plain_tokens, batch, knobs.text_steps, lambda: self._anywhere(asked))
-        if done is None:
+        taught, loss, self._begun_text = warm_start(
+            self._plain_tokens, batch, knobs.text_steps, lambda: self._anywhere(asked), self._begun_text
+        )
+        if self._begun_text is not None:
+            self._save()
             return False
-        taught, loss = done
         self._check("text loss", loss, 0)
         taught_state = {f"tokens.{name}": value for name, value in taught.state_dict().items()}
         self._set_weights(taught_state, whole=False)
@@ -284,8 +287,8 @@ class Trainer:
         knobs, named = self.config.train, self.policy.parameters()
         rates = {
             "denoiser.": knobs.lr,
-            "tokens.": knobs.emotion_lr or knobs.lr,
-            "visual.": knobs.visual_lr or knobs.lr,
+            "tokens.": knobs.lr if knobs.emotion_lr is None else knobs.emotion_lr,
+            "visual.": knobs.lr if knobs.visual_lr is None else knobs.visual_lr,
         }
         groups = [
             {"params": params, "lr": rate}
@@ -358,7 +361,9 @@ class Trainer:
                 if self._due(config.sheet_every) and self._accelerator.is_main_process:
                     sheet = self._folder / "samples" / f"step-{step:07d}.png"
                     sheet.parent.mkdir(exist_ok=True)
-                    grid = make_image_grid([it for row in images for it in row], len(images), len(images[0]))
+                    # The teacher's first: what is wrong with it the student learns too.
+                    rows = [[*one, *other] for one, other in zip(self._guards.teacher, images, strict=True)]
+                    grid = make_image_grid([it for row in rows for it in row], len(rows), len(rows[0]))
                     grid.save(sheet, compress_level=1)
         self._metrics.log(step, figures, look=True)
         return stop
@@ -386,6 +391,7 @@ class Trainer:
             and {"names": torch.tensor(list(memory)), "rows": torch.stack(list(memory.values()))},
             "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
             "tokens": self._about_tokens,
+            "text": self._begun_text,
             "data_hash": self._data_hash,
             "best_held_out": list(self._best_held_out),
             "stopped": self._stopped,
@@ -437,6 +443,7 @@ class Trainer:
         one, other = state["best_held_out"]
         self._best_held_out = one, other
         self._outcome.steps, self._stopped = state["step"], state["stopped"]
+        self._begun_text = state.get("text")
         return True
 
     def _set_weights(self, weights: dict[str, Any], whole: bool = True) -> None:

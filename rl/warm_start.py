@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from torch.nn.functional import cross_entropy
 from ..tools.diffusion.conditioners import EmotionConditioner
 from ..tools.diffusion.families import Conditioning
 from .objectives.base import Batch
+
+#: What an example has to have.
+TEXT = frozenset({"prompt", "refined", "target"})
 
 #: Examples in one step, many since they are cheap, and AdamW's rate at the start: the loss has no unit.
 BATCH, RATE = 64, 2e-3
@@ -60,24 +64,31 @@ def warm_start(
     batches: Callable[[int], Batch],
     steps: int,
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[EmotionConditioner, float] | None:
+    begun: dict[str, Any] | None = None,
+) -> tuple[EmotionConditioner, float, dict[str, Any] | None]:
     """Teach a copy of the tokens.
 
     Args:
         tokens: Where to start.
         batches: Gives the batch of a step.
         steps: How many.
-        stop: Asked before each step whether to give up.
+        stop: Asked before each step whether to break off.
+        begun: What an earlier call left when it broke off.
 
     Returns:
-        The taught copy, and its mean loss over the last tenth of the steps; None where it was stopped.
+        The taught copy, its mean loss over the last tenth of the steps, and where it broke off what `begun` takes.
     """
     taught = copy.deepcopy(tokens).float().requires_grad_(True)
     optimizer = torch.optim.AdamW(taught.parameters(), lr=RATE, weight_decay=0.0)
     losses: list[float] = []
-    for step in range(steps):
+    if begun is not None:
+        taught.load_state_dict(begun["tokens"])
+        optimizer.load_state_dict(begun["optimizer"])
+        losses = list(begun["losses"])
+    for step in range(len(losses), steps):
         if stop():
-            return None
+            left = {"tokens": taught.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+            return taught, math.nan, left
         optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         loss = text_loss(taught, batches(step))
         loss.backward()
@@ -85,4 +96,4 @@ def warm_start(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
     last = losses[-max(1, steps // 10) :]
-    return taught, sum(last) / len(last)
+    return taught, sum(last) / len(last), None

@@ -40,6 +40,35 @@ def edge_density(image: Image, threshold: float = 0.1) -> float:
     return float((gradient > threshold).mean())
 
 
+def grid(image: Image, period: int) -> float:
+    """Energy at the frequencies of a grid over that of its neighbours: about 1 for a picture that has none.
+
+    The luminance, under a Hann window, is Fourier transformed. A pattern that repeats after `period` pixels in both
+    directions has all its energy at multiples of 1 / `period`; each of them is compared with the eight frequencies
+    around it, and the geometric mean of the ratios taken.
+
+    Args:
+        image: At least 4 periods wide and high, or the frequencies lie too near.
+        period: In pixels.
+    """
+    luminance = pixels(image) @ np.array([0.299, 0.587, 0.114]) / 255
+    height, width = luminance.shape
+    window = np.outer(np.hanning(height), np.hanning(width))
+    # The floor is what rounding to 256 levels leaves.
+    power = np.square(np.abs(np.fft.fft2((luminance - luminance.mean()) * window))) + 1e-6
+    apart = max(2, min(height, width) // period // 2 - 1)
+    places = np.arange(period) - (period - 1) // 2
+    rows, columns = (np.round(places * length / period).astype(int) for length in (height, width))
+    y, x = (it.ravel() for it in np.meshgrid(rows, columns, indexing="ij"))
+    y, x = y[(here := (y != 0) | (x != 0))], x[here]
+
+    def at(down: int, right: int) -> np.ndarray:
+        return np.log(power[(y + down) % height, (x + right) % width])
+
+    around = [(down, right) for down in (-apart, 0, apart) for right in (-apart, 0, apart) if down or right]
+    return float(np.exp(np.mean(at(0, 0) - np.mean([at(*way) for way in around], axis=0))))
+
+
 def diversity(features: Sequence[Sequence[float]] | np.ndarray) -> float:
     """Mean cosine distance between the features of different images, in [0, 2]; 0 for fewer than two.
 

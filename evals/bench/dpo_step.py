@@ -46,7 +46,8 @@ from ...tools.diffusion.conditioners import EmotionConditioner
 from ...tools.diffusion.families import family_of
 from ...tools.fingerprint import versions
 
-#: The settings of public LoRA recipes for the script (its own default beta, 5000, is for full fine-tuning).
+#: The settings of public LoRA recipes for the script (its own default beta, 5000, is for full fine-tuning); the
+#: script's scale of beta is half of ours.
 _BETA, _RANK, _LR = 2500.0, 8, 1e-5
 
 #: Noise draws of a pair.
@@ -178,7 +179,7 @@ class _Ours(_Side):
         super().__init__()
         self.forgets = forgets
         network = family_of(_pipeline(size))
-        self.objective: Any = load_objective("dpo", {"beta": _BETA, "draws": _DRAWS})
+        self.objective: Any = load_objective("dpo", {"beta": 2 * _BETA, "draws": _DRAWS})
         self.policy = Policy(
             network, EmotionConditioner.for_embeds(network.encode("a")), rank=_RANK, alpha=_RANK, steps=2,
             guidance=1.0, size=(size, size),

@@ -27,11 +27,11 @@ from ..rollouts import Rollout
 
 #: What each source can give, narrowest first: an objective takes the first that has its keys.
 SOURCES: dict[str, frozenset[str]] = {
-    "phrases": frozenset({"number", "prompt", "target", "refined", "advantage", "phrase"}),
-    "pairs": frozenset({"number", "prompt", "target", "refined", "advantage", "latents"}),
-    "bests": frozenset({"number", "prompt", "target", "winner"}),
-    "preferences": frozenset({"number", "prompt", "target", "winner", "loser"}),
-    "groups": frozenset({"number", "prompt", "target", "latents", "reward", "rewards"}),
+    "phrases": frozenset({"number", "text", "prompt", "target", "refined", "advantage", "phrase"}),
+    "pairs": frozenset({"number", "text", "prompt", "target", "refined", "advantage", "latents"}),
+    "bests": frozenset({"number", "text", "prompt", "target", "winner"}),
+    "preferences": frozenset({"number", "text", "prompt", "target", "winner", "loser"}),
+    "groups": frozenset({"number", "text", "prompt", "target", "latents", "reward", "rewards"}),
 }
 
 #: A row of each source's table: numbers only, so that a large log fits; the rest is fetched for a batch.
@@ -98,7 +98,7 @@ def source_for(keys: frozenset[str], config: DataConfig | None = None) -> str:
             "sampler logged it while generating"
         )
     phrased = config is not None and config.phrases > 0
-    wanted = [name for name in SOURCES if (name == "phrases") == phrased]
+    wanted = [name for name in SOURCES if name != ("pairs" if phrased else "phrases")]
     for name in wanted:
         if keys <= SOURCES[name]:
             return name

@@ -37,7 +37,10 @@ class Loader:
 
     def __call__(self, examples: Sequence[Any]) -> Batch:
         """One batch on the device; see `objectives.base` for the keys."""
-        return {key: self._column(key, examples).to(self._device) for key in sorted(self._keys)}
+        batch: dict[str, Any] = {
+            key: self._column(key, examples).to(self._device) for key in sorted(self._keys - {"text"})
+        }
+        return batch | ({"text": [it.prompt for it in examples]} if "text" in self._keys else {})
 
     def _column(self, key: str, examples: Sequence[Any]) -> Any:
         if key == "added":

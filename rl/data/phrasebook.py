@@ -103,13 +103,11 @@ class Phrasebook:
         return Phrasebook(phrases, self.alignment[places], self.doubt[places], self.reader)
 
 
-def build(tried: Sequence[Tried], targets: NDArray[np.float64], size: int) -> Phrasebook:
-    """Choose the additions that between them surely come nearest to the targets, greedily.
+def every_addition(tried: Sequence[Tried]) -> Phrasebook:
+    """All additions that fit other prompts, and the reader.
 
     Args:
         tried: All rounds of the training runs.
-        targets: (N, 2) wanted valence and arousal; NaN where an axis is not wanted.
-        size: Additions at most.
 
     Raises:
         UserError: No addition fits other prompts.
@@ -136,13 +134,28 @@ def build(tried: Sequence[Tried], targets: NDArray[np.float64], size: int) -> Ph
         raise UserError("data.phrases: no word stands in two prompts of the log: collect more runs")
     aligned = np.array([it.alignment for it in tried])
     alignment, doubt = ([of[places].mean(0) for places in found.values()] for of in (aligned, reader.errors))
-    every = Phrasebook(tuple(found), np.array(alignment), np.array(doubt), reader)
+    return Phrasebook(tuple(found), np.array(alignment), np.array(doubt), reader)
+
+
+def build(tried: Sequence[Tried], targets: NDArray[np.float64], size: int) -> Phrasebook:
+    """Choose the additions that between them surely come nearest to the targets, greedily.
+
+    Args:
+        tried: All rounds of the training runs.
+        targets: (N, 2) wanted valence and arousal; NaN where an axis is not wanted.
+        size: Additions at most.
+
+    Raises:
+        UserError: No addition fits other prompts.
+    """
+    every, rng = every_addition(tried), np.random.default_rng(_SEED)
+    neutral = list(dict.fromkeys(it.neutral for it in tried))
     asked = [neutral[place] for place in rng.permutation(len(neutral))[:_PROMPTS]]
     wanted = targets[rng.permutation(len(targets))[:_TARGETS]]
-    misses = every.misses(every.expect(asked), wanted[:, None]).reshape(-1, len(found))
+    misses = every.misses(every.expect(asked), wanted[:, None]).reshape(-1, len(every.phrases))
     chosen: list[int] = []
     nearest = np.full(len(misses), math.inf)
-    while len(chosen) < min(size, len(found)):
+    while len(chosen) < min(size, len(every.phrases)):
         left = np.minimum(misses, nearest[:, None]).mean(0)
         left[chosen] = math.inf
         chosen.append(int(left.argmin()))

@@ -15,6 +15,7 @@ OBJECTIVES: dict[str, str] = {
     "dpo": ".rl.objectives.dpo:DPO",
     "nft": ".rl.objectives.nft:NFT",
     "rwr": ".rl.objectives.rwr:RWR",
+    "direct": ".rl.objectives.direct:Direct",
     "sft": ".rl.objectives.sft:SFT",
     "flow-grpo": ".rl.online.objective:FlowGRPO",
 }

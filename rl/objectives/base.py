@@ -8,6 +8,7 @@ file of your own and name it by a dotted path (`emoloop distill my_pkg.my_mod:My
 Batch keys (B rows, one for each example):
 
     prompt     Conditioning of the neutral prompt
+    text       the neutral prompts themselves, a list
     refined    Conditioning of the prompt that the loop found
     added      the same with the rows in the order of `Family.added_last`
     target     (B, 2) wanted valence and arousal, NaN where an axis does not matter
@@ -63,6 +64,11 @@ class Objective(BaseModel, ABC):
     def loss(self, batch: Batch, policy: Policy, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """The scalar loss of one batch and figures worth logging."""
 
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """Models that reward while training, beside those of the log: an evaluation takes none for its judge."""
+        return ()
+
     def slow_decay(self, step: int) -> float | None:
         """Decay of the policy's moving average after optimizer step `step`; None where none is needed."""
         return None
@@ -93,8 +99,8 @@ class Objective(BaseModel, ABC):
         Returns:
             (prediction of the given rows, scalar hold loss already weighted).
         """
-        held = round(self.hold_fraction * len(x))
-        if not held or not self.hold_weight:
+        held = self._held(x)
+        if not held:
             return policy.student(x, t, condition, target), x.new_zeros(())
         null, nothing = policy.null.expand(held), no_target(held, x.device)
         both = Conditioning.cat([condition, null])
@@ -103,6 +109,22 @@ class Objective(BaseModel, ABC):
         )
         drift = per_row(out[len(x) :] - policy.reference(x[:held], t[:held], null, nothing)).mean()
         return out[: len(x)], self.hold_weight * self.hold_fraction * drift
+
+    def hold(self, x: Tensor, t: Tensor, policy: Policy) -> Tensor:
+        """The loss of the held rows alone, weighted; x and t as for `with_hold`."""
+        held = self._held(x)
+        if not held:
+            return x.new_zeros(())
+        null, nothing = policy.null.expand(held), no_target(held, x.device)
+        at = (x[:held], t[:held], null, nothing)
+        return (
+            self.hold_weight
+            * self.hold_fraction
+            * per_row(policy.student(*at) - policy.reference(*at)).mean()
+        )
+
+    def _held(self, x: Tensor) -> int:
+        return round(self.hold_fraction * len(x)) if self.hold_weight else 0
 
 
 def per_row(error: Tensor) -> Tensor:

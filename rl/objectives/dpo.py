@@ -2,10 +2,14 @@
 
 With ℓ the mean squared error of a prediction, same noise and time for both images of a pair:
 
-    L = -log σ( β [ (ℓ_ref^w - ℓ_ref^l) - (ℓ_θ^w - ℓ_θ^l) ] )
+    L = -log σ( β/2 [ (ℓ_ref^w - ℓ_ref^l) - (ℓ_θ^w - ℓ_θ^l) ] )
 
-β is diffusers' (`train_diffusion_dpo.py`); the paper and its repository write β/2 in the same place, so a β
-of 2000 here is 4000 there.
+β is the paper's and Flow-GRPO's. diffusers' script (`train_diffusion_dpo.py`) leaves the half out: a β of 2500 there
+is 5000 here.
+
+Nothing in the formula keeps ℓ_θ^w from rising as long as ℓ_θ^l rises faster. Diffusion-SDPO's safeguard scales the
+loser's gradient by λ = clip((1 - μ) ||g_w||² / <g_w, g_l>, 0, 1) where the product of both gradients (of the errors, by
+the predictions) is positive: to first order the winner's error then never rises.
 """
 
 from __future__ import annotations
@@ -39,14 +43,32 @@ def dpo_loss(
         Scalar mean over the pairs.
     """
     logits = (reference_winner - reference_loser).detach() - (model_winner - model_loser)
-    return -F.logsigmoid(beta * logits).mean()
+    return -F.logsigmoid(beta / 2 * logits).mean()
+
+
+def safeguarded(loser_error: Tensor, winner_off: Tensor, loser_off: Tensor, margin: float) -> Tensor:
+    """The loser's errors as they are, with their gradient scaled by λ.
+
+    Args:
+        loser_error: (B,) errors of the student on the losers.
+        winner_off: (B, …) its predictions minus the wanted ones on the winners, to which g_w is proportional.
+        loser_off: (B, …) the same on the losers.
+        margin: μ, in [0, 1].
+    """
+    winner, loser = (off.detach().flatten(1) for off in (winner_off, loser_off))
+    product = (winner * loser).sum(1)
+    share = ((1 - margin) * winner.square().sum(1) / product.clamp_min(1e-12)).clamp(0, 1)
+    share = torch.where(product > 0, share, torch.ones_like(share))
+    return share * loser_error + (1 - share) * loser_error.detach()
 
 
 class DPO(Objective):
     """Preference pairs under the neutral prompt."""
 
     beta: float = Field(default=100.0, gt=0)
-    """Diffusers' scale; 2000–5000 for epsilon models, about 100 for flows (Flow-GRPO)."""
+    """The paper's scale; 2000–5000 for epsilon models, 100 for flows (Flow-GRPO)."""
+    safeguard: float | None = Field(default=None, ge=0, le=1)
+    """μ of Diffusion-SDPO's scale of the loser's gradient; None leaves that as it is."""
     draws: int = Field(default=0, ge=0)
     """Noise and time of a pair come from so many fixed draws, and the reference's errors on them are
     remembered: from the second meeting on, the reference costs nothing. 0 draws afresh each time."""
@@ -82,11 +104,14 @@ class DPO(Objective):
         errors = policy.recall(names, reference) if names else reference(torch.arange(len(winner)))
         rw, rl = errors.to(x.device).T
         mw, ml = per_row(student - wanted).chunk(2)
+        if self.safeguard is not None:
+            winner_off, loser_off = (student - wanted).chunk(2)
+            ml = safeguarded(ml, winner_off, loser_off, self.safeguard)
         loss = dpo_loss(mw, ml, rw, rl, self.beta)
         logits = ((rw - rl) - (mw - ml)).detach()
         return loss + hold, {
             "accuracy": ((logits > 0).float() + 0.5 * (logits == 0).float()).mean().item(),
-            "margin": self.beta * logits.mean().item(),
+            "margin": self.beta / 2 * logits.mean().item(),
             "winner_error": mw.mean().item(),
             "loser_error": ml.mean().item(),
             "hold": hold.item(),

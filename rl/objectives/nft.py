@@ -4,13 +4,15 @@
     L  = E[ r ||x̂0⁺ - x0||² / w⁺ + (1 - r) ||x̂0⁻ - x0||² / w⁻ ] · c / β  +  λ ||v_θ - v_ref||²
 
 in the space of clean images, each term divided by its own mean absolute error w (a constant), as the paper's
-code does. v_old is a moving average of the student. The images have to come from (near) that policy: on the
-groups of round 0 of the latest traces this holds; on other rounds it is off-policy, and the dataset says so.
+code does. The images have to come from v_old. Of a log they come from what made the traces, and so v_old is that: an
+average that follows the student while the images stay has no fixed point (the loss then pulls by
+-2β Cov(2r - 1, v) for ever). Where images are sampled again as the student moves, v_old is its moving average, as in
+the paper. On groups beyond round 0 it is off-policy, and the dataset says so.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -65,6 +67,9 @@ class NFT(Objective):
     """5 keeps r near 1/2 for most images; 1 to 2 sharpens."""
     kl_weight: float = Field(default=1e-4, ge=0)
     """λ."""
+    old: Literal["reference", "slow"] = "reference"
+    """v_old: "reference" is what made the traces, "slow" the student's moving average, for images that are sampled
+    again."""
     decay_rate: float = Field(default=0.001, ge=0)
     """The average's decay rises by this each step …"""
     decay_max: float = Field(default=0.5, ge=0, lt=1)
@@ -75,16 +80,16 @@ class NFT(Objective):
         """Images with the rewards of their group."""
         return frozenset({"prompt", "target", "latents", "reward", "rewards"})
 
-    def slow_decay(self, step: int) -> float:
-        """The paper's first schedule."""
-        return min(self.decay_rate * step, self.decay_max)
+    def slow_decay(self, step: int) -> float | None:
+        """The paper's first schedule, where v_old is the average."""
+        return None if self.old == "reference" else min(self.decay_rate * step, self.decay_max)
 
     def loss(self, batch: Batch, policy: Policy, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """See the module's formula."""
         clean, prompt, target = batch["latents"], batch["prompt"], batch["target"]
         x, t, _ = self.draw_states(batch, "latents", policy, generator)
         student, hold = self.with_hold(x, t, prompt, target, policy)
-        old = policy.slow(x, t, prompt, target)
+        old = (policy.slow if self.old == "slow" else policy.reference)(x, t, prompt, target)
         plus, minus = (
             policy.process.clean(x, (1 - sign * self.beta) * old + sign * self.beta * student, t)
             for sign in (1, -1)

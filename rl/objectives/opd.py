@@ -63,6 +63,8 @@ class OPD(Objective):
     only those are right that would make it so: the others pull it towards an average. Early states show
     nothing yet; later ones are better taken from logged images of the very prompt (`on_policy` below
     1)."""
+    late: float = Field(default=1.0, gt=0, le=1)
+    """Share of its steps, from the clean end, likewise (DanceOPD takes one state of low noise)."""
     space: Literal["velocity", "clean"] = "velocity"
     """"velocity" weighs all times alike; "clean" compares the implied clean images (w = t²)."""
     teacher: Literal["reference", "slow"] = "reference"
@@ -88,7 +90,7 @@ class OPD(Objective):
         if own:
             x, t = policy.rollout(
                 prompt, target, steps=self.rollout_steps, guidance=self.guidance, generator=generator,
-                keep=self.states, early=self.early,
+                keep=self.states, early=self.early, late=self.late,
             )  # fmt: skip
         else:
             parts = [self.draw_states(batch, "latents", policy, generator)[:2] for _ in range(self.states)]

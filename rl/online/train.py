@@ -123,7 +123,17 @@ def train_flow_grpo(
             precision = config.train.precision
             rows = Rows(collector, objective, policy, load, config.train.batch_size, TOLERANCE[precision])
             trainer = Trainer(
-                config, objective, policy, rows, None, cache, guards, training, data["data_hash"], accelerator
+                config,
+                objective,
+                policy,
+                rows,
+                None,
+                None,
+                cache,
+                guards,
+                training,
+                data["data_hash"],
+                accelerator,
             )
             origin = Origin(base, collector.reward, collector.critics(), "online", {**data, "name": name})
             return train_into(out, trainer, generator, origin, notes, resume=resume, watch=watch)

@@ -159,7 +159,7 @@ def test_rollout_keeps_states_of_its_own_path() -> None:
 def test_dpo_on_a_unet_equals_the_formula_of_diffusers() -> None:
     policy = make("sd15")
     stir(policy)
-    objective = load_objective("dpo", {"beta": 25.0})
+    objective = load_objective("dpo", {"beta": 50.0})
     told = policy.network.encode("a dog").expand(2)
     generator = torch.Generator().manual_seed(9)
     winner, loser = (torch.randn(2, *policy.latent_shape, generator=generator) for _ in range(2))

@@ -14,7 +14,7 @@ from emoloop.evals.suites import load_suite
 from emoloop.graph.loop import open_loop
 
 ADAPTER = Path(emoloop.__file__).parent / "miniature" / "adapters" / "opd"
-ARMS = [*load_suite("test").arms, "lookup", "tokens_of_opd", "lora_of_opd"]
+ARMS = [*load_suite("test").arms, "lookup", "planner", "tokens_of_opd", "lora_of_opd"]
 SUITE = {
     "name": "small",
     "version": 1,

@@ -2,7 +2,7 @@
 
 import pytest
 from emoloop.domain import Candidate, Critique, EmotionTarget, Round
-from emoloop.evals.analysis import Table, figures, flags, of_request, verdict
+from emoloop.evals.analysis import Table, figures, flags, of_request, verdict, worth
 from emoloop.evals.records import Cost, Reading, Row
 from emoloop.evals.suites import Request, Suite
 from eval_rows import CORNERS, off, row, rows_of, run_of
@@ -88,6 +88,32 @@ def test_a_planted_cheat_is_flagged(cheat, what):
     found = flags(Table(rows_of(arms)), ["hack"])
     assert [flag["what"] for flag in found] == [what]
     assert "the reward rose" in found[0]["sentence"]
+
+
+def test_diversity_is_held_against_the_base_and_not_against_a_teacher_that_has_collapsed():
+    arms = {"base": (2.0, 0.9, 0.9, 0.1), "teacher": (0.7, 0.9, 0.02, 0.8), "hack": (0.8, 0.9, 0.02, 0.9)}
+    assert [flag["what"] for flag in flags(Table(rows_of(arms)), ["hack"])] == ["diversity"]
+
+
+def test_what_the_weights_add_to_each_control():
+    arms = {
+        "base": 2.0,
+        "lookup": 1.1,
+        "planner": 1.0,
+        "tokens": 1.2,
+        "text": 1.3,
+        "whole": 0.8,
+        "direct": 0.9,
+    }
+    table = Table(rows_of({arm: (miss, 0.9, 0.5, 0.0) for arm, miss in arms.items()}))
+    found = worth(table, "whole")
+    assert set(found) == {"whole_minus_lookup", "whole_minus_planner", "whole_minus_tokens", "direct_gain"}
+    for name, wanted in (("lookup", 0.3), ("planner", 0.2), ("tokens", 0.4)):
+        assert found[f"whole_minus_{name}"].value == pytest.approx(wanted, abs=0.1)
+    assert found["direct_gain"].value == pytest.approx(0.4, abs=0.1) and found["direct_gain"].low > 0
+    assert set(worth(table, None)) == {"direct_gain"}
+    flat = figures(table, found)
+    assert flat["whole_minus_planner_low"] < flat["whole_minus_planner"] < flat["whole_minus_planner_high"]
 
 
 def test_no_flag_where_the_reward_did_not_rise():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from emoloop.domain import Emotion, EmotionTarget
 from emoloop.evals import metrics
+from emoloop.evals.metrics import bias_and_spread
 from emoloop.evals.records import Reading
 from emoloop.evals.suites import Request
 from torchmetrics.functional import kendall_rank_corrcoef, mean_absolute_error, pairwise_cosine_similarity
@@ -105,3 +106,14 @@ def test_sweeps_do_not_mix_prompts_or_categories():
     ] + [Request(prompt="thing", target=EmotionTarget(valence=float(i), arousal=0)) for i in range(3)]
     ((axis, places),) = metrics.sweeps(requests)
     assert axis == "valence" and places == [3, 4, 5]
+
+
+def test_bias_is_what_the_mean_misses_and_spread_what_luck_adds():
+    target = EmotionTarget(valence=2, arousal=-1)
+    readings = [Reading(valence=1, arousal=-1), Reading(valence=2, arousal=0), Reading(valence=0, arousal=1)]
+    bias, spread = bias_and_spread(readings, target)
+    assert bias == pytest.approx(1 + 1) and spread == pytest.approx((0 + 1 + 1 + 0 + 1 + 1) / 3)
+    # Misses on both sides are no bias.
+    assert bias_and_spread([Reading(valence=1), Reading(valence=3)], EmotionTarget(valence=2)) == (0.0, 1.0)
+    assert bias_and_spread(readings[:1], target) == (None, None)
+    assert bias_and_spread([Reading(valence=1), Reading(arousal=1)], target) == (None, None)

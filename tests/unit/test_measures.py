@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from emoloop.tools.measures import colourfulness, diversity, edge_density
+from emoloop.tools.measures import colourfulness, diversity, edge_density, grid
 from PIL import Image
 
 
@@ -45,3 +45,16 @@ def test_diversity_is_the_mean_cosine_distance() -> None:
         1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) for i, a in enumerate(rows) for b in rows[i + 1 :]
     ]
     assert diversity(rows) == pytest.approx(np.mean(pairs))
+
+
+def test_a_grid_shows_at_its_own_period_however_faint() -> None:
+    rng = np.random.default_rng(0)
+    # Soft shapes, as pictures have.
+    noise = rng.standard_normal((96, 96, 3)).cumsum(0).cumsum(1)
+    picture = 128 + 60 * (noise - noise.mean()) / np.abs(noise).max()
+    y, x = np.mgrid[:96, :96]
+    lines = ((x % 12 == 0) | (y % 12 == 0))[..., None]
+    plain, drawn = (Image.fromarray((picture + add).clip(0, 255).astype(np.uint8)) for add in (0, 8 * lines))
+    assert grid(drawn, 12) > 2 * grid(plain, 12)
+    for other in (14, 16):
+        assert grid(drawn, other) == pytest.approx(grid(plain, other), rel=0.35)

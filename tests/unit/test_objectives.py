@@ -12,7 +12,7 @@ from emoloop.domain import UserError
 from emoloop.rl.data.examples import source_for
 from emoloop.rl.objectives import OBJECTIVES, load_objective
 from emoloop.rl.objectives.base import Objective, no_target
-from emoloop.rl.objectives.dpo import dpo_loss
+from emoloop.rl.objectives.dpo import DPO, dpo_loss, safeguarded
 from emoloop.rl.objectives.nft import group_advantage, nft_loss
 from emoloop.rl.objectives.opd import OPD, opd_loss
 from emoloop.rl.objectives.rwr import reward_weights
@@ -116,7 +116,7 @@ def test_dpo_closed_form() -> None:
     beta = 7.0
     expected = 0.0
     for a, b, c, d in zip(mw, ml, rw, rl, strict=True):
-        logits = beta * ((c - d) - (a - b))
+        logits = beta / 2 * ((c - d) - (a - b))
         expected += math.log1p(math.exp(-logits)) / 6
     assert dpo_loss(*errors, beta).item() == pytest.approx(expected, rel=1e-13)
 
@@ -145,6 +145,31 @@ def test_dpo_with_fixed_draws_asks_the_reference_once() -> None:
     again = objective.loss(b, fresh, torch.Generator().manual_seed(11))[0].item()
     assert again == pytest.approx(losses[11], rel=1e-12)
     assert "number" in objective.required_keys and "number" not in load_objective("dpo").required_keys
+
+
+def test_a_step_down_the_safeguarded_loss_never_raises_the_winners_error() -> None:
+    wanted = rand(2, 5, *SHAPE, seed=1)
+    # Losers that err as the winners do, only more: pushed away from them, the winner's error would rise.
+    start = wanted + torch.stack([rand(5, *SHAPE, seed=2), 3 * rand(5, *SHAPE, seed=2)])
+
+    def winners(margin: float | None) -> Tensor:
+        """How the winners' errors change where winner and loser move together, as one network's do."""
+        move = torch.zeros(5, *SHAPE, dtype=torch.float64, requires_grad=True)
+        off = start + move - wanted
+        mw, ml = off.square().flatten(2).mean(2)
+        if margin is not None:
+            assert torch.allclose(safeguarded(ml, *off, margin), ml, rtol=1e-12)
+            ml = safeguarded(ml, *off, margin)
+        (mw - ml).sum().backward()
+        assert move.grad is not None
+        after = (off[0] - 1e-3 * move.grad).square().flatten(1).mean(1)
+        return (after - mw).detach()
+
+    assert winners(None).min() > 0
+    assert winners(0.0).max() < 1e-5
+    assert winners(0.5).max() < 0
+    plain, guarded = (DPO(safeguard=mu).loss(batch(), FakePolicy(), torch.Generator()) for mu in (None, 0.0))
+    assert plain[0].item() == pytest.approx(guarded[0].item(), rel=1e-12)
 
 
 def test_dpo_at_the_reference_is_log_2() -> None:
@@ -186,6 +211,28 @@ def test_group_advantage_ignores_padding_and_flat_groups() -> None:
     assert advantage[3].item() == 0
 
 
+def test_nft_offline_has_a_fixed_point_and_its_average_only_where_images_are_sampled_again() -> None:
+    class Where(FakePolicy):
+        asked: list[str] = []  # noqa: RUF012
+
+        def reference(self, *how: Any) -> Tensor:
+            self.asked.append("reference")
+            return super().reference(*how)
+
+        def slow(self, *how: Any) -> Tensor:
+            self.asked.append("slow")
+            return super().slow(*how)
+
+    fixed, moving = (
+        load_objective("nft", {"kl_weight": 0, "hold_fraction": 0, "old": old})
+        for old in ("reference", "slow")
+    )
+    for objective in (fixed, moving):
+        objective.loss(batch(), Where(), torch.Generator().manual_seed(0))
+    assert Where.asked == ["reference", "slow"]
+    assert fixed.slow_decay(10) is None and moving.slow_decay(10) == pytest.approx(0.01)
+
+
 def test_rwr_weights_are_a_softmax_that_averages_to_one() -> None:
     rewards = torch.tensor([[0.5, 0.2, -0.1, math.nan]], dtype=torch.float64).repeat(3, 1)
     weights = reward_weights(rewards[0, :3], rewards, 0.3)
@@ -218,7 +265,7 @@ def test_nft_gradient_by_finite_differences() -> None:
         assert (ends[0] - ends[1]) / 2e-6 == pytest.approx((gradient * direction).sum().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"nft", "flow-grpo"}))
+@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"nft", "direct", "flow-grpo"}))
 def test_gradient_by_finite_differences(name: str) -> None:
     policy, objective = FakePolicy(), load_objective(name)
 
@@ -239,7 +286,7 @@ def test_gradient_by_finite_differences(name: str) -> None:
     assert analytic.abs().min() > 0
 
 
-@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"flow-grpo"}))
+@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"direct", "flow-grpo"}))
 def test_same_generator_same_loss(name: str) -> None:
     values = {
         load_objective(name).loss(batch(), FakePolicy(), torch.Generator().manual_seed(5))[0].item()
@@ -272,7 +319,7 @@ def test_dpo_serves_epsilon_and_v_models(prediction: str) -> None:
         errors["model", "winner"] - errors["model", "loser"]
     )
     assert loss.item() == pytest.approx(
-        -torch.nn.functional.logsigmoid(50.0 * logits).mean().item(), rel=1e-9
+        -torch.nn.functional.logsigmoid(25.0 * logits).mean().item(), rel=1e-9
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from emoloop.domain import Critique, EmotionTarget, UserError
+from emoloop.evals.lookup import Planner
 from emoloop.rl.config import DataConfig, load_config
 from emoloop.rl.data.dataset import Dataset
 from emoloop.rl.data.examples import source_for
@@ -167,3 +169,28 @@ def test_phrases_have_no_images_to_learn_from() -> None:
         source_for(keys | {"latents"}, DataConfig(phrases=4))
     with pytest.raises(UserError, match="on_policy=1"):
         objective_of(load_config("opd", sets=["data.phrases=4", "objective.on_policy=0.5"]))
+
+
+def test_a_planner_edits_each_prompt_by_what_the_log_s_words_promise(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path)
+    with open_store(settings) as store:
+        for run, (neutral, word) in enumerate(product(list(NEUTRAL)[::3], EFFECTS)):
+
+            def reading(
+                round_: int, index: int, neutral: str = neutral, word: str = word
+            ) -> tuple[float, float]:
+                return law(neutral, word if round_ else "")
+
+            events = run_events(store, run, prompt=neutral, reading=reading)
+            store.append(*(it.model_copy(update=_said(it, neutral, word)) for it in events))
+    plan = Planner(settings)
+    for neutral in ("a dog", "a cat in snow", "a lighthouse"):
+        for word, (valence, arousal) in EFFECTS.items():
+            assert plan.edit(neutral, EmotionTarget(valence=valence, arousal=arousal)) == f"{neutral} {word}"
+    # An axis that is not wanted decides nothing.
+    assert plan.edit("a dog", EmotionTarget(arousal=-1.5)) == "a dog calm"
+
+
+def _said(event: Any, neutral: str, word: str) -> dict[str, str]:
+    refined = getattr(event, "round", 0) and hasattr(event, "prompt")
+    return {"prompt": f"{neutral} {word}"} if refined else {}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from emoloop.domain import UserError
 from emoloop.rl.warm_start import CHOICE, text_loss, warm_start
 from emoloop.tools.diffusion.conditioners import EmotionConditioner
 from emoloop.tools.diffusion.families import Conditioning
@@ -64,9 +65,7 @@ def test_tokens_learn_to_choose_what_the_prompt_and_the_wish_ask_for() -> None:
         return {**at, "phrase": phrase, "added": Conditioning(prompt + said[phrase][:, None])}
 
     torch.manual_seed(0)
-    done = warm_start(EmotionConditioner(6, rank=16, hidden=32, choices=3), asked, 400)
-    assert done is not None
-    taught = done[0]
+    taught = warm_start(EmotionConditioner(6, rank=16, hidden=32, choices=3), asked, 400)[0]
     fresh = asked(10_000)
     chosen = taught.choice(fresh["prompt"], fresh["target"]).argmax(-1)
     assert (chosen == fresh["phrase"]).float().mean() > 0.85
@@ -77,8 +76,8 @@ def test_it_teaches_a_copy_the_same_way_each_time() -> None:
     tokens = EmotionConditioner(6, 5, rank=16, hidden=32)
     before = {name: value.clone() for name, value in tokens.state_dict().items()}
     first, second = (warm_start(tokens, batch, 150) for _ in range(2))
-    assert first is not None and second is not None
-    (one, loss), (other, again) = first, second
+    (one, loss, left), (other, again, _) = first, second
+    assert left is None
     assert loss == again < 0.8
     assert text_loss(one, batch(10_000)).item() < 1.2
     for name, value in tokens.state_dict().items():
@@ -86,6 +85,27 @@ def test_it_teaches_a_copy_the_same_way_each_time() -> None:
         assert torch.equal(one.state_dict()[name], other.state_dict()[name])
 
 
-def test_it_gives_up_when_asked() -> None:
-    asked = iter([False, False, True])
-    assert warm_start(EmotionConditioner(6, 5), batch, 150, lambda: next(asked)) is None
+def test_it_breaks_off_when_asked_and_goes_on_as_if_it_had_not() -> None:
+    torch.manual_seed(0)
+    tokens = EmotionConditioner(6, 5)
+    whole, loss, _ = warm_start(tokens, batch, 30)
+    asked = iter([False] * 10 + [True])
+    _, unknown, left = warm_start(tokens, batch, 30, lambda: next(asked))
+    assert left is not None and len(left["losses"]) == 10 and unknown != unknown
+    rest, again, none = warm_start(tokens, batch, 30, begun=left)
+    assert none is None and again == loss
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, rest.state_dict()[name])
+
+
+def test_tokens_of_rank_0_speak_by_the_pooled_embeddings_alone() -> None:
+    torch.manual_seed(0)
+    at = batch(0)
+    taught = warm_start(EmotionConditioner(6, 5, rank=0, hidden=32), batch, 150)[0]
+    told = taught(at["prompt"], {"target": at["target"]})  # type: ignore[arg-type]
+    assert torch.equal(told.prompt, at["prompt"].prompt)  # type: ignore[attr-defined]
+    assert not torch.allclose(told.pooled, at["prompt"].pooled)  # type: ignore[attr-defined]
+    # All of the way that rows would go is left, and little of the other.
+    assert 1.0 <= text_loss(taught, at).item() < 1.6
+    with pytest.raises(UserError, match="this model has none"):
+        EmotionConditioner(6, rank=0)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ...domain import EmotionTarget, UserError, first_line
+from ...domain import HIGH, EmotionTarget, UserError, first_line
 from ...files import replacing
 from ..fingerprint import content_hash
 from ..presets import read_json
@@ -181,7 +181,7 @@ def load_artifact(
             expected = _bind(family, lora, name)
         _check_bound(pipe, path, name, expected)
         _activate(pipe, [*active, name])
-        _check_effect(family, path, name, before)
+        _check_effect(family, path, name, _alone(tokens, training), before)
         bridge = VisualBridge(family, prompts, visual.guidance) if prompts is not None and scale else None
     except Exception as error:
         with contextlib.suppress(Exception):
@@ -287,7 +287,7 @@ def save_artifact(
         raise UserError(
             f"no module of the {family.denoiser} carries the LoRA {adapter_name!r}: nothing to save"
         )
-    _check_effect(family, directory, adapter_name)
+    _check_effect(family, directory, adapter_name, _alone(emotion_tokens, training or {}))
     metadata = {
         f"{family.denoiser}.{key}": sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
@@ -401,9 +401,16 @@ def _check_bound(pipe: Any, path: Path, name: str, expected: set[str]) -> None:
         )
 
 
-def _check_effect(family: Family, path: Path, name: str, base: Tensor | None = None) -> None:
+def _alone(tokens: EmotionConditioner | None, training: Mapping[str, Any]) -> EmotionConditioner | None:
+    """The tokens of an artifact that was trained by them alone; any other LoRA has to do something itself."""
+    return tokens if training.get("config", {}).get("train", {}).get("lr") == 0 else None
+
+
+def _check_effect(
+    family: Family, path: Path, name: str, tokens: EmotionConditioner | None, base: Tensor | None = None
+) -> None:
     """Compare the output at scale 1, at scale 0, and before the adapter came (None: not known)."""
-    on = _probe(family)
+    on = _probe(family, tokens)
     _scale(family.pipe, name, 0)
     off = _probe(family)
     _scale(family.pipe, name, 1)
@@ -415,8 +422,11 @@ def _check_effect(family: Family, path: Path, name: str, base: Tensor | None = N
 
 
 @torch.no_grad()
-def _probe(family: Family) -> Tensor:
-    """The denoiser's prediction at a small size for a fixed prompt and noise: it sees all that carries a LoRA."""
+def _probe(family: Family, tokens: EmotionConditioner | None = None) -> Tensor:
+    """The denoiser's prediction at a small size for a fixed prompt and noise: it sees all that carries a LoRA.
+
+    Tokens that speak alone are told the strongest wish.
+    """
     modules = [m for m in family.pipe.components.values() if isinstance(m, nn.Module) and m.training]
     for module in modules:
         module.eval()
@@ -425,6 +435,10 @@ def _probe(family: Family) -> Tensor:
         shape = family.latent_shape(size, size)
         t = family.process().schedule(2, family.image_tokens(shape))[:1]
         condition = family.encode("a house by the sea")
+        if tokens is not None:
+            condition = tokens(
+                condition, {"target": torch.full((1, 2), HIGH, device=condition.prompt.device)}
+            )
         x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(condition.prompt)
         return family.denoise(family.module, x, t.to(x.device), condition, 1.0).float().cpu()
     finally:

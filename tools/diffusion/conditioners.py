@@ -160,7 +160,8 @@ class EmotionConditioner(Conditioner):
             dim: Width D of the prompt embeddings.
             pooled_dim: Width P of the pooled embeddings; 0 for models that have none.
             tokens: Extra tokens K.
-            rank: Width r of the residual's layers.
+            rank: Width r of the residual's layers; 0 leaves the rows as they are and changes the pooled embeddings
+                alone, which reach the denoiser by its modulation.
             hidden: Width of the trunk.
             choices: Vectors to choose among; 0 leaves h free.
         """
@@ -169,17 +170,20 @@ class EmotionConditioner(Conditioner):
             dim=dim, pooled_dim=pooled_dim, tokens=tokens, rank=rank, hidden=hidden, choices=choices
         )
         self.tokens = tokens
+        if not rank and (tokens or not pooled_dim):
+            raise UserError("emotion tokens of rank 0 speak by pooled embeddings alone: this model has none")
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.hear = nn.Linear(dim, _HEARD)
         self.trunk = nn.Sequential(
             nn.Linear(4 + 4 * _BANDS + _HEARD, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
         )
-        self.down = nn.Linear(dim, rank, bias=False)
-        self.gate = nn.Linear(hidden, rank)
-        self.shift = nn.Linear(hidden, rank)
-        self.mix = nn.Linear(rank, rank)
-        self.up = nn.Linear(rank, dim, bias=False)
-        nn.init.zeros_(self.up.weight)
+        if rank:
+            self.down = nn.Linear(dim, rank, bias=False)
+            self.gate = nn.Linear(hidden, rank)
+            self.shift = nn.Linear(hidden, rank)
+            self.mix = nn.Linear(rank, rank)
+            self.up = nn.Linear(rank, dim, bias=False)
+            nn.init.zeros_(self.up.weight)
         if pooled_dim:
             self.pooled_norm = nn.LayerNorm(pooled_dim, elementwise_affine=False)
             self.pooled_down = nn.Linear(pooled_dim, hidden)
@@ -221,14 +225,16 @@ class EmotionConditioner(Conditioner):
         if scale == 0:
             return embeds
         wanted = inputs["target"]
-        present = (~wanted.isnan().all(-1)).to(self.up.weight.dtype)[:, None] * scale
+        present = (~wanted.isnan().all(-1)).to(self.hear.weight.dtype)[:, None] * scale
         normed, h = self._hear(embeds, wanted)
         if self.config["choices"]:
             h = self.choose(h).softmax(-1) @ self.chosen
-        low = self.down(normed)
-        low = silu((1 + self.gate(h))[:, None] * low + self.shift(h)[:, None])
-        residual = self.up(silu(self.mix(low))) * present[..., None]
-        prompt = embeds.prompt + residual.to(embeds.prompt.dtype)
+        prompt = embeds.prompt
+        if self.config["rank"]:
+            low = self.down(normed)
+            low = silu((1 + self.gate(h))[:, None] * low + self.shift(h)[:, None])
+            residual = self.up(silu(self.mix(low))) * present[..., None]
+            prompt = prompt + residual.to(prompt.dtype)
         pooled = embeds.pooled
         if pooled is not None:
             both = silu(h + self.pooled_down(self.pooled_norm(pooled.to(h.dtype))))
@@ -249,7 +255,7 @@ class EmotionConditioner(Conditioner):
         numbers = torch.where(missing, 0.0, wanted) / HIGH
         angles = [numbers * (torch.pi * 2**band / 2) for band in range(_BANDS)]
         waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
-        normed = self.norm(embeds.prompt.to(self.up.weight.dtype))
+        normed = self.norm(embeds.prompt.to(self.hear.weight.dtype))
         wish = torch.cat([numbers, missing, *waves], -1).to(normed.dtype)
         return normed, self.trunk(torch.cat([wish, self.hear(normed.mean(1))], -1))
 

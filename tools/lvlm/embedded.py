@@ -59,7 +59,7 @@ class EmbeddedLVLM(LocalChat):
     threads: int | None = Field(default=None, ge=1)
 
     _worker: BatchWorker[_Row, ChatResult] | None = PrivateAttr(default=None)
-    _decoder: _Decoder | None = PrivateAttr(default=None)
+    _decoder: Decoder | None = PrivateAttr(default=None)
 
     def close(self) -> None:
         """Finish the batch that is running and free the model; the next call loads it again."""
@@ -92,13 +92,18 @@ class EmbeddedLVLM(LocalChat):
                 )
             return self._worker.submit([row])[0]
 
-    def _run(self, rows: list[_Row]) -> Sequence[ChatResult | Exception]:
+    @property
+    def decoder(self) -> Decoder:
+        """Model and processor, loaded at the first use."""
         if self._decoder is None:
-            if self.threads:
-                set_threads_here(self.threads)
-            self._decoder = _Decoder(self.model, self.device, self.dtype)
+            self._decoder = Decoder(self.model, self.device, self.dtype)
+        return self._decoder
+
+    def _run(self, rows: list[_Row]) -> Sequence[ChatResult | Exception]:
+        if self.threads:
+            set_threads_here(self.threads)
         try:
-            return self._decoder(rows)
+            return self.decoder(rows)
         except Exception as error:
             if len(rows) == 1:
                 return [error]
@@ -126,7 +131,7 @@ def _grammar(response_format: dict[str, Any] | None, structured: dict[str, Any] 
     return llguidance.LLMatcher.grammar_from_regex(structured["regex"]) if structured else None
 
 
-class _Decoder:
+class Decoder:
     """Model, processor and grammars; turns a batch of requests into answers."""
 
     def __init__(self, model: str, device: str, dtype: str):
@@ -171,6 +176,8 @@ class _Decoder:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[_Row]) -> list[ChatResult]:
+        """The answers of a batch of requests with as many pictures each."""
+
         def render(row: _Row) -> str:
             go_on = {"add_generation_prompt": not row.continues, "continue_final_message": row.continues}
             return self.processor.apply_chat_template(row.messages, tokenize=False, **go_on)
@@ -214,7 +221,7 @@ class _Row:
     max_tokens: int
     top: int | None  # alternatives that are reported for each token; None reports nothing
 
-    def begin(self, decoder: _Decoder) -> None:
+    def begin(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.matcher = decoder.matcher(self.grammar) if self.grammar else None
         self.hard_limit = self.max_tokens + (self.SLACK if self.matcher else 0)
@@ -285,7 +292,7 @@ class _Referee(LogitsProcessor):
     position ids and left padding of whatever architecture the folder holds.
     """
 
-    def __init__(self, decoder: _Decoder, rows: Sequence[_Row]):
+    def __init__(self, decoder: Decoder, rows: Sequence[_Row]):
         self.decoder, self.rows = decoder, rows
         self.mask = llguidance.numpy.allocate_token_bitmask(len(rows), decoder.vocabulary)
         # Embeddings are padded beyond the tokenizer.

@@ -91,7 +91,23 @@ def _score(text: str, tokens: list[dict[str, Any]], key: str) -> Score:
         _chances(tokens, start + place, allowed) if allowed else {written[place]: 1.0}
         for place, allowed in enumerate(PLACES)
     ]
-    sign, units, _, tenths = chances
+    certainty = math.prod(place[character] for place, character in zip(chances, written, strict=True))
+    return Score(value=float(written), expected=expectation(written, *chances), certainty=certainty)
+
+
+def expectation(written: str, sign: Any, units: Any, point: Any, tenths: Any) -> Any:
+    """The expectation over signs and digits.
+
+    Args:
+        written: The number as the model wrote it, "+1.2".
+        sign: Probability of each sign, by its character.
+        units: Of each digit before the point, after that sign.
+        point: Is not asked.
+        tenths: Of each digit behind it, after what is written.
+
+    Returns:
+        A float; a tensor where the probabilities are tensors.
+    """
     # A digit is known only after the digits before it as they were written. Every branch that was not taken
     # stands for its number nearest to the branch that was: next to +1.9 the branch "2" is +2.0, and "-" is 0.
     taken = int(written[1])
@@ -102,8 +118,7 @@ def _score(text: str, tokens: list[dict[str, Any]], key: str) -> Score:
     }
     magnitude = sum(chance * nearest[digit] for digit, chance in units.items())
     side = 1.0 if written[0] == "+" else -1.0
-    certainty = math.prod(place[character] for place, character in zip(chances, written, strict=True))
-    return Score(value=float(written), expected=side * sign[written[0]] * magnitude, certainty=certainty)
+    return side * sign[written[0]] * magnitude
 
 
 def _chances(tokens: list[dict[str, Any]], at: int, allowed: str) -> dict[str, float]:
