@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .domain import (
         Candidate,
         Critique,
+        Draft,
         Emotion,
         EmotionTarget,
         Failure,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         GenerationFailed,
         HumanFeedback,
         ImageGenerated,
+        PersonaAnswered,
         Rewarded,
         Rewritten,
         RunFinished,
@@ -47,20 +49,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Applied", "Candidate", "CandidateRow", "Critique", "Critiqued", "Distilled", "Emotion", "EmotionTarget",
-    "Event", "Failure", "GenerationFailed", "HumanFeedback", "ImageGenerated", "Loop", "Missing", "Rewarded",
-    "Rewritten", "Round", "RunFilter", "RunFinished", "RunKeywords", "RunOptions", "RunResult", "RunRow",
-    "RunStarted", "RunStatus", "Settings", "SettingsOverrides", "StopReason", "TraceStore", "UserError",
-    "apply", "distill", "evaluate", "load_settings", "open_log", "open_loop",
+    "Applied", "Candidate", "CandidateRow", "Critique", "Critiqued", "Distilled", "Draft", "Emotion",
+    "EmotionTarget", "Event", "Failure", "GenerationFailed", "HumanFeedback", "ImageGenerated", "Loop",
+    "Missing", "PersonaAnswered", "Rewarded", "Rewritten", "Round", "RunFilter", "RunFinished",
+    "RunKeywords", "RunOptions", "RunResult", "RunRow", "RunStarted", "RunStatus", "Settings",
+    "SettingsOverrides", "StopReason", "TraceStore", "UserError", "apply", "distill", "evaluate",
+    "load_settings", "open_log", "open_loop",
 ]  # fmt: skip
 
 #: Module → the public names that it defines.
 _MODULES = {
     ".api": "distill evaluate open_log",
-    ".domain": "Candidate Critique Emotion EmotionTarget Failure Missing Round "
+    ".domain": "Candidate Critique Draft Emotion EmotionTarget Failure Missing Round "
     "RunResult RunStatus StopReason UserError",
     ".events": "Critiqued Event GenerationFailed HumanFeedback ImageGenerated "
-    "Rewarded Rewritten RunFinished RunStarted",
+    "PersonaAnswered Rewarded Rewritten RunFinished RunStarted",
     ".graph.loop": "Loop open_loop",
     ".graph.options": "RunKeywords RunOptions",
     ".rl.distill": "Distilled",

@@ -31,7 +31,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.types import TypeEngine
 
 #: Version of the tables (events carry their own, `events.SCHEMA_VERSION`).
-TABLES_VERSION = 2
+TABLES_VERSION = 3
 
 
 class UtcDateTime(TypeDecorator[datetime]):
