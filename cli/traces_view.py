@@ -71,6 +71,12 @@ def show_run(console: Console, result: RunResult) -> None:
         console.print(Text(f"warning: {warning}", style="yellow"))
 
 
+def show_drafts(console: Console, drafts: Sequence[Draft]) -> None:
+    """Print what personas wrote."""
+    for draft in drafts:
+        console.print(_draft(draft), soft_wrap=True)
+
+
 def target_text(target: EmotionTarget) -> str:
     """A target in a few letters: "V+2.0 A-1.0 awe"."""
     parts = [
