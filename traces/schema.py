@@ -33,6 +33,9 @@ from sqlalchemy.types import TypeEngine
 #: Version of the tables (events carry their own, `events.SCHEMA_VERSION`).
 TABLES_VERSION = 3
 
+#: The oldest whose tables are those of today, so that it can be read as it stands.
+READABLE = 2
+
 
 class UtcDateTime(TypeDecorator[datetime]):
     """A moment in UTC, always aware; SQLite keeps no zone, so it is put back when read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from typing import Any
 
 import emoloop
@@ -15,9 +16,12 @@ from emoloop.cli.traces_view import show_run
 from emoloop.domain import EmotionTarget, RunStatus
 from emoloop.events import PersonaAnswered, Rewritten
 from emoloop.graph.loop import Loop, open_loop
+from emoloop.graph.rewriting import rewrite
 from emoloop.rl.data.chats import rewriter_turns
 from emoloop.service.reading import document
+from emoloop.settings import load_settings
 from emoloop.traces.genai import call
+from fake_openai import chat, serving
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from painter import Painter
@@ -135,6 +139,33 @@ async def test_a_passing_trouble_is_tried_again_by_the_graph_and_a_lasting_one_l
 def test_a_rewriter_alone_from_python():
     found = emoloop.rewrite("a dog", TARGET, rewriter="mc_agent", count=2, seed=3, lvlm=Both())
     assert len(found.proposals) == 2 and len(found.drafts) == 5 and found.rewriter == "mc_agent"
+
+
+async def test_over_http_personas_are_asked_at_the_same_time_and_each_as_itself():
+    recorded = Cast()
+
+    def script(number: int, body: dict[str, Any]) -> Any:
+        [system, user] = [
+            said if isinstance(said, str) else "".join(part["text"] for part in said)
+            for said in (it["content"] for it in body["messages"])
+        ]
+        if "You are this person" in system:
+            together.wait(timeout=30)
+        return chat(recorded.reply(system, user))
+
+    together = threading.Barrier(4)
+    with serving() as server:
+        server.script = script
+        lvlm = {"engine": "vllm", "model": "tiny", "base_url": server.url}
+        settings = load_settings({"lvlm": lvlm, "loop": {"rewriter": "mc_agent", "personas": 4}})
+        found = await rewrite("a dog by the sea", TARGET, settings, count=2, seed=1)
+        bodies = server.requests
+    assert len(found.proposals) == 2 and found.warnings == []
+    asked = [it["response_format"]["json_schema"]["name"] for it in bodies]
+    assert asked == ["persona"] * 4 + ["director"]
+    systems = {json.dumps(it["messages"][0]) for it in bodies[:4]}
+    assert len(systems) == 4 and len({it["seed"] for it in bodies}) == 5
+    assert "because somebody left" in json.dumps(bodies[-1]).lower().replace("because: ", "because ")
 
 
 def test_the_verb_on_the_embedded_model(tmp_path, monkeypatch):
