@@ -76,7 +76,9 @@ async def propose(
         if same(like.prompt) not in known and len(found) < (count + spare) // 2:
             found.append(like)
             known.add(same(like.prompt))
-    told: dict[str, Any] = {"panel": panel} if panels else {}
+    told: dict[str, Any] = {"panel": panel, "spare": spare} if panels else {}
+    if panels:  # its director chooses
+        spare, rank = 0, None
     told |= {"examples": examples} if examples and getattr(rewriter, "takes_examples", False) else {}
     left: list[Rewrite] = []
     asked = 0

@@ -47,8 +47,6 @@ class MCAgent:
         self.simple = SimpleRewriter(self.asker, prompt)
         self.prompt = load_prompt(self.simple.prompt.personas or prompt)
         self.director = load_prompt(self.prompt.several) if self.simple.prompt.personas else None
-        #: Drafts for each prompt that is wanted: a director that writes needs no choice.
-        self.drafts = 1 if self.director else 2
 
     @property
     def model(self) -> str:
@@ -84,6 +82,7 @@ class MCAgent:
         start: int = 0,
         comment: str = "",
         seed: int = 0,
+        spare: int = 0,
         panel: Panel | None = None,
     ) -> list[Rewrite]:
         """Several prompts that differ; by the simple rewriter where no persona has a draft that can be used.
@@ -96,11 +95,18 @@ class MCAgent:
             start: Number of the first: those before it were asked for earlier in this round.
             comment: What a person said about the last round.
             seed: Draws the personas, and for a model that samples.
+            spare: Drafts beyond `count` for a director that only picks; without any it has two for each prompt.
             panel: Who writes, and where answers are kept.
         """
         panel = panel or Panel()
         context = Context(self, panel, neutral, target, rounds, comment)
-        begin: State = {"count": count, "start": start, "seed": seed}
+        drafts = count if self.director else count + (spare or count)
+        begin: State = {
+            "count": count,
+            "start": start,
+            "seed": seed,
+            "questions": max(panel.personas, drafts),
+        }
         done: dict[str, Any] = await MC_AGENT.ainvoke(begin, context=context)
         if done["prompts"]:
             return [Rewrite(**it) for it in done["prompts"]]

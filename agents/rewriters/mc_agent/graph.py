@@ -32,6 +32,7 @@ class State(TypedDict):
         count: Prompts that are wanted.
         start: How many were asked for before in this round.
         seed: The round's.
+        questions: Drafts that are asked for.
         personas: Who writes; they take turns where there are more questions than personas.
         drafts: What they wrote, by the number of the question; in the order in which it came.
         prompts: What the director hands over: fields of a `Rewrite`.
@@ -40,6 +41,7 @@ class State(TypedDict):
     count: int
     start: int
     seed: int
+    questions: int
     personas: NotRequired[list[str]]
     drafts: Annotated[NotRequired[list[dict[str, Any]]], operator.add]
     prompts: NotRequired[list[dict[str, Any]]]
@@ -71,14 +73,12 @@ async def cast(state: State, runtime: Runtime[Context]) -> dict[str, Any]:
     return {"personas": [it.name for it in draw(panel.personas, state["seed"], panel.folder)]}
 
 
-def ask_all(state: State, runtime: Runtime[Context]) -> list[Send]:
+def ask_all(state: State) -> list[Send]:
     """A question for each draft that is wanted."""
-    personas, agent = state.get("personas", []), runtime.context.agent
-    each = max(len(personas), agent.drafts * state["count"])
-    first = state["start"] * max(len(personas), agent.drafts)
+    personas, first = state.get("personas", []), state["start"] * state["questions"]
     return [
         Send("persona", Question(number=number, persona=personas[number % len(personas)], seed=state["seed"]))
-        for number in range(first, first + each)
+        for number in range(first, first + state["questions"])
     ]
 
 
