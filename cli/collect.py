@@ -22,6 +22,12 @@ def collect(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="PROMPTS.jsonl", help="One request a line.")],
     concurrency: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 8,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="Run each line without a target for all of these: categories, valence/arousal: fear,2/-1"
+        ),
+    ] = None,
     rounds: opt.Rounds = None,
     images: opt.Images = None,
     proposals: opt.Proposals = None,
@@ -48,8 +54,11 @@ def collect(
     Stop it at any time: the same command goes on where it broke off, and tries again what failed.
     """
     from ..graph.collect import count_lines
+    from ..graph.targets import read_targets, with_targets
     from ..settings import load_settings
 
+    if targets is not None:
+        source = with_targets(source, read_targets(targets))
     settings = load_settings(opt.overrides(context.params))
     total = count_lines(source)
     if total == 0:

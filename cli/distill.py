@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 def distill(
     objective: Annotated[
-        str, typer.Argument(help="opd, dpo, nft, rwr, sft, or a dotted path (my_pkg.my_mod:MyObjective).")
+        str,
+        typer.Argument(
+            help="opd, dpo, contrast, nft, rwr, sft, or a dotted path (my_pkg.my_mod:MyObjective)."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder of the artifact; made by this run.")] = None,
     where: opt.Where = None,
