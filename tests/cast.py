@@ -49,7 +49,7 @@ class Cast(BaseChatModel):
         return failure or getattr(self, f"_{role}")(about, said)
 
     def _generate(self, messages: list[Any], *args: Any, **more: Any) -> ChatResult:
-        text = self.reply(messages[0].content, "".join(part["text"] for part in messages[-1].content))
+        text = self.reply(messages[0].content, "".join(part["text"] for part in messages[1].content))
         usage: Any = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
         return ChatResult(generations=[ChatGeneration(message=AIMessage(text, usage_metadata=usage))])
 

@@ -36,7 +36,7 @@ class Both(Cast):
     """Looks at pictures too."""
 
     def _generate(self, messages: list[Any], *args: Any, **more: Any) -> ChatResult:
-        if any(part["type"] == "image_url" for part in messages[-1].content):
+        if any(part["type"] == "image_url" for part in messages[1].content):
             usage: Any = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
             message = AIMessage(critic_answer(), usage_metadata=usage)
             return ChatResult(generations=[ChatGeneration(message=message)])
