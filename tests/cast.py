@@ -12,6 +12,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from pydantic import Field
+from scripted import critic_answer
 
 
 class Cast(BaseChatModel):
@@ -72,3 +73,24 @@ class Cast(BaseChatModel):
 
     def _simple(self, about: Any, said: str) -> str:
         return json.dumps({"why": "w", "prompts": [{"changes": "c", "prompt": "a dog by the sea in fog"}]})
+
+
+class Looking(Cast):
+    """Looks at pictures too, always with the same impression.
+
+    Attributes:
+        delay: Seconds that an answer takes.
+    """
+
+    delay: float = 0.0
+
+    def _generate(self, messages: list[Any], *args: Any, **more: Any) -> ChatResult:
+        if any(part["type"] == "image_url" for part in messages[1].content):
+            usage: Any = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
+            message = AIMessage(critic_answer(), usage_metadata=usage)
+            return ChatResult(generations=[ChatGeneration(message=message)])
+        return super()._generate(messages)
+
+    async def _agenerate(self, messages: list[Any], *args: Any, **more: Any) -> ChatResult:
+        await asyncio.sleep(self.delay)
+        return self._generate(messages)

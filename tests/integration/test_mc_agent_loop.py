@@ -9,8 +9,7 @@ import threading
 from typing import Any
 
 import emoloop
-import pytest
-from cast import Cast
+from cast import Cast, Looking
 from emoloop.cli import app
 from emoloop.cli.traces_view import show_run
 from emoloop.domain import EmotionTarget, RunStatus
@@ -22,8 +21,6 @@ from emoloop.service.reading import document
 from emoloop.settings import load_settings
 from emoloop.traces.genai import call
 from fake_openai import chat, serving
-from langchain_core.messages import AIMessage
-from langchain_core.outputs import ChatGeneration, ChatResult
 from painter import Painter
 from rich.console import Console
 from scripted import critic_answer
@@ -32,28 +29,13 @@ from typer.testing import CliRunner
 TARGET = EmotionTarget(valence=2, arousal=-1)
 
 
-class Both(Cast):
-    """Looks at pictures too."""
-
-    def _generate(self, messages: list[Any], *args: Any, **more: Any) -> ChatResult:
-        if any(part["type"] == "image_url" for part in messages[1].content):
-            usage: Any = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
-            message = AIMessage(critic_answer(), usage_metadata=usage)
-            return ChatResult(generations=[ChatGeneration(message=message)])
-        return super()._generate(messages)
-
-
-class Killed(BaseException):
-    """As a process ends: nothing of ours may take it for a failure of the model."""
-
-
 def make(tmp_path, model: Cast, **options: Any) -> Loop:
     chosen = {"rounds": 2, "images": 3, "proposals": 2, "patience": 3, "rewriter": "mc_agent", "personas": 3}
     return open_loop(generator=Painter(), lvlm=model, home=str(tmp_path / "home"), loop={**chosen, **options})
 
 
 async def test_each_persona_is_an_event_and_every_view_shows_it(tmp_path):
-    model = Both()
+    model = Looking()
     async with make(tmp_path, model) as loop:
         told = [event async for event in loop.stream("a dog", TARGET, seed=7, run_id="one")]
         result, events = await loop.recorder.result("one"), await loop.recorder.events("one")
@@ -86,28 +68,36 @@ async def test_each_persona_is_an_event_and_every_view_shows_it(tmp_path):
     page = document(events)
     assert [it.persona for it in page.rounds[1].drafts] == [it.draft.persona for it in drafts[3:]]
     assert page.tokens == {"input": 140, "output": 70} and page.seconds["rewrites"] >= 0
-    assert call(drafts[0])[0] == "chat Both"
+    assert call(drafts[0])[0] == "chat Looking"
     assert not list(rewriter_turns(result, events)), "a director's answer is no simple rewriter's"
 
 
-async def test_a_run_that_was_killed_at_a_persona_asks_no_other_again(tmp_path):
-    def die(role: str, number: int) -> None:
-        if role == "persona" and number == 6:  # 3 personas, a director, a persona, and then
-            raise Killed
+async def test_a_run_that_was_stopped_at_a_persona_asks_no_other_again(tmp_path):
+    reached = asyncio.Event()
 
-    first = Both(wrong=die)
-    with pytest.raises(BaseException, match="") as ended:
-        async with make(tmp_path, first) as loop:
-            await loop.run("a dog", TARGET, seed=7, run_id="one")
-    assert not isinstance(ended.value, AssertionError)
-    second = Both()
+    class Stuck(Looking):
+        begun: int = 0
+
+        async def _agenerate(self, messages: list[Any], *args: Any, **more: Any) -> Any:
+            self.begun += messages[0].content.startswith("You are this person")
+            if self.begun == 6:  # the last persona of the second round
+                reached.set()
+                await asyncio.Event().wait()
+            return await super()._agenerate(messages)
+
+    async with make(tmp_path, Stuck()) as loop:
+        run = asyncio.create_task(loop.run("a dog", TARGET, seed=7, run_id="one"))
+        await reached.wait()
+        run.cancel()
+        await asyncio.gather(run, return_exceptions=True)
+    second = Looking()
     async with make(tmp_path, second) as loop:
         before = await loop.recorder.events("one")
         result = await loop.resume("one")
     kept = [it for it in before if isinstance(it, PersonaAnswered)]
-    assert result.status is RunStatus.COMPLETED and len(kept) in (4, 5)
+    assert result.status is RunStatus.COMPLETED and 3 <= len(kept) < 6
     assert [role for role, _ in second.asked] == ["persona"] * (6 - len(kept)) + ["director"]
-    undisturbed = Both()
+    undisturbed = Looking()
     async with make(tmp_path / "other", undisturbed) as loop:
         expected = await loop.run("a dog", TARGET, seed=7, run_id="one")
     assert [it.drafts for it in result.rounds] == [it.drafts for it in expected.rounds]
@@ -115,7 +105,7 @@ async def test_a_run_that_was_killed_at_a_persona_asks_no_other_again(tmp_path):
 
 
 async def test_concurrent_runs_do_not_mix(tmp_path):
-    async with make(tmp_path, Both()) as loop:
+    async with make(tmp_path, Looking()) as loop:
         asked = (loop.run(f"a {it}", TARGET, seed=7, run_id=it) for it in ("dog", "cat", "boat"))
         results = await asyncio.gather(*asked)
     for result in results:
@@ -124,12 +114,12 @@ async def test_concurrent_runs_do_not_mix(tmp_path):
 
 async def test_a_passing_trouble_is_tried_again_by_the_graph_and_a_lasting_one_leaves_the_rest(tmp_path):
     trouble = {2: ConnectionError("down")}
-    model = Both(wrong=lambda role, number: trouble.pop(number, None))
+    model = Looking(wrong=lambda role, number: trouble.pop(number, None))
     async with make(tmp_path, model, rounds=1) as loop:
         result = await loop.run("a dog", TARGET, seed=7)
     assert [it.reason for it in result.rounds[0].drafts] == [None] * 3
     assert [role for role, _ in model.asked].count("persona") == 4
-    model = Both(wrong=lambda role, number: "nothing" if role == "persona" else None)
+    model = Looking(wrong=lambda role, number: "nothing" if role == "persona" else None)
     async with make(tmp_path / "all", model, rounds=1) as loop:
         result = await loop.run("a dog", TARGET, seed=7)
     assert any("no persona's draft can be used" in it for it in result.warnings)
@@ -137,35 +127,36 @@ async def test_a_passing_trouble_is_tried_again_by_the_graph_and_a_lasting_one_l
 
 
 def test_a_rewriter_alone_from_python():
-    found = emoloop.rewrite("a dog", TARGET, rewriter="mc_agent", count=2, seed=3, lvlm=Both())
+    found = emoloop.rewrite("a dog", TARGET, rewriter="mc_agent", count=2, seed=3, lvlm=Looking())
     assert len(found.proposals) == 2 and len(found.drafts) == 5 and found.rewriter == "mc_agent"
 
 
 async def test_over_http_personas_are_asked_at_the_same_time_and_each_as_itself():
-    recorded = Cast()
+    recorded, bodies, together = Cast(), list[dict[str, Any]](), threading.Barrier(4)
+
+    def plain(said: Any) -> str:
+        return said if isinstance(said, str) else "".join(part.get("text", "") for part in said)
 
     def script(number: int, body: dict[str, Any]) -> Any:
-        [system, user] = [
-            said if isinstance(said, str) else "".join(part["text"] for part in said)
-            for said in (it["content"] for it in body["messages"])
-        ]
-        if "You are this person" in system:
-            together.wait(timeout=30)
-        return chat(recorded.reply(system, user))
+        said = [plain(it["content"]) for it in body["messages"]]
+        if not said[0].startswith("You"):  # the client tries a server out
+            return chat(critic_answer())
+        bodies.append(body)
+        if "You are this person" in said[0]:
+            together.wait(timeout=60)
+        return chat(recorded.reply(*said[:2]))
 
-    together = threading.Barrier(4)
     with serving() as server:
         server.script = script
         lvlm = {"engine": "vllm", "model": "tiny", "base_url": server.url}
         settings = load_settings({"lvlm": lvlm, "loop": {"rewriter": "mc_agent", "personas": 4}})
         found = await rewrite("a dog by the sea", TARGET, settings, count=2, seed=1)
-        bodies = server.requests
     assert len(found.proposals) == 2 and found.warnings == []
     asked = [it["response_format"]["json_schema"]["name"] for it in bodies]
     assert asked == ["persona"] * 4 + ["director"]
-    systems = {json.dumps(it["messages"][0]) for it in bodies[:4]}
-    assert len(systems) == 4 and len({it["seed"] for it in bodies}) == 5
-    assert "because somebody left" in json.dumps(bodies[-1]).lower().replace("because: ", "because ")
+    assert len({plain(it["messages"][0]["content"]) for it in bodies[:4]}) == 4
+    assert len({it["seed"] for it in bodies}) == 5
+    assert plain(bodies[-1]["messages"][1]["content"]).count("Because: somebody left") == 4
 
 
 def test_the_verb_on_the_embedded_model(tmp_path, monkeypatch):
@@ -176,7 +167,7 @@ def test_the_verb_on_the_embedded_model(tmp_path, monkeypatch):
     said = json.loads(done.stdout)
     assert len({it["prompt"] for it in said["proposals"]}) == 2
     assert all(it["prompt"].startswith("a dog by the sea") for it in said["proposals"])
-    assert len(said["drafts"]) == 4 and len({it["persona"] for it in said["drafts"]}) == 3
+    assert len(said["drafts"]) >= 4 and len({it["persona"] for it in said["drafts"]}) == 3
     plain = CliRunner().invoke(app, [*asked[:-2], "--valence", "-2"])
     assert plain.exit_code == 0 and plain.stdout.startswith("a dog by the sea")
     assert CliRunner().invoke(app, ["rewrite", "a dog", "--valence", "9"]).exit_code != 0
