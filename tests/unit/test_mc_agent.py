@@ -17,6 +17,7 @@ from emoloop.agents.rewriters.mc_agent.choose import choose
 from emoloop.agents.rewriters.mc_agent.drawable import cut, lost, undrawable
 from emoloop.agents.rewriters.mc_agent.panel import Panel
 from emoloop.domain import Candidate, Critique, Emotion, EmotionTarget, Round, UserError
+from emoloop.miniature import world
 
 TARGET = EmotionTarget(valence=-2, arousal=1)
 
@@ -48,6 +49,9 @@ def test_clauses_that_nobody_can_draw_are_cut_and_named():
     assert undrawable(prompt) == words
     assert cut("a dog by the sea", prompt) == ("a dog by the sea, under a red lamp.", words)
     assert cut("a statue of hope", "a statue of hope, in rain") == ("a statue of hope, in rain", [])
+    assert not [word for word in world.words() if undrawable(word)], (
+        "a thing of the embedded world can be drawn"
+    )
     assert undrawable("a lovely dog with a wistful look in a peaceful garden") == []
 
 
