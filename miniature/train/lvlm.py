@@ -190,9 +190,9 @@ def train(
     model.set_attn_implementation("eager" if device == "cpu" else "sdpa")
     codec = fitted_codec(recipe.seed)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}; vocabulary {len(tokenizer)}")
-    # The JSON syntax is learned at once; the numbers are hard, so their characters weigh more.
+    # The JSON syntax is learned at once; numbers are sums, which are hard: their characters weigh more.
     weight = torch.ones(model.config.text_config.vocab_size, device=device)
-    weight[tokenizer.convert_tokens_to_ids(list("0123456789+-"))] = 1.5
+    weight[tokenizer.convert_tokens_to_ids(list("0123456789+-"))] = 4.0
 
     def answer_loss(examples: list[Example], **pictures: Tensor) -> Tensor:
         ids, labels = (tensor.to(device) for tensor in collate(tokenizer, examples))

@@ -143,7 +143,7 @@ def test_the_lvlm_goes_on_with_painted_pictures(tmp_path, model: str, monkeypatc
     monkeypatch.setattr("sys.argv", ["train", model, *given, *sizes])
     main()
     first, last = (json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
-    assert last["loss"] < first["loss"] and first["critic"] < 1, "it knows how to answer"
+    assert max(first["critic"], last["critic"]) < 1, "it knows how to answer, and does not forget it"
     same = [(at / "tokenizer.json").read_text() for at in (SHIPPED, tmp_path / "out" / "model")]
     assert same[0] == same[1]
 
