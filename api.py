@@ -63,10 +63,11 @@ def rewrite(
     """
     from .graph.rewriting import rewrite as ask
 
-    given = None if lvlm is None or isinstance(lvlm, str | Path | Mapping | LVLMSettings) else lvlm
-    chosen = {"loop": {"rewriter": rewriter}, "lvlm": lvlm_settings(None if given is not None else lvlm)}
+    named = lvlm is None or isinstance(lvlm, str | Path | Mapping | LVLMSettings)
+    chosen = {"loop": {"rewriter": rewriter}, "lvlm": lvlm_settings(lvlm) if named else {}}
     resolved = load_settings(pruned(chosen), settings)
-    return asyncio.run(ask(prompt, target, resolved, count=count, seed=seed, lvlm=given))
+    model = None if named else lvlm
+    return asyncio.run(ask(prompt, target, resolved, count=count, seed=seed, lvlm=model))
 
 
 def open_log(

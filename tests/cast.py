@@ -23,6 +23,7 @@ class Cast(BaseChatModel):
         asked: Role and, of a persona, age, of each question.
     """
 
+    model_name: str = "cast"
     wrong: Callable[[str, int], Exception | str | None] | None = None
     asked: list[tuple[str, str]] = Field(default_factory=list)
 

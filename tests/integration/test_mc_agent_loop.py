@@ -68,7 +68,7 @@ async def test_each_persona_is_an_event_and_every_view_shows_it(tmp_path):
     page = document(events)
     assert [it.persona for it in page.rounds[1].drafts] == [it.draft.persona for it in drafts[3:]]
     assert page.tokens == {"input": 140, "output": 70} and page.seconds["rewrites"] >= 0
-    assert call(drafts[0])[0] == "chat Looking"
+    assert call(drafts[0])[0] == "chat cast"
     assert not list(rewriter_turns(result, events)), "a director's answer is no simple rewriter's"
 
 

@@ -18,7 +18,7 @@ def row(arm: str, neutral: str, prompt: str | None, target=TARGETS[0], reading=(
     one = Candidate(round=0, index=0, prompt=prompt, seed=0, sha256="0" * 64)
     valence, arousal = reading
     read = Reading(valence=valence, arousal=arousal, category="anger")
-    return Row(arm, Request(prompt=neutral, target=target), handed_over=[one], readings=[read], guard=[None])
+    return Row(arm, Request(prompt=neutral, target=target), handed_over=[one], readings=[read])
 
 
 def test_what_a_prompt_adds():
