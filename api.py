@@ -63,10 +63,12 @@ def rewrite(
     """
     from .graph.rewriting import rewrite as ask
 
-    named = lvlm is None or isinstance(lvlm, str | Path | Mapping | LVLMSettings)
-    chosen = {"loop": {"rewriter": rewriter}, "lvlm": lvlm_settings(lvlm) if named else {}}
-    resolved = load_settings(pruned(chosen), settings)
-    model = None if named else lvlm
+    spec, model = (
+        (lvlm, None)
+        if lvlm is None or isinstance(lvlm, str | Path | Mapping | LVLMSettings)
+        else (None, lvlm)
+    )
+    resolved = load_settings(pruned({"loop": {"rewriter": rewriter}, "lvlm": lvlm_settings(spec)}), settings)
     return asyncio.run(ask(prompt, target, resolved, count=count, seed=seed, lvlm=model))
 
 
