@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -62,7 +63,9 @@ class Cast(BaseChatModel):
     def _persona(self, about: Any, said: str) -> str:
         neutral = re.findall(r"Neutral prompt: (.*)", said)[-1]
         chain = {"emotion": "unease at dusk", "appraisal": "somebody left", "concepts": ["a door", "a coat"]}
-        turn = self.asked.count(("persona", about[1]))
+        turn = (
+            int(hashlib.sha256(said.encode()).hexdigest(), 16) % 1000
+        )  # another answer to another question alone
         prompt = f"{neutral}, lamp number {about[1]} turn {turn}, a sense of loss"
         return "Let me think. " + json.dumps({**chain, "light": "a low lamp", "prompt": prompt})
 
