@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
 def collect(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="PROMPTS.jsonl", help="One request a line.")],
-    concurrency: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 8,
+    source: Annotated[
+        Path, typer.Argument(metavar="PROMPTS.jsonl", help="One request a line; - is standard input.")
+    ],
+    concurrency: Annotated[
+        int, typer.Option(min=0, help="Runs at a time in this process; 0 leaves all to `emoloop worker`.")
+    ] = 8,
     targets: Annotated[
         str | None,
         typer.Option(
@@ -60,7 +64,10 @@ def collect(
     if targets is not None:
         source = with_targets(source, read_targets(targets))
     settings = load_settings(opt.overrides(context.params))
-    total = count_lines(source)
+    if str(source) == "-":
+        source, failed = Path("/dev/stdin"), failed or Path("collect.failed.jsonl")
+    # A pipe is read once.
+    total = count_lines(source) if source.is_file() or not source.exists() else None
     if total == 0:
         raise UserError(f"{source} has no lines: one JSON object a line is wanted")
     letters = failed if failed is not None else source.with_name(f"{source.stem}.failed.jsonl")
@@ -68,7 +75,13 @@ def collect(
 
 
 async def _collect(
-    settings: Settings, source: Path, letters: Path, total: int, seed: int, concurrency: int, as_json: bool
+    settings: Settings,
+    source: Path,
+    letters: Path,
+    total: int | None,
+    seed: int,
+    concurrency: int,
+    as_json: bool,
 ) -> int:
     from rich.console import Console
 
@@ -78,7 +91,11 @@ async def _collect(
     done = Counter({"completed": 0, "already": 0, "failed": 0, "images": 0})
     async with open_models(settings, console) as loop:
         began = time.monotonic()
-        texts = (opt.COUNT, "{task.fields[rate]}", "[red]{task.fields[failures]}[/]")
+        texts = (
+            opt.COUNT if total else "{task.completed}",
+            "{task.fields[rate]}",
+            "[red]{task.fields[failures]}[/]",
+        )
         bar = opt.bars(console, *texts, speed_estimate_period=600)
         task = bar.add_task("", total=total, rate="", failures="")
 
@@ -102,7 +119,7 @@ async def _collect(
     seconds = time.monotonic() - began
     summary = {
         **done,
-        "lines": total,
+        "lines": done["completed"] + done["already"] + done["failed"],
         "seconds": round(seconds, 1),
         "failed_file": str(letters) if done["failed"] else None,
         "home": str(settings.home),

@@ -8,21 +8,19 @@ that a commit added, in the order of their cursors: the loop's stream and the sp
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import uuid4
 
 from ..domain import RunResult, UserError
 from ..events import Event
 from ..settings import Settings
 from .database import StoreError
 from .fold import Fold
+from .queue import RENEW, is_gone, owner_name
 from .spans import SpanSubscriber, open_spans
 from .store import Subscriber, TraceStore, open_store
 
@@ -34,9 +32,6 @@ T = TypeVar("T")
 #: Events in one transaction, and seconds that it waits for as many callers as shared the last ones: what a batch of
 #: pictures or answers brings comes within a moment, and a sync costs more than that moment.
 _LARGEST, _GATHER = 512, 0.002
-
-#: Seconds that a claim on a run lasts without renewal, and between renewals.
-_LEASE, _RENEW = 60.0, 20.0
 
 
 class _Waiting:
@@ -62,6 +57,9 @@ class StoreRecorder:
     Args:
         store: Where events and images go; closed with the recorder.
         spans: A subscriber that sends spans, or None.
+
+    Attributes:
+        taken: Runs that a worker has taken from the queue, with its name, until they are claimed here.
     """
 
     def __init__(self, store: TraceStore, spans: SpanSubscriber | None = None) -> None:
@@ -72,6 +70,7 @@ class StoreRecorder:
         self._queue: deque[_Waiting] = deque()
         self._guard = threading.Condition()
         self._writing = False
+        self.taken: dict[str, str] = {}
         self._claims: dict[str, str] = {}  # owner → run, of all claims that are asked for or held
         self._closed = False
         self._shared = deque([1], maxlen=4)  # how many callers shared each of the last commits
@@ -161,21 +160,24 @@ class StoreRecorder:
     async def claimed(self, run_id: str) -> AsyncGenerator[None]:
         """Hold a run while it is worked on, so that nobody else works on it at the same time.
 
+        A run that a worker of this process has taken from the queue is held by that worker.
+
         Raises:
             UserError: Somebody else does.
         """
-        owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        if self.taken.pop(run_id, None):
+            yield
+            return
+        owner = owner_name()
         self._claims[owner] = run_id
         renewing = None
         try:
-            while (
-                other := await self._in(self._workers, self.store.lease, run_id, owner, _LEASE)
-            ) is not None:
+            while (other := await self._in(self._workers, self.store.queue.claim, run_id, owner)) is not None:
                 if not is_gone(other):
                     raise UserError(
                         f"run {run_id!r} is being worked on by {other}: wait until it is done, or choose another id"
                     )
-                await self._in(self._workers, self.store.release, run_id, other)
+                await self._in(self._workers, self.store.queue.release, run_id, other)
             renewing = asyncio.create_task(self._renew(run_id, owner))
             yield
         finally:
@@ -184,13 +186,13 @@ class StoreRecorder:
                 with suppress(asyncio.CancelledError, StoreError):
                     await renewing
             with suppress(StoreError):  # what is closed by now released it itself
-                await self._in(self._workers, self.store.release, run_id, owner)
+                await self._in(self._workers, self.store.queue.release, run_id, owner)
                 self._claims.pop(owner, None)
 
     async def _renew(self, run_id: str, owner: str) -> None:
         while True:
-            await asyncio.sleep(_RENEW)
-            await self._in(self._workers, self.store.lease, run_id, owner, _LEASE)
+            await asyncio.sleep(RENEW)
+            await self._in(self._workers, self.store.queue.claim, run_id, owner)
 
     # ---- images
 
@@ -229,7 +231,7 @@ class StoreRecorder:
         while self._claims:  # a claim may have come through after its task was ended
             owner, run_id = self._claims.popitem()
             with suppress(StoreError):
-                self.store.release(run_id, owner)
+                self.store.queue.release(run_id, owner)
         if self._spans is not None:
             self._spans.close()
             self._spans = None
@@ -249,20 +251,6 @@ class StoreRecorder:
         if self._closed:
             raise StoreError("the log is closed")
         return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
-
-
-def is_gone(owner: str) -> bool:
-    """Whether a claim's owner was a process of this machine that is no more."""
-    host, _, rest = owner.rpartition(":")[0].rpartition(":")
-    if host != socket.gethostname() or not rest.isdigit():
-        return False
-    try:
-        os.kill(int(rest), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _settle(pairs: list[tuple[_Waiting, list[Event] | BaseException]]) -> None:

@@ -157,10 +157,13 @@ def test_what_does_not_fit_leaves_the_pipeline_alone(tmp_path: Path):
     pipe = tiny.build("sd15")
     stock(pipe, "sd15")
     kind, attributes = type(pipe), set(pipe.__dict__)
-    with pytest.raises(UserError, match="no adapter at"):
-        emoloop.apply(pipe, tmp_path / "gone", GLAD)
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match=r"no adapter at owner/name: .*snapshot_download"):
+        emoloop.apply(pipe, "owner/name", GLAD)
+    with pytest.raises(UserError, match="another model than this StableDiffusionPipeline"):
         emoloop.apply(pipe, save("sd3", tmp_path / "3"), GLAD)
+    shipped = ROOT / "miniature/adapters/opd"
+    with pytest.raises(UserError, match=r"another model, miniature \(StableDiffusion3Pipeline\), than this"):
+        emoloop.apply(pipe, shipped, GLAD)
     with emoloop.apply(pipe, save("sd15", tmp_path / "1"), GLAD, scale=0):
         assert type(pipe) is kind
     assert type(pipe) is kind and set(pipe.__dict__) == attributes

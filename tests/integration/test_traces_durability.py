@@ -192,13 +192,13 @@ def test_a_log_of_version_1_gives_the_same_results(tmp_path):
         assert len(store.events("waiting")) == expected["waiting"]["events"] + 1
 
 
-def test_a_log_of_version_2_is_read_as_it_stands_and_lifted_when_it_grows(tmp_path):
+def test_a_log_of_version_3_is_read_as_it_stands_and_lifted_when_it_grows(tmp_path):
     settings = Settings(home=tmp_path)
     with open_store(settings) as store:
         store.append(RunStarted(run_id="one", prompt="p", target=EmotionTarget(category="awe"), seed=1))
     database = sqlite3.connect(tmp_path / "events.db")
     with database:
-        database.execute("UPDATE meta SET value = '2'")
+        database.execute("UPDATE meta SET value = '3'")
     with open_store(settings, read_only=True) as store:
         assert store.run("one").prompt == "p"
     draft = Draft(persona="monk", said={"emotion": "awe"}, prompt="p in fog")
@@ -210,7 +210,7 @@ def test_a_log_of_version_2_is_read_as_it_stands_and_lifted_when_it_grows(tmp_pa
             Rewritten(run_id="one", round=1, prompt="p in fog", model="m", prompt_version="mc_agent")
         )
         assert store.run("one").rounds[1].drafts == [draft]
-    assert database.execute("SELECT value FROM meta").fetchone() == ("3",)
+    assert database.execute("SELECT value FROM meta").fetchone() == ("4",)
     database.close()
 
 
