@@ -131,6 +131,10 @@ class LoopSettings(_Section):
     reward: str = "emotion"
     #: A name in `agents.rewriters.REWRITERS` or a dotted path ("my_pkg.my_mod:MyRewriter").
     rewriter: str = "simple"
+    #: Of the rewriter `mc_agent`: how many personas write in a round, drawn by its seed.
+    personas: int = Field(default=5, ge=1, le=64)
+    #: A folder of `.yaml` files with further personas for it.
+    persona_folder: Path | None = None
     #: Round 0 already paints a rewrite of the neutral prompt, made without feedback.
     rewrite_first: bool = False
     #: Use all rounds whatever was reached; the best candidate over all of them wins.

@@ -39,6 +39,7 @@ class Prompt:
         question: Template of the text after them.
         several: Of a rewriter, the file that asks for several prompts in one answer; without it this one is asked
             several times.
+        personas: Of a rewriter, the file that asks a persona, for `mc_agent`; without it personas write by this one.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Prompt:
     task: str
     question: str
     several: str = ""
+    personas: str = ""
 
     @property
     def lists(self) -> bool:
@@ -104,8 +106,8 @@ def load_prompt(name: str) -> Prompt:
         raise UserError(f"no prompt {name!r}: known are {known}, or give a path to a .yaml file")
     content = read_yaml(path)
     keys = ("name", "version", "system", "task", "question")
-    if set(content) - {"several"} != set(keys):
+    if set(content) - {"several", "personas"} != set(keys):
         raise UserError(
-            f"prompt {path}: the keys {', '.join(keys)} are wanted, no more (but several) and no fewer"
+            f"prompt {path}: the keys {', '.join(keys)} are wanted, no more (but several, personas) and no fewer"
         )
     return Prompt(**{key: str(value) for key, value in content.items()})

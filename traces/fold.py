@@ -23,6 +23,7 @@ from ..events import (
     Event,
     GenerationFailed,
     ImageGenerated,
+    PersonaAnswered,
     Rewarded,
     Rewritten,
     RunFinished,
@@ -81,6 +82,7 @@ class Fold:
         finished: How it ended; None while it goes on, and again when a failed run is resumed.
         failures: How often it ended without being complete.
         rewrites: The rewrites by round and number.
+        drafts: What personas answered, by round and number.
         tried: Candidates by (round, index).
         images: How many were made.
         calls: How often the LVLM was asked, as far as its answers tell.
@@ -96,6 +98,7 @@ class Fold:
         self.finished: RunFinished | None = None
         self.failures = 0
         self.rewrites: dict[int, dict[int, Rewritten]] = {}
+        self.drafts: dict[int, dict[int, PersonaAnswered]] = {}
         self.tried: dict[tuple[int, int], Tried] = {}
         self.best: tuple[int, int] | None = None
         self.updated: datetime | None = None
@@ -136,6 +139,11 @@ class Fold:
                 self._critiqued(self._at(event), event.critique)
             case Rewarded(weight=None):
                 self._reward(self._at(event), event)
+            case PersonaAnswered():
+                self._reopen()
+                self.calls += answers(event)
+                # One that had no answer may be asked again when the run is resumed.
+                self.drafts.setdefault(event.round, {})[event.index] = event
             case Rewritten():
                 self._reopen()
                 self.calls += answers(event)
@@ -353,6 +361,7 @@ class Fold:
             candidates=[candidate for candidate in found if candidate],
             proposals=proposals,
             final=number == self.final,
+            drafts=[it.draft for _, it in sorted(self.drafts.get(number, {}).items())],
         )
 
     def result(self, path: Callable[[str], Path] | None = None, home: Path | None = None) -> RunResult:
@@ -469,8 +478,8 @@ def fold(
     return Fold(log[0].run_id, log).result(path, home)
 
 
-def answers(event: Rewritten) -> int:
-    """How many answers of a model a rewrite took: none for a person's, or one that another answer gave too."""
+def answers(event: PersonaAnswered | Rewritten) -> int:
+    """How many answers of a model a draft or rewrite took: none for a person's, or one that another's gave too."""
     return event.usage.get("calls", 1) if event.usage or event.seconds else 0
 
 
