@@ -12,6 +12,8 @@ from langchain_core.language_models import BaseChatModel
 from PIL import Image
 
 from ..domain import Critique, EmotionTarget, Missing
+from ..settings import LVLMSettings
+from ..tools import presets
 from ..tools.lvlm.chat import image_url
 from ..tools.reward import Look, Reward, Value
 from .ask import Asker, Reply
@@ -124,3 +126,14 @@ class Critic:
 
 def _mix(seed: int, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(f"critic:{seed}:{sample}".encode()).digest()[:4]) >> 1
+
+
+def critic_of(model: BaseChatModel, settings: LVLMSettings, own: bool = True) -> Critic:
+    """The critic that settings describe, on a loaded chat model; `own` for one that they loaded."""
+    wanted = presets.defaults_if_known(settings.model, "lvlm") if own else {}
+    # Our own clients know their time limits; anybody else's model is held to the setting.
+    timeout, name = (None, settings.model) if own else (settings.timeout, None)
+    # A model in this process fills its next batch while one runs.
+    slots = max(settings.concurrency, 2 * getattr(model, "batch_size", 0))
+    asker = Asker(model, slots, timeout, name, settings.rewriter_temperature)
+    return Critic(asker, settings.critic_prompt or wanted.get("critic_prompt", "critic"), settings.samples)

@@ -100,27 +100,7 @@ def _train(
             settings, config, out, where, resume=resume, watch=watch,
             warn=lambda note: opt.say(console, f"note: {note}", "yellow"),
         )  # fmt: skip
-    outcome = result.outcome
-    if outcome.flags:
-        opt.say(console, f"guards fell while the reward rose: {'; '.join(outcome.flags)}", "yellow")
-    if as_json:
-        document = {
-            "folder": str(result.folder),
-            "steps": outcome.steps,
-            "reason": outcome.reason,
-            "flags": outcome.flags,
-            "notes": result.notes,
-            "data": result.statistics,
-            "figures": result.figures,
-        }
-        opt.print_json(document)
-    elif outcome.reason == "interrupted":
-        opt.say(console, f"interrupted at step {outcome.steps}; go on with --resume")
-    else:
-        done = f"{outcome.reason} after {outcome.steps} steps"
-        opt.say(console, f"{done}; use it: emoloop run … --adapter {out}")
-    if outcome.reason == "interrupted":
-        raise typer.Exit(130)
+    opt.tell_trained(result, as_json, console)
 
 
 def _preview(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from ..rl.distill import Distilled
     from ..traces.rows import RunFilter
     from ..traces.store import TraceStore
 
@@ -227,6 +228,31 @@ def tell(document: Mapping[str, Any], as_json: bool, show: Callable[[], object])
         print_json(document)
     else:
         show()
+
+
+def tell_trained(result: Distilled, as_json: bool, console: Console) -> None:
+    """The outcome of a training of adapters; one that was interrupted exits with 130."""
+    outcome = result.outcome
+    if outcome.flags:
+        say(console, f"guards fell while the reward rose: {'; '.join(outcome.flags)}", "yellow")
+    if as_json:
+        document = {
+            "folder": str(result.folder),
+            "steps": outcome.steps,
+            "reason": outcome.reason,
+            "flags": outcome.flags,
+            "notes": result.notes,
+            "data": result.statistics,
+            "figures": result.figures,
+        }
+        print_json(document)
+    elif outcome.reason == "interrupted":
+        say(console, f"interrupted at step {outcome.steps}; go on with --resume")
+    else:
+        done = f"{outcome.reason} after {outcome.steps} steps"
+        say(console, f"{done}; use it: emoloop run … --adapter {result.folder}")
+    if outcome.reason == "interrupted":
+        raise typer.Exit(130)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

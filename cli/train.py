@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..domain import UserError
 from . import options as opt
 
-app = typer.Typer(help="Train the critic on labelled pictures.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from ..domain import EmotionTarget
 
-
-@app.callback()
-def _train() -> None:
-    """Train the critic on labelled pictures."""
+app = typer.Typer(
+    help="The papers' online stages: the critic, and the generator by its word.", no_args_is_help=True
+)
 
 
 @app.command()
@@ -89,3 +89,81 @@ def critic(
         )
     if done.reason == "interrupted":
         raise typer.Exit(130)
+
+
+@app.command("flow-grpo")
+def flow_grpo(
+    prompts: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Prompts and targets, as collect takes them; without it those of the log's runs."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the artifact; made by this run.")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Artifact to start from; without it the base.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--where", metavar="KEY=VALUE", help="Which runs of the log; as of distill."),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out.")] = False,
+    preset: Annotated[
+        str | None, typer.Option(help="miniature, flux-dev or sd35-medium; default from the generator.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file over the preset.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over the file: train.steps=200")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option(help="Print every knob with its value and meaning as YAML for --config, and stop.")
+    ] = False,
+    home: opt.Home = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Teach the generator by the critic's word on pictures that it makes meanwhile (Flow-GRPO)."""
+    from ..rl.config import commented, load_config, preset_for
+    from ..settings import load_settings
+
+    settings = load_settings({"home": home})
+    chosen = preset or preset_for(settings.generator.model, config)
+    words = [*(sets or []), *([f"policy.previous={start}"] if start else [])]
+    resolved = load_config("flow-grpo", chosen, config, words)
+    if print_config:
+        typer.echo(commented(resolved), nl=False)
+        return
+    if out is None:
+        raise UserError("train flow-grpo needs --out DIR")
+    from rich.console import Console
+
+    from ..rl.online.train import logged_requests, train_flow_grpo
+
+    requests = _requests(prompts) if prompts else logged_requests(settings, opt.read_where(where))
+    console = Console(stderr=True)
+    with opt.bars(console, opt.COUNT, "{task.fields[figures]}") as progress:
+        task = progress.add_task("train flow-grpo", total=resolved.train.steps, figures="")
+        last: dict[str, float] = {}
+
+        def watch(step: int, steps: int, figures: dict[str, float]) -> None:
+            last.update(figures)
+            shown = "  ".join(f"{key} {last[key]:.4f}" for key in ("reward", "ratio", "kl") if key in last)
+            progress.update(task, completed=step, total=steps, figures=shown)
+
+        done = train_flow_grpo(
+            settings, resolved, out, requests, resume=resume, watch=watch,
+            warn=lambda note: opt.say(console, f"note: {note}", "yellow"),
+        )  # fmt: skip
+    opt.tell_trained(done, as_json, console)
+
+
+def _requests(path: Path) -> list[tuple[str, EmotionTarget]]:
+    from ..graph.collect import read_line
+
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    found = [read_line(number, text) for number, text in enumerate(lines, 1) if text.strip()]
+    if not found:
+        raise UserError(f"{path} holds no prompt")
+    return [(it.prompt, it.target) for it in found]

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
 
-from ..agents.ask import Asker
-from ..agents.critic import Critic
+from ..agents.critic import Critic, critic_of
 from ..agents.rewriters import Rewriter, load_rewriter
 from ..domain import Critique, EmotionTarget, UserError, read_target
 from ..events import Critiqued, Event, ImageGenerated, Rewarded
@@ -173,16 +172,10 @@ def _load_lvlm(settings: Settings) -> Any:
 
 
 def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Callable[[str], Rewriter]]:
-    lvlm = settings.lvlm
+    lvlm, critic = settings.lvlm, critic_of(model, settings.lvlm, own)
     wanted = presets.defaults_if_known(lvlm.model, "lvlm") if own else {}
-    # Our own clients know their time limits; anybody else's model is held to the setting.
-    timeout, name = (None, lvlm.model) if own else (lvlm.timeout, None)
-    # A model in this process fills its next batch while one runs.
-    slots = max(lvlm.concurrency, 2 * getattr(model, "batch_size", 0))
-    asker = Asker(model, slots, timeout, name, lvlm.rewriter_temperature)
-    critic = Critic(asker, lvlm.critic_prompt or wanted.get("critic_prompt", "critic"), lvlm.samples)
     prompt = lvlm.rewriter_prompt or wanted.get("rewriter_prompt", "rewriter")
-    return critic, cache(partial(load_rewriter, asker=asker, prompt=prompt))
+    return critic, cache(partial(load_rewriter, asker=critic.asker, prompt=prompt))
 
 
 def check_request(parts: Parts, prompt: Any, target: Any) -> tuple[str, EmotionTarget]:

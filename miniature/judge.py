@@ -224,3 +224,16 @@ class Guard(Reader):
 
     def __init__(self, folder: Path = WEIGHTS / "guard") -> None:
         super().__init__(folder)
+
+
+class Content:
+    """A reward: how much of the neutral prompt a picture shows, by the guard; it knows nothing of emotions."""
+
+    name, version = "content", "1"
+
+    def __init__(self) -> None:
+        self._guard = Guard()
+
+    def __call__(self, picture: Image.Image, prompt: str, critique: object, target: object) -> float:
+        """In [0, 1]."""
+        return self._guard.alignment(picture, prompt)

@@ -214,6 +214,7 @@ RESUMABLE = {
     "train.tensorboard",
     "train.cache",
     "guard.sheet_every",
+    "objective.patience",
 }
 
 

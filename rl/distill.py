@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -114,7 +114,7 @@ def distill(
         train, held_out = dataset.examples(source), dataset.examples(source, "held_out")
         text = dataset.examples(source_for(TEXT, config.data)) if config.train.text_steps else None
         accelerator = make_accelerator(config, training)
-        generator = _base_model(settings, config, dataset.base, accelerator.device)
+        generator = load_base(settings, config, dataset.base, accelerator.device)
         policy, cache = make_policy(settings, config, generator, store, dataset.base)
         guards = _guards(config, policy, cache, dataset)
         statistics = dataset.statistics.model_dump(mode="json")
@@ -125,45 +125,84 @@ def distill(
             config, objective, policy, train, held_out, text, cache, guards, training,
             statistics["data_hash"], accelerator,
         )  # fmt: skip
-        # From here on the folder is taken: what is refused, is refused before.
-        if accelerator.is_main_process:
-            write_atomic(training / _CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-            write_atomic(training / "data.json", json.dumps(statistics, indent=2) + "\n")
-        outcome = trainer.run(resume=resume, watch=watch)
-        with trainer.averaged():
-            record = _record(config, dataset, objective, source, generator, outcome, notes)
-            if accelerator.is_main_process and outcome.reason != "interrupted":
-                about = generator.describe()
-                save_artifact(
-                    out, generator.pipe, adapter_name=STUDENT, emotion_tokens=policy.tokens,
-                    visual_prompts=policy.visual, training=record, base_model=about["model"],
-                    call=about["call"],
-                )  # fmt: skip
-    return Distilled(out, outcome, statistics, record["figures"], notes)
+        origin = Origin(dataset.base, dataset.reward, dataset.rollouts.critics(), source, statistics)
+        return train_into(out, trainer, generator, origin, notes, resume=resume, watch=watch)
+
+
+class Origin(NamedTuple):
+    """Where the data of a training come from, for the record.
+
+    Attributes:
+        base: What the student starts from.
+        reward: Name and version.
+        critics: The models whose readings the rewards come from.
+        source: What kind of examples.
+        data: Statistics, with `data_hash`, as JSON.
+    """
+
+    base: Base
+    reward: tuple[str, str]
+    critics: list[str]
+    source: str
+    data: dict[str, Any]
+
+
+def train_into(
+    out: Path,
+    trainer: Trainer,
+    generator: DiffusersGenerator,
+    origin: Origin,
+    notes: list[str],
+    *,
+    resume: bool,
+    watch: Watcher | None,
+) -> Distilled:
+    """Train, and write the artifact; the folder was checked."""
+    config, policy, training = trainer.config, trainer.policy, out / "training"
+    # From here on the folder is taken: what is refused, is refused before.
+    if trainer.is_main:
+        write_atomic(training / _CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_atomic(training / "data.json", json.dumps(origin.data, indent=2) + "\n")
+    outcome = trainer.run(resume=resume, watch=watch)
+    with trainer.averaged():
+        record = _record(config, trainer.objective, origin, generator, outcome, notes)
+        if trainer.is_main and outcome.reason != "interrupted":
+            about = generator.describe()
+            save_artifact(
+                out, generator.pipe, adapter_name=STUDENT, emotion_tokens=policy.tokens,
+                visual_prompts=policy.visual, training=record, base_model=about["model"],
+                call=about["call"],
+            )  # fmt: skip
+    return Distilled(out, outcome, origin.data, record["figures"], notes)
 
 
 def make_policy(
-    settings: Settings, config: DistillConfig, generator: DiffusersGenerator, store: TraceStore, base: Base
+    settings: Settings,
+    config: DistillConfig,
+    generator: DiffusersGenerator,
+    store: TraceStore,
+    base: Base | None,
 ) -> tuple[Policy, Cache]:
-    """The policy over a loaded base model, and the cache of its encodings."""
+    """The policy over a loaded base model, and the cache of its encodings; without a base, the student starts where
+    `policy.previous` says."""
     about = generator.describe()
     network = family_of(generator.pipe, about["call"])
     knobs, size = config.policy, (generator.height, generator.width)
     previous = None
-    if base.adapter is not None:
-        if knobs.previous is None:
-            raise UserError(
-                f"these traces were made with adapter {base.adapter[:12]}: name its folder by "
-                "--set policy.previous=DIR, or take the bare model's by --from adapter=none"
-            )
+    if base is not None and base.adapter is not None and knobs.previous is None:
+        raise UserError(
+            f"these traces were made with adapter {base.adapter[:12]}: name its folder by "
+            "--set policy.previous=DIR, or take the bare model's by --from adapter=none"
+        )
+    if base is not None and base.adapter is None and knobs.previous is not None:
+        raise UserError("policy.previous is set, but these traces were made without an adapter")
+    if knobs.previous is not None:
         previous = load_artifact(generator.pipe, knobs.previous, name=PREVIOUS, call=about["call"])
-        if previous.id != base.adapter:
+        if base is not None and previous.id != base.adapter:
             raise UserError(
                 f"policy.previous {knobs.previous} is adapter {str(previous.id)[:12]}; "
-                f"the traces were made with {base.adapter[:12]}"
+                f"the traces were made with {str(base.adapter)[:12]}"
             )
-    elif knobs.previous is not None:
-        raise UserError("policy.previous is set, but these traces were made without an adapter")
     if previous is not None and previous.emotion_tokens is not None:
         tokens = copy.deepcopy(previous.emotion_tokens)
     else:
@@ -196,9 +235,14 @@ def make_policy(
     return policy, Cache(folder, network, identity, size, store.blobs.get_image)
 
 
-def _base_model(
+def load_base(
     settings: Settings, config: DistillConfig, base: Base, device: torch.device
 ) -> DiffusersGenerator:
+    """The bare base model on the device that trains.
+
+    Raises:
+        UserError: It cannot be trained here, or is of another revision than made the traces.
+    """
     name = config.model or base.model
     dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[config.train.precision]
     if device.type == "cpu":
@@ -243,8 +287,8 @@ def _notes(config: DistillConfig, held_out: int, prompts: int, guarded: bool) ->
 
 
 def _record(
-    config: DistillConfig, dataset: Dataset, objective: Objective, source: str, generator: DiffusersGenerator,
-    outcome: Outcome, notes: list[str],
+    config: DistillConfig, objective: Objective, origin: Origin, generator: DiffusersGenerator, outcome: Outcome,
+    notes: list[str],
 ) -> dict[str, Any]:  # fmt: skip
     """What `training.json` says."""
     figures = {"steps": float(outcome.steps), "train_minutes": outcome.seconds / 60, "loss": outcome.loss}
@@ -253,12 +297,12 @@ def _record(
         "objective": {"name": config.objective["name"], **objective.model_dump(mode="json")},
         "config": config.model_dump(mode="json"),
         # The generator is the bare model: only the log knows the adapter of the round before.
-        "base": {**generator.describe(), "adapter": dataset.base.adapter},
-        "reward": {"name": dataset.reward[0], "version": dataset.reward[1]},
+        "base": {**generator.describe(), "adapter": origin.base.adapter},
+        "reward": {"name": origin.reward[0], "version": origin.reward[1]},
         # An evaluation refuses these as its headline judge.
-        "critics": sorted({*dataset.rollouts.critics(), *objective.judges}),
-        "source": source,
-        "data": dataset.statistics.model_dump(mode="json"),
+        "critics": sorted({*origin.critics, *objective.judges}),
+        "source": origin.source,
+        "data": origin.data,
         "outcome": asdict(outcome),
         # None leaves it to the model; see `tools.adapter.Adapter.guidance`.
         "guidance": config.policy.guidance,

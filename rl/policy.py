@@ -145,6 +145,8 @@ class Policy:
         self.memory: dict[tuple[int, int], Tensor] = {}
         self._conditioners: dict[str | None, Conditioners] = {None: (None, None), STUDENT: (tokens, visual)}
         self._bridge = previous.bridge if previous is not None else None
+        #: Hash of the adapter that the student started from.
+        self.previous_id = previous.id if previous is not None else None
         if visual is not None:
             visual.to(self.device, torch.float32).requires_grad_(True)
             self._bridge = self._bridge or VisualBridge(network, visual)

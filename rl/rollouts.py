@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Select, func, select
@@ -249,7 +249,7 @@ def origin(store: TraceStore, where: RunFilter | None = None) -> tuple[Base, tup
         bases = sorted({Base(*row) for row in connection.execute(made)}, key=_describe)
         if len(bases) > 1:
             raise UserError(
-                f"the runs come from {len(bases)} base models ({'; '.join(map(_describe, bases))}): {_cure(bases)}"
+                f"the runs come from {len(bases)} base models ({_some('; ', map(_describe, bases))}): {_cure(bases)}"
             )
         named = select(c.reward_name, c.reward_version).where(mine, c.reward.is_not(None)).distinct()
         rewards = sorted((str(name), str(version)) for name, version in connection.execute(named))
@@ -289,7 +289,13 @@ def _cure(bases: Sequence[Base]) -> str:
     for base in bases:
         values = {"model": base.model, "adapter": (base.adapter or "none")[:12]}
         flags.add("--from " + shlex.quote(",".join(f"{key}={values[key]}" for key in by)))
-    return "pick one with " + " or ".join(sorted(flags))
+    return f"pick one with {_some(' or ', sorted(flags))}"
+
+
+def _some(between: str, names: Iterable[str]) -> str:
+    """The first few: an online training leaves a version of its policy with each collection."""
+    first = list(itertools.islice(names, 5))
+    return between.join([*first[:4], *(["…"] if len(first) > 4 else [])])
 
 
 def _human_feedback(store: TraceStore, chosen: Select[Any]) -> dict[str, dict[str, dict[str, float]]]:

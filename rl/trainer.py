@@ -10,11 +10,11 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from ..domain import Failure, UserError
 from . import checkpoint
 from .config import DistillConfig
 from .data.cache import Cache
-from .data.dataset import Examples
 from .data.loader import Loader, Order
 from .guards import Guards
 from .launch import listening
@@ -74,6 +73,23 @@ class Outcome:
     yardstick: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
+class Data(Protocol):
+    """What is trained on: logged examples, or rows that are collected meanwhile."""
+
+    #: Optimizer steps after which the data change, and between which no checkpoint lies.
+    every: int
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, numbers: Sequence[int], rng: np.random.Generator | None = None) -> Sequence[Any]:
+        """Examples by number, in that order."""
+        ...
+
+    def begin(self, step: int) -> dict[str, float]:
+        """Called before each optimizer step; figures that are logged with it."""
+        ...
+
+
 #: (step, steps, figures) after every step; for progress bars.
 Watcher = Callable[[int, int, dict[str, float]], None]
 
@@ -86,7 +102,7 @@ class Trainer:
         objective: The loss.
         policy: What is trained.
         train: Training examples.
-        held_out: Held-out examples, for the held-out loss; may be empty.
+        held_out: Held-out examples, for the held-out loss; None or empty where there are none.
         text: What the start on text is taught, with refined prompts; None where there is none.
         cache: Encodings.
         guards: What is watched, or None.
@@ -100,8 +116,8 @@ class Trainer:
         config: DistillConfig,
         objective: Objective,
         policy: Policy,
-        train: Examples,
-        held_out: Examples,
+        train: Data,
+        held_out: Data | None,
         text: Examples | None,
         cache: Cache,
         guards: Guards | None,
@@ -168,15 +184,22 @@ class Trainer:
                     self._metrics.log(outcome.steps, figures)
                 if self._due(self.config.guard.every):
                     stop = self._stopped = self._look()
-                if self._anywhere(asked) and outcome.steps < knobs.steps:
+                # What is collected anew is not kept: a resumed training begins with a collection.
+                between = outcome.steps % self._train.every == 0
+                if between and self._anywhere(asked) and outcome.steps < knobs.steps:
                     stop = "interrupted"
-                if self._due(knobs.checkpoint_every) or stop:
+                if (between and self._due(knobs.checkpoint_every)) or stop:
                     self._save()
                 if watch is not None:
                     watch(outcome.steps, knobs.steps, figures)
         outcome.reason = stop or "finished"
         outcome.seconds += time.perf_counter() - self._began
         return outcome
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self._accelerator.is_main_process
 
     def _due(self, every: int) -> bool:
         """Whether something that is done so often, and at the end, is due; 0 is never."""
@@ -220,6 +243,7 @@ class Trainer:
         """One optimizer step; a function of the step's number and the tensors that a checkpoint holds."""
         began, knobs, accelerator = time.perf_counter(), self.config.train, self._accelerator
         rates = self._set_rates(step)
+        told = self._train.begin(step)
         totals: dict[str, float] = {}
         for micro in range(knobs.accumulation):
             seeds = [knobs.seed, step, micro, accelerator.process_index]
@@ -244,7 +268,7 @@ class Trainer:
             self.policy.update_slow(decay)
         if self._ema is not None:
             self._ema.step(self._parameters())
-        return totals | {"grad_norm": norm, "lr": rates, "seconds": time.perf_counter() - began}
+        return totals | told | {"grad_norm": norm, "lr": rates, "seconds": time.perf_counter() - began}
 
     def _check(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
@@ -320,7 +344,7 @@ class Trainer:
         figures: dict[str, float] = {}
         stop = None
         with self.averaged():
-            if len(self._held_out):
+            if self._held_out:
                 figures["held_out_loss"] = loss = self._held_out_loss()
                 if loss < self._best_held_out[0]:
                     self._best_held_out = (loss, step)
@@ -347,6 +371,7 @@ class Trainer:
     @torch.no_grad()
     def _held_out_loss(self) -> float:
         knobs = self.config.train
+        assert self._held_out is not None
         count = min(len(self._held_out), 2 * knobs.batch_size)
         batch = self._load(self._held_out.fetch(range(count), np.random.default_rng([4, knobs.seed])))
         generator = torch.Generator().manual_seed(_mix(5, knobs.seed))

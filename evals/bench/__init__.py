@@ -25,6 +25,7 @@ BENCHES: dict[str, str] = {
     "lvlm": ".evals.bench.lvlm:main",
     "log": ".evals.bench.log:main",
     "overhead": ".evals.bench.overhead:main",
+    "sde": ".evals.bench.sde:main",
     "serve": ".service.bench:main",
     "startup": ".evals.bench.startup:main",
     "workers": ".evals.bench.workers:main",

@@ -209,6 +209,9 @@ class Dataset:
 class Examples:
     """Random access to the examples of one source and split."""
 
+    #: Optimizer steps after which the data change; `online.collect` makes others then.
+    every = 1
+
     def __init__(self, dataset: Dataset, source: str, rows: np.ndarray) -> None:
         self.dataset, self.source, self._rows = dataset, source, rows
 
@@ -218,6 +221,10 @@ class Examples:
     def fetch(self, numbers: Sequence[int], rng: np.random.Generator | None = None) -> list[Example]:
         """Examples by number, in that order."""
         return self.dataset.fetch(self.source, self._rows[list(numbers)], rng or np.random.default_rng(0))
+
+    def begin(self, step: int) -> dict[str, float]:
+        """Called before each optimizer step; figures that are logged with it."""
+        return {}
 
 
 def _at(rollouts: Sequence[Rollout], round_: int, index: int) -> str | None:

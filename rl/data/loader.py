@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...tools.diffusion.conditioners import points
 from ..objectives.base import Batch
 from .cache import Cache
-from .examples import Example
 
 
 class Order:
@@ -30,19 +30,19 @@ class Order:
 
 
 class Loader:
-    """Turns examples into the batch that an objective asks for."""
+    """Turns examples (`examples.Example`, `online.collect.Taken`) into the batch that an objective asks for."""
 
     def __init__(self, keys: frozenset[str], cache: Cache, device: torch.device) -> None:
         self._keys, self._cache, self._device = keys, cache, device
 
-    def __call__(self, examples: Sequence[Example]) -> Batch:
+    def __call__(self, examples: Sequence[Any]) -> Batch:
         """One batch on the device; see `objectives.base` for the keys."""
         batch: dict[str, Any] = {
             key: self._column(key, examples).to(self._device) for key in sorted(self._keys - {"text"})
         }
         return batch | ({"text": [it.prompt for it in examples]} if "text" in self._keys else {})
 
-    def _column(self, key: str, examples: Sequence[Example]) -> Any:
+    def _column(self, key: str, examples: Sequence[Any]) -> Any:
         if key == "added":
             return self._cache.added([(it.prompt, str(it.refined)) for it in examples])
         values = [getattr(it, "image" if key == "latents" else key) for it in examples]
@@ -59,4 +59,4 @@ class Loader:
                     [torch.tensor(row) for row in values], batch_first=True, padding_value=math.nan
                 )
             case _:
-                return torch.tensor(values)
+                return torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values)

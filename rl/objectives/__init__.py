@@ -18,6 +18,7 @@ OBJECTIVES: dict[str, str] = {
     "rwr": ".rl.objectives.rwr:RWR",
     "direct": ".rl.objectives.direct:Direct",
     "sft": ".rl.objectives.sft:SFT",
+    "flow-grpo": ".rl.online.objective:FlowGRPO",
 }
 
 

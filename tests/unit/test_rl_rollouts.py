@@ -143,3 +143,12 @@ def test_no_example_says_what_was_dropped_or_held_out(tmp_path: Path) -> None:
             Dataset(LogRollouts(store), DataConfig(held_out=0.99999)).examples("pairs")
         with pytest.raises(UserError, match="answers to --from"):
             LogRollouts(store, RunFilter(run_ids=()))
+
+
+def test_the_policies_of_an_online_training_are_named_in_short(tmp_path: Path) -> None:
+    with open_store(settings_for(tmp_path)) as store:
+        for run in range(7):
+            store.append(*run_events(store, run, adapter=f"{run}" * 64))
+        with pytest.raises(UserError, match=r"7 base models \(.*; …\): pick one with .* or …$") as failed:
+            LogRollouts(store)
+    assert len(str(failed.value)) < 400
