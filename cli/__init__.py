@@ -19,6 +19,7 @@ from .collect import collect
 from .distill import distill
 from .evals import doctor, eval_
 from .lvlm import app as lvlm
+from .make import make
 from .run import resume, run
 from .serve import serve
 from .traces import app as traces
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(resume)
+app.command()(make)
 app.command()(collect)
 app.command()(distill)
 app.command()(bench)
