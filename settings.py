@@ -175,6 +175,8 @@ class TraceSettings(_Section):
     database_url: str | None = None
     #: Put prompts and answers on spans (off: spans carry numbers and names only).
     capture_content: bool = False
+    #: fsspec URL of the pictures (`s3://bucket/folder`), for several machines; None is `blobs` in `home`.
+    blobs_url: str | None = None
     #: What a PNG carries that leaves the log (`run --out`, the service, bundles): its recipe and a mark that a model
     #: made it, the mark alone, or nothing.
     metadata: Literal["recipe", "mark", "none"] = "recipe"

@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from dataclasses import asdict
 from typing import Any
 
 from langgraph.runtime import Runtime
@@ -304,9 +303,7 @@ class Nodes:
             runtime,
             *read,
             *(
-                Rewarded(
-                    **place, node=nodes[1] if it.weight is None else f"{nodes[1]}:{it.name}", **asdict(it)
-                )
+                Rewarded(**place, node=nodes[1] if it.weight is None else f"{nodes[1]}:{it.name}", **vars(it))
                 for it in values
             ),
         )
