@@ -143,11 +143,12 @@ class LoopSettings(_Section):
     #: So many of the best prompts are painted and read twice more before one is delivered: what won by a lucky
     #: reading is found out, and the estimate is one that selected nothing. 0 delivers the best reading.
     finalists: int = Field(default=0, ge=0, le=64)
-    #: Prompts that are written for each that is painted: a model of what words did, in this run and in the log, picks
-    #: among them. 1 paints them all.
-    oversample: int = Field(default=1, ge=1, le=16)
+    #: Prompts that are written for each that is painted: a model of what words did in this run (and, with a memory, in
+    #: the log) picks among them. 1 paints them all; None takes the generator's preset (`oversample`).
+    oversample: int | None = Field(default=None, ge=1, le=16)
     #: Before anything was tried, the rewriter is shown so many rewrites of other prompts that came near the target in
-    #: the log's runs, and what these add is tried behind the run's own prompt.
+    #: the log's runs, and what these add is tried behind the run's own prompt. 0 leaves the log out of a run, so that
+    #: the same seed gives the same run whatever was run before.
     memory: int = Field(default=0, ge=0, le=64)
     #: Pause before each rewrite for a person (`interrupt()`).
     review: bool = False

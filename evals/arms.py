@@ -203,6 +203,7 @@ ARMS = {
             "rewrite_first": True,
             "exhaust": True,
             "proposals": 256,
+            "oversample": 1,
         },
         "loop": {},
     }.items()

@@ -1,8 +1,9 @@
 """What the log and a run so far say of prompts that were not painted yet.
 
 A prompt is cheap to write and dear to paint: more are written than painted, and a model of what words did picks those
-that are expected nearest to the target, as far as it can tell (`tools.words`). Runs before this one lend it what they
-saw, and their rewrites that came near the same target serve as examples.
+that are expected nearest to the target, as far as it can tell (`tools.words`). With a memory, runs before this one lend
+it what they saw, and their rewrites that came near the same target serve as examples: then what a run does depends on
+the log that it finds.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ class Knowledge:
         """
         assert fold.started is not None
         given: dict[str, Any] = {}
+        most = options.get("memory", 0)
         if (times := options.get("oversample", 1)) > 1:
-            model = await asyncio.to_thread(self._model, fold.started.time)
+            model = await asyncio.to_thread(self._model, fold.started.time if most else None)
             read = [(it.made.prompt, it.critique) for it in fold.tried.values() if it.made]
             seen = [(prompt, it) for prompt, it in read if isinstance(it, Critique)]
             if model.words or seen:
@@ -67,14 +69,14 @@ class Knowledge:
                     return np.argsort(expected_distance(mean, deviation, target), kind="stable").tolist()
 
                 given |= {"rank": rank, "spare": (times - 1) * count}
-        if self.store and (most := options.get("memory", 0)) and number == 0:
+        if self.store and most and number == 0:
             asked = self.store, target, fold.started.time, most
             about = {"neutral": fold.started.prompt, **self._painter}
             given["examples"] = await asyncio.to_thread(experience.examples, *asked, **about)
         return given
 
-    def _model(self, began: datetime) -> WordModel:
-        if self.store is None:
+    def _model(self, began: datetime | None) -> WordModel:
+        if self.store is None or began is None:
             return WordModel()
         last = experience.cursor_at(self.store, began)
         # Fitted again when the log has grown by a tenth or so, and not for each run.

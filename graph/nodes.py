@@ -98,7 +98,7 @@ class Nodes:
                 run_id, started = await self._find(runtime, prompt, target, seed)
         # A run keeps the options that it began with, whatever the settings say by now; one from before there were
         # several prompts in a round has one.
-        kept = {"proposals": 1, **started.settings.get("loop", {})}
+        kept = {"proposals": 1, "oversample": 1, **started.settings.get("loop", {})}
         options = self.parts.resolved(options | {k: v for k, v in kept.items() if k in options})
         fold = await self.parts.recorder.fold(run_id, fresh=False)
         return {

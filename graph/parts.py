@@ -62,24 +62,24 @@ class Parts:
         return {**dumped, "objects": list(self.objects)} if self.objects else dumped
 
     def resolved(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of a run with how many images and distinct prompts its rounds have.
+        """The options of a run with how many images its rounds have, of how many distinct prompts, out of how many.
 
         Prompts as asked for, else by the generator's preset, else half as many as images; one where the rewriter has
         but one.
         """
-        images, proposals = options["images"], options["proposals"]
+        images, proposals, oversample = (options[key] for key in ("images", "proposals", "oversample"))
         if options["max_images"] is not None:
             images = min(images, options["max_images"])
+        own = "generator" in self.objects
+        known = {} if own else presets.defaults_if_known(self.settings.generator.model)
         if proposals is None:
-            known = (
-                {}
-                if "generator" in self.objects
-                else presets.defaults_if_known(self.settings.generator.model)
-            )
             proposals = int(images * known.get("proposals_per_image", 0.5))
         if getattr(self.rewriter(options["rewriter"]), "one_prompt", False):
             proposals = 1
-        return {**options, "images": images, "proposals": max(1, min(proposals, images))}
+        proposals = max(1, min(proposals, images))
+        if oversample is None:
+            oversample = known.get("oversample", 1) if proposals > 1 else 1
+        return {**options, "images": images, "proposals": proposals, "oversample": oversample}
 
     def check_same(self, run_id: str, events: list[Event]) -> None:
         """Refuse to mix: what was made, read or valued is not comparable with another model's.

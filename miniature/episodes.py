@@ -95,6 +95,18 @@ def describe(scene: Scene, colour: tuple[float, float]) -> str:
     )
 
 
+def described(text: str) -> Scene:
+    """The scene of a description: `describe` read back."""
+    looks, _, things = text.split(", ", 2)
+    subject, place, weather, *light = looks.split()
+    named = {f: next(v for v in FACTORS[f] if word(v, f) == w) for f, w in zip(LIGHT, light, strict=True)}
+    companions: list[Placed] = []
+    for thing in [] if things == "nothing else" else things.split(", "):
+        name, side = thing.removeprefix("far ").split()
+        companions.append(Placed(name, "left" if side == "left" else "right", thing.startswith("far ")))
+    return Scene(subject, place, weather, companions=tuple(companions), **named)
+
+
 def seen(scene: Scene, pixels: NDArray[np.uint8]) -> dict[str, str]:
     """The first fields of a critique, by the law: analysis, valence, arousal."""
     valence, arousal = law.affect(scene, pixels)
@@ -123,11 +135,16 @@ def _suggest(rng: Rng, scene: Scene, miss: Sequence[float | None]) -> str:
 
 
 def _told(rng: Rng, scene: Scene) -> str:
-    """A caption of a scene, or of one that it resembles."""
-    told = scene
+    """A caption of a scene, or of one that it resembles: what a generator leaves out most often is a companion."""
+    told, other = scene, world.sample_scene(rng)
     if rng.random() < 0.25:
-        other = world.sample_scene(rng)
-        told = replace(scene, **{f: getattr(other, f) for f in ("subject", "place") if rng.random() < 0.6})
+        told = replace(told, **{f: getattr(other, f) for f in ("subject", "place") if rng.random() < 0.6})
+    if rng.random() < 0.15:
+        told = replace(told, **{f: getattr(other, f) for f in (*LIGHT, "weather") if rng.random() < 0.4})
+    if rng.random() < 0.35:
+        kept = tuple(c for c in scene.companions if rng.random() < 0.5)
+        more = world.sample_companions(rng, int(rng.integers(1, 3)), kept)
+        told = replace(told, companions=kept + more)
     return world.caption(rng, told, world.sample_named(rng, told))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from emoloop.agents.rewriters import Rewrite
 from emoloop.tools.lvlm.chat import image_from_url
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
@@ -103,3 +104,19 @@ def _images(message: BaseMessage) -> list[str]:
         for part in message.content
         if isinstance(part, dict) and part.get("type") == "image_url"
     ]
+
+
+class Own:
+    """Somebody's rewriter, that gives one prompt at a time."""
+
+    name = model = "own"
+    prompt_id = "own@1"
+
+    def __init__(self, asker: object, prompt: str) -> None:
+        pass
+
+    def says(self, neutral: str, seed: int) -> str:
+        return f"{neutral} {seed % 10_000}"
+
+    async def rewrite(self, neutral, target, rounds=(), *, comment="", seed=0) -> Rewrite:
+        return Rewrite(self.says(neutral, seed), changes=str(len(rounds)))

@@ -23,7 +23,7 @@ DEFAULTS_FILE = "emoloop.json"
 #: What it may say of a generator and of an LVLM.
 _KNOWN = {
     *("steps", "guidance", "height", "width", "micro_batch", "negative_prompt", "call", "load"),
-    "proposals_per_image",
+    *("proposals_per_image", "oversample"),
     *("critic_prompt", "rewriter_prompt", "max_tokens", "batch_size", "threads"),
 }
 

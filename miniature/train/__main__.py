@@ -37,6 +37,10 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help=init)
     parser.add_argument("--bf16", action="store_true", help="forward passes in bfloat16")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
+    painted = (
+        "lvlm, lvlm-vision: painted pictures to learn from too, as `miniature.build critic-data` writes them"
+    )
+    parser.add_argument("--pictures", type=Path, help=painted)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -46,7 +50,9 @@ def main() -> None:
         lr=args.lr or lr, seed=args.seed, device=args.device, minutes=args.minutes, ema=ema, bf16=args.bf16,
         init=args.init,
     )  # fmt: skip
-    import_module(f"{__package__}.{module}").train(recipe, *extra)
+    import_module(f"{__package__}.{module}").train(
+        recipe, *extra, **({"pictures": args.pictures} if args.pictures else {})
+    )
     if losses := recipe.losses:
         print(f"loss {losses[0]:.4f} → {sum(losses[-20:]) / len(losses[-20:]):.4f} after {len(losses)} steps")
 

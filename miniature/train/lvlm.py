@@ -8,6 +8,7 @@ vLLM's CPU attention and transformers both take. The architecture, the chat temp
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.random import Generator as Rng
 from numpy.typing import NDArray
+from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    AutoTokenizer,
     GenerationConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -27,10 +31,10 @@ from transformers import (
 )
 
 from .. import law, world
-from ..episodes import Example, critic_example, rewriter_example
+from ..episodes import Example, critic_example, critique_of, described, rewriter_example
 from ..judge import WEIGHTS
 from ..world import Scene
-from .common import Heads, Loss, Recipe, draw, fitted_codec, spoil
+from .common import Heads, Loss, Recipe, draw, fitted_codec, spoil, to_tensor
 
 SHIPPED = WEIGHTS / "lvlm"
 IMAGE_TOKENS = 16
@@ -137,7 +141,33 @@ class _Sight(Heads):
         return torch.stack(list(parts.values())).sum(), {name: part.item() for name, part in parts.items()}
 
 
-def train(recipe: Recipe, part: Literal["all", "vision", "rewriter"] = "all") -> None:
+class Painted:
+    """Pictures that the generator painted, with scenes that are known (`miniature.build critic-data`).
+
+    Args:
+        folder: Where they lie; those that are held out there are left out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text("utf-8").splitlines()]
+        rows = [row for row in rows if row["split"] == "train"]
+        self.scenes = [described(row["analysis"]) for row in rows]
+        self.pixels, self.clean = (
+            np.stack(
+                [np.asarray(Image.open(folder / row.get(key, row["image"])).convert("RGB")) for row in rows]
+            )
+            for key in ("image", "clean")
+        )
+
+    def draw(self, rng: Rng, count: int) -> tuple[list[Example], NDArray[np.int64]]:
+        """Critiques of some, for prompts that may or may not fit, and which they are."""
+        which = rng.integers(len(self.scenes), size=count)
+        return [critique_of(rng, self.scenes[i], self.pixels[i]) for i in which], which
+
+
+def train(
+    recipe: Recipe, part: Literal["all", "vision", "rewriter"] = "all", pictures: Path | None = None
+) -> None:
     """Train and write the model to `recipe.out / "model"`.
 
     Args:
@@ -145,19 +175,24 @@ def train(recipe: Recipe, part: Literal["all", "vision", "rewriter"] = "all") ->
         part: "vision" teaches the vision tower alone: a step then costs a fifth, so that it sees many more
             pictures; a second run takes its checkpoint as `init`. "rewriter" shows three rewrites for each
             critique, "all" the other way round.
+        pictures: Folder of painted pictures. Half of the critiques are of them then; "vision" teaches the connector
+            too, and beside its renders each step takes answers on them, or their clean counterparts' features.
     """
+    painted = Painted(pictures) if pictures else None
     torch.manual_seed(recipe.seed)
     device = recipe.device
-    tokenizer = build_tokenizer(0)
+    before = recipe.init and (recipe.init if recipe.init.is_dir() else recipe.init.parent / "model")
+    # What goes on keeps its words, whatever the corpus is by now.
+    tokenizer = AutoTokenizer.from_pretrained(before) if before and before.is_dir() else build_tokenizer(0)
     model = build_model(tokenizer).to(device)
     model.train()
     # The CPU's fused attention has a backward pass that takes half of the step at these sizes.
     model.set_attn_implementation("eager" if device == "cpu" else "sdpa")
     codec = fitted_codec(recipe.seed)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}; vocabulary {len(tokenizer)}")
-    # The JSON syntax is learned at once; the numbers are hard, so their characters weigh more.
+    # The JSON syntax is learned at once; numbers are sums, which are hard: their characters weigh more.
     weight = torch.ones(model.config.text_config.vocab_size, device=device)
-    weight[tokenizer.convert_tokens_to_ids(list("0123456789+-"))] = 1.5
+    weight[tokenizer.convert_tokens_to_ids(list("0123456789+-"))] = 4.0
 
     def answer_loss(examples: list[Example], **pictures: Tensor) -> Tensor:
         ids, labels = (tensor.to(device) for tensor in collate(tokenizer, examples))
@@ -178,24 +213,55 @@ def train(recipe: Recipe, part: Literal["all", "vision", "rewriter"] = "all") ->
     elif recipe.init is not None:
         state = torch.load(recipe.init, map_location=device, weights_only=True)["average"]
         trainee.load_state_dict(state, strict=False)
+    connector = model.model.connector
     if part == "vision":
         model.requires_grad_(False)
         vision.requires_grad_(True)
+        connector.requires_grad_(painted is not None)
+
+    def spoiled(rng: Rng, pixels: Sequence[NDArray[np.uint8]]) -> Tensor:
+        return spoil(rng, codec, np.stack(pixels)).to(device)
+
+    def features(pixels: NDArray[np.uint8]) -> Tensor:
+        return connector(vision(pixel_values=to_tensor(pixels).to(device)).last_hidden_state).float()
+
+    def painted_loss(step: int, rng: Rng, painted: Painted) -> tuple[Tensor, dict[str, float]]:
+        if step % 2:
+            _, which = painted.draw(rng, 16)
+            with torch.no_grad():
+                goal = features(painted.clean[which])
+            off = (((features(painted.pixels[which]) - goal) / goal.std((0, 1))) ** 2).mean()
+            return 0.5 * off, {"match": off.item()}
+        fresh = [critic_example(rng, world.FOLDS["critic"]) for _ in range(4)]
+        told, which = painted.draw(rng, 12)
+        shown = [spoiled(rng, [e.pixels for e in fresh if e.pixels is not None])]
+        shown.append(to_tensor(painted.pixels[which]).to(device))
+        said = answer_loss(fresh + told, pixel_values=torch.cat(shown)[:, None])
+        return 2 * said, {"critic": said.item()}
 
     def sight_loss(step: int) -> Loss:
         rng = np.random.default_rng([recipe.seed, step])
         scenes, pixels = draw(rng, 2 * recipe.batch, world.FOLDS["critic"])
         patches.clear()
-        vision(pixel_values=spoil(rng, codec, pixels).to(device))
-        return sight.loss(patches.pop(), scenes, list(pixels))
+        vision(pixel_values=spoiled(rng, list(pixels)))
+        looked, parts = sight.loss(patches.pop(), scenes, list(pixels))
+        if painted is None:
+            return looked, parts
+        more, metrics = painted_loss(step, rng, painted)
+        return looked + more, parts | metrics
 
     def joint_loss(step: int) -> Loss:
         rng = np.random.default_rng([recipe.seed, step])
         looks = recipe.batch // 4 if part == "rewriter" else recipe.batch * 3 // 4
-        critiques = [critic_example(rng, world.FOLDS["critic"]) for _ in range(looks)]
+        told = painted.draw(rng, looks // 2)[0] if painted else []
+        critiques = [critic_example(rng, world.FOLDS["critic"]) for _ in range(looks - len(told))]
+        x = spoiled(rng, [e.pixels for e in critiques if e.pixels is not None])
+        critiques += told
         shown = [e.pixels for e in critiques if e.pixels is not None]
+        if told:
+            x = torch.cat([x, to_tensor(np.stack(shown[-len(told) :])).to(device)])
         patches.clear()
-        seen = answer_loss(critiques, pixel_values=spoil(rng, codec, np.stack(shown))[:, None].to(device))
+        seen = answer_loss(critiques, pixel_values=x[:, None])
         looked, parts = sight.loss(patches.pop(), [e.scene for e in critiques if e.scene is not None], shown)
         written = answer_loss([rewriter_example(rng) for _ in range(recipe.batch - looks)])
         first, second = (0.5, 1.0) if part == "rewriter" else (1.0, 0.5)

@@ -7,7 +7,6 @@ label that is missing stays missing: no reward is made of it.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -25,13 +24,12 @@ from ...agents.schemas import signed, target_text
 from ...domain import HIGH, LOW, Emotion, EmotionTarget, UserError, first_line
 from ...tools.lvlm.chat import to_openai
 from ...tools.registry import resolve
+from ...tools.tables import rows, table
 from ..data.split import held_out
 
 #: Ends of a scale of labels.
 Scale = tuple[float, float]
 OURS: Scale = (LOW, HIGH)
-
-_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 #: What a critique says beside its labels; data may hold it, for the supervised start and the reward `description`.
 TEXTS = ("analysis", "alignment", "suggestion")
@@ -136,20 +134,16 @@ def emotion(value: Any, where: str) -> str | None:
 
 
 def read_folder(folder: Path, scale: Scale) -> Iterator[Sample]:
-    """A folder with `metadata.jsonl`, `.csv` or `.parquet`, or such a file itself.
+    """A folder with `metadata.jsonl`, `.csv` or `.parquet`, or such a file itself (`tools.tables.table`).
 
     Columns: `image` (or `file_name`: a path relative to the file; in parquet also bytes), `valence`, `arousal`,
     `category`, `prompt`, `target_valence`, `target_arousal`, `split`, `clean` (a path), and `TEXTS`. Only the picture
     must be there.
     """
-    file = folder
-    if folder.is_dir():
-        there = [folder / name for name in _FILES if (folder / name).is_file()]
-        if not there:
-            raise UserError(
-                f"{folder} holds none of {', '.join(_FILES)}; for a published layout set data.layout"
-            )
-        file = there[0]
+    try:
+        file = table(folder)
+    except UserError as error:
+        raise UserError(f"{error}; for a published layout set data.layout") from error
     for number, row in enumerate(rows(file), start=1):
         where = f"{file.name} row {number}"
         given = row.get("image", row.get("file_name"))
@@ -173,23 +167,6 @@ def read_folder(folder: Path, scale: Scale) -> Iterator[Sample]:
             texts={key: str(row[key]) for key in TEXTS if row.get(key)}, split=str(row.get("split") or ""),
             clean=clean,
         )  # fmt: skip
-
-
-def rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a table by their columns: JSON lines, CSV or parquet."""
-    try:
-        if file.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            for batch in pq.ParquetFile(file).iter_batches():
-                yield from batch.to_pylist()
-        elif file.suffix == ".csv":
-            with file.open(encoding="utf-8-sig", newline="") as stream:
-                yield from csv.DictReader(stream)
-        else:
-            yield from (json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {first_line(error)}") from error
 
 
 def read(data: Path, layout: str, scale: Scale | None) -> list[Sample]:

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from ...domain import HIGH, LOW, PROTOTYPES, Emotion, UserError, first_line
-from .data import Sample, Scale, emotion, read_folder, rescaled, rows
+from ...tools.tables import rows, table
+from .data import Sample, Scale, emotion, read_folder, rescaled
 
 #: Spread of the Gaussians that stand for a category, in points of valence and arousal.
 SPREAD = 0.6
@@ -129,15 +130,7 @@ def read_emoscene(folder: Path, scale: Scale | None) -> Iterator[Sample]:
     """
     if scale is None:
         raise UserError("emoscene: declare the scale of its labels, such as --set data.scale=[1,9]")
-    file = next(
-        (
-            folder / f"metadata.{end}"
-            for end in ("parquet", "jsonl", "csv")
-            if (folder / f"metadata.{end}").is_file()
-        ),
-        folder,
-    )
-    said = [row.get("descriptors") for row in rows(file)] if file != folder else []
+    said = [row.get("descriptors") for row in rows(table(folder))]
     for sample, words in zip(read_folder(folder, scale), said, strict=True):
         text = ", ".join(words) if isinstance(words, list) else str(words or "")
         yield replace(sample, texts={**sample.texts, "analysis": text}) if text else sample

@@ -4,7 +4,6 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from emoloop.agents.rewriters import Rewrite
 from emoloop.domain import Critique, EmotionTarget, Missing, RunStatus, StopReason
 from emoloop.events import Critiqued, ImageGenerated, Rewarded, Rewritten, RunFinished, RunStarted
 from emoloop.graph.loop import Loop, open_loop
@@ -18,26 +17,13 @@ from scripted import Scripted
 TARGET = EmotionTarget(valence=2, arousal=-1)
 
 
-class Own:
-    """Somebody's rewriter."""
-
-    name = model = "own"
-    prompt_id = "own@1"
-
-    def __init__(self, asker: object, prompt: str) -> None:
-        pass
-
-    async def rewrite(self, neutral, target, rounds=(), *, comment="", seed=0) -> Rewrite:
-        return Rewrite(f"{neutral} {seed % 10_000}")
-
-
 def make(tmp_path, painter: Painter | None = None, model: Scripted | None = None, **options: Any) -> Loop:
     loop = {"rounds": 2, "images": 4, "proposals": 4, "patience": 3, "finalists": 2, "tolerance": 0.0}
     return open_loop(
         generator=painter or Painter(),
         lvlm=model or Scripted(),
         home=str(tmp_path / "home"),
-        loop={**loop, "rewriter": f"{__name__}:Own", **options},
+        loop={**loop, "rewriter": "scripted:Own", **options},
     )
 
 

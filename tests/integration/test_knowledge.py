@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emoloop.agents.rewriters import Rewrite, propose
+from emoloop.agents.rewriters import propose
 from emoloop.agents.rewriters.simple import SimpleRewriter
 from emoloop.domain import EmotionTarget, Example
 from emoloop.events import ImageGenerated, Rewritten
@@ -15,7 +15,7 @@ from emoloop.tools.words import WordModel
 from emoloop.traces.store import open_store
 from painter import Painter
 from rl_log import run_events, settings_for
-from scripted import Scripted
+from scripted import Own, Scripted
 
 TARGET = EmotionTarget(valence=2, arousal=0)
 
@@ -23,17 +23,11 @@ TARGET = EmotionTarget(valence=2, arousal=0)
 DID = {"bright": 2.0, "dark": -2.0, "red": -1.0, "calm": 0.5}
 
 
-class Own:
-    """Somebody's rewriter: every word in turn."""
+class Words(Own):
+    """Every word in turn."""
 
-    name = model = "own"
-    prompt_id = "own@1"
-
-    def __init__(self, asker: object, prompt: str) -> None:
-        pass
-
-    async def rewrite(self, neutral, target, rounds=(), *, comment="", seed=0) -> Rewrite:
-        return Rewrite(f"{neutral} {list(DID)[seed % 4]} {seed % 97}")
+    def says(self, neutral: str, seed: int) -> str:
+        return f"{neutral} {list(DID)[seed % 4]} {seed % 97}"
 
 
 def teach(home: Path, **more: Any) -> None:
@@ -59,7 +53,7 @@ def make(home: Path, model: Scripted | None = None, **options: Any) -> Loop:
         "proposals": 4,
         "patience": 3,
         "tolerance": 0.0,
-        "rewriter": f"{__name__}:Own",
+        "rewriter": f"{__name__}:Words",
     }
     return open_loop(generator=Painter(), lvlm=model or Scripted(), home=str(home), loop={**loop, **options})
 
@@ -74,12 +68,16 @@ async def test_a_model_of_words_picks_what_is_painted(tmp_path):
     async with make(tmp_path / "none", oversample=4) as loop:
         unaided = await loop.run("a dog by the sea", TARGET, seed=7)
     teach(tmp_path / "taught")
-    async with make(tmp_path / "taught", oversample=4) as loop:
+    async with make(tmp_path / "taught", oversample=4, memory=1) as loop:
         result = await loop.run("a dog by the sea", TARGET, seed=7)
-        again = await loop.run("a dog by the sea", TARGET, seed=7, oversample=1)
+        again = await loop.run("a dog by the sea", TARGET, seed=7, oversample=1, memory=0)
+        forgetful = await loop.run("a dog by the sea", TARGET, seed=7, memory=0)
     assert set(words(result, 0)) == {"bright"}
     # Where nothing is known, what is written is painted as it comes.
     assert words(unaided, 0) == words(again, 0) and len(set(words(again, 0))) > 1
+    assert [c.prompt for r in forgetful.rounds for c in r.candidates] == [
+        c.prompt for r in unaided.rounds for c in r.candidates
+    ]
     # A run's own readings count as well: here bright words turned out otherwise.
     assert {c.prompt for c in result.rounds[1].candidates}.isdisjoint(
         c.prompt for c in result.rounds[0].candidates
@@ -101,7 +99,7 @@ async def test_what_a_run_read_itself_counts_above_the_log(tmp_path):
         )
         store.append(*own)
         fold = store.fold("run-0099")
-        given = await knowledge.advice(fold, TARGET, 2, {"oversample": 3}, 2)
+        given = await knowledge.advice(fold, TARGET, 2, {"oversample": 3, "memory": 1}, 2)
         assert given["spare"] == 4
         # The log says that bright is good; three pictures of this run said that it is not.
         asked = ["a tent bright 1 red", "a tent calm", "a tent bright 1"]
@@ -119,7 +117,7 @@ async def test_the_model_is_fitted_anew_only_when_the_log_has_grown(tmp_path, mo
 
     monkeypatch.setattr(WordModel, "__init__", counted)
     teach(tmp_path)
-    async with make(tmp_path, oversample=2, rounds=1, images=2, proposals=2) as loop:
+    async with make(tmp_path, oversample=2, memory=1, rounds=1, images=2, proposals=2) as loop:
         for seed in range(3):
             await loop.run("a dog", TARGET, seed=seed)
     # 216 events, 225, 234: it is fitted to the first 208 and to the first 224.

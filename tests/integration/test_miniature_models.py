@@ -130,6 +130,24 @@ def test_recipes_start_from_nothing_and_learn(
     assert (tmp_path / "model").is_dir()
 
 
+@pytest.mark.training
+@pytest.mark.parametrize("model", ["lvlm-vision", "lvlm"])
+def test_the_lvlm_goes_on_with_painted_pictures(tmp_path, model: str, monkeypatch) -> None:
+    from emoloop.miniature.critic_data import build_critic_data
+    from emoloop.miniature.train.__main__ import main
+    from emoloop.miniature.train.lvlm import SHIPPED
+
+    build_critic_data(tmp_path / "pictures", count=32, held_out=16, processes=1)
+    given = ["--init", str(SHIPPED), "--pictures", str(tmp_path / "pictures"), "--out", str(tmp_path / "out")]
+    sizes = ["--steps", "12", "--batch", "8", "--lr", "3e-4", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["train", model, *given, *sizes])
+    main()
+    first, last = (json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    assert max(first["critic"], last["critic"]) < 1, "it knows how to answer, and does not forget it"
+    same = [(at / "tokenizer.json").read_text() for at in (SHIPPED, tmp_path / "out" / "model")]
+    assert same[0] == same[1]
+
+
 async def test_the_shipped_adapter_hears_the_target() -> None:
     """One pass of a subject that the collected runs never had; read by the guard, which gave no reward."""
     corners = [(1.8, -1.0), (1.8, 1.5), (-1.5, 1.5), (-1.5, -1.0)]

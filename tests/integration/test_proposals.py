@@ -23,7 +23,7 @@ from emoloop.traces.document import result_json
 from emoloop.traces.fold import fold
 from painter import Painter
 from rich.console import Console
-from scripted import Scripted
+from scripted import Own, Scripted
 
 TARGET = EmotionTarget(valence=2, arousal=-1)
 
@@ -40,22 +40,9 @@ class Inventive(Scripted):
         return json.dumps({"why": "because", "changes": adjective, "prompt": f"a dog {where}"})
 
 
-class Own:
-    """Somebody's rewriter that gives one prompt at a time."""
-
-    name = model = "own"
-    prompt_id = "own@1"
-
-    def __init__(self, asker: object, prompt: str) -> None:
-        pass
-
-    async def rewrite(self, neutral, target, rounds=(), *, comment="", seed=0) -> Rewrite:
-        return Rewrite(f"{neutral} {seed % 10_000}", changes=str(len(rounds)))
-
-
 class Stubborn(Own):
-    async def rewrite(self, neutral, target, rounds=(), *, comment="", seed=0) -> Rewrite:
-        return Rewrite(f"bright {neutral}" if seed % 2 else f"{neutral}, BRIGHT")
+    def says(self, neutral: str, seed: int) -> str:
+        return f"bright {neutral}" if seed % 2 else f"{neutral}, BRIGHT"
 
 
 def make(tmp_path, *, painter: Painter | None = None, model: Scripted | None = None, **options) -> Loop:
@@ -68,7 +55,7 @@ def make(tmp_path, *, painter: Painter | None = None, model: Scripted | None = N
             "images": 4,
             "proposals": 4,
             "patience": 3,
-            "rewriter": f"{__name__}:Own",
+            "rewriter": "scripted:Own",
             **options,
         },
     )
@@ -208,7 +195,7 @@ async def test_a_run_from_before_goes_on_with_one_prompt_a_round(tmp_path):
         "tolerance": 0.2,
         "patience": 3,
         "review": False,
-        "rewriter": f"{__name__}:Own",
+        "rewriter": "scripted:Own",
     }
     begun = [
         event.model_copy(

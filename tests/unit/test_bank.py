@@ -217,7 +217,7 @@ def test_a_row_that_lacks_something_is_named(folder: Path) -> None:
     (folder / "u.csv").write_text("")
     with pytest.raises(UserError, match=r"one table .* is wanted, there is t\.jsonl, u\.csv"):
         list(sources.table(folder))
-    with pytest.raises(UserError, match="is no table"):
+    with pytest.raises(UserError, match="there is none"):
         list(sources.table(folder / "none.csv"))
 
 

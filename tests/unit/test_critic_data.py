@@ -88,7 +88,7 @@ def test_what_cannot_be_used_is_one_line(tmp_path, row, said):
 
 
 def test_an_empty_or_missing_folder_says_so(tmp_path):
-    with pytest.raises(UserError, match=r"holds none of metadata\.jsonl"):
+    with pytest.raises(UserError, match=r"one table .* is wanted, there is none; for a published"):
         read(tmp_path, "folder", None)
     with pytest.raises(UserError, match="there is no"):
         read(tmp_path / "none", "folder", None)

@@ -155,9 +155,9 @@ def test_a_torn_checkpoint_goes(tmp_path):
     [
         ([], "train critic needs DATA"),
         (["DATA"], "train critic needs --out DIR"),
-        (["DATA", "--out", "OUT"], "holds none of metadata.jsonl"),
+        (["DATA", "--out", "OUT"], "one table (.jsonl, .csv, .parquet) is wanted"),
         (["DATA", "--out", "OUT", "--set", "rewards={joy: 1}"], "unknown reward 'joy'"),
-        (["DATA", "--out", "OUT", "--set", "model=none"], "holds none of metadata.jsonl"),
+        (["DATA", "--out", "OUT", "--set", "model=none"], "one table (.jsonl, .csv, .parquet) is wanted"),
     ],
 )
 def test_wrong_words_end_in_one_line(tmp_path, words, said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -153,3 +154,28 @@ def test_examples_are_what_the_agents_send() -> None:
         assert (system.content, human.content[0]["text"], human.content[1]["text"]) == (
             example.system, example.task, example.question,
         )  # fmt: skip
+
+
+def test_a_description_read_back_is_the_scene():
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        scene = world.sample_scene(rng)
+        again = episodes.described(episodes.describe(scene, (0.1, -0.2)))
+        placed = [sorted(it.companions, key=lambda c: c.name) for it in (scene, again)]
+        assert replace(again, companions=()) == replace(scene, companions=()) and placed[0] == placed[1]
+
+
+def test_a_critics_prompt_may_name_what_is_not_there():
+    rng = np.random.default_rng(6)
+    absent = full = 0
+    for _ in range(300):
+        example = episodes.critic_example(rng, world.FOLDS["critic"], score_only=0)
+        assert example.scene is not None
+        named = world.parse(example.task.splitlines()[0].removeprefix("prompt: "))
+        there = {c.name for c in example.scene.companions}
+        lacking = [c.name for c in named.companions if c.name not in there]
+        answer = json.loads(example.answer)
+        assert not lacking or float(answer["alignment"]) < 1
+        absent += bool(lacking)
+        full += float(answer["alignment"]) == 1
+    assert 60 < absent < 150 and full > 90

@@ -7,9 +7,7 @@ datasets), its text `text`, `caption` or `prompt`, its emotion `emotion` or `cat
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ...domain import EmotionTarget, UserError
+from .. import tables
 from .bank import Item
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from ...traces.store import TraceStore
 
 _PICTURE, _TEXT = ("file_name", "image", "path"), ("text", "caption", "prompt")
-_KINDS = (".csv", ".jsonl", ".parquet")
 
 
 def table(path: Path) -> Iterator[Item]:
@@ -35,15 +33,8 @@ def table(path: Path) -> Iterator[Item]:
     Raises:
         UserError: No table, several, or a row that lacks something.
     """
-    if path.is_dir():
-        found = sorted(it for it in path.iterdir() if it.suffix in _KINDS)
-        if len(found) != 1:
-            there = ", ".join(it.name for it in found) or "none"
-            raise UserError(f"{path}: one table ({', '.join(_KINDS)}) is wanted, there is {there}")
-        path = found[0]
-    if path.suffix not in _KINDS or not path.is_file():
-        raise UserError(f"{path} is no table: {', '.join(_KINDS)}, or a folder with one")
-    for number, row in enumerate(_rows(path), 1):
+    path = tables.table(path)
+    for number, row in enumerate(tables.rows(path), 1):
         try:
             yield _item(row, path.parent)
         except (KeyError, ValueError) as error:
@@ -65,17 +56,6 @@ def traced(store: TraceStore, where: RunFilter) -> Iterator[Item]:
         if (it.run_id, it.round, it.index) in best and it.sha256 and it.prompt and it.valence is not None:
             felt = EmotionTarget(valence=it.valence, arousal=it.arousal)
             yield Item(it.prompt, partial(store.blobs.get_image, it.sha256), felt)
-
-
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        for batch in pq.ParquetFile(path).iter_batches(256):
-            yield from batch.to_pylist()
-        return
-    with path.open(encoding="utf-8", newline="") as lines:
-        yield from csv.DictReader(lines) if path.suffix == ".csv" else map(json.loads, lines)
 
 
 def _item(row: Mapping[str, Any], folder: Path) -> Item:
