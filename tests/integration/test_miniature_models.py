@@ -139,7 +139,7 @@ def test_the_lvlm_goes_on_with_painted_pictures(tmp_path, model: str, monkeypatc
 
     build_critic_data(tmp_path / "pictures", count=32, held_out=16, processes=1)
     given = ["--init", str(SHIPPED), "--pictures", str(tmp_path / "pictures"), "--out", str(tmp_path / "out")]
-    sizes = ["--steps", "12", "--batch", "8", "--lr", "3e-4", "--device", "cpu"]
+    sizes = ["--steps", "11", "--batch", "8", "--lr", "3e-4", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["train", model, *given, *sizes])
     main()
     first, last = (json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
