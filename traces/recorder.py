@@ -335,12 +335,14 @@ def _encoded(image: Image) -> bytes | Exception:
 def _settle_pictures(
     futures: Sequence[asyncio.Future[str]], stored: asyncio.Future[list[str | Exception]]
 ) -> None:
-    error = stored.exception()
+    error = asyncio.CancelledError() if stored.cancelled() else stored.exception()
     outcomes = [error] * len(futures) if error else stored.result()
     for future, outcome in zip(futures, outcomes, strict=True):
         if future.done():  # nobody waits any more
             continue
-        if isinstance(outcome, BaseException):
+        if isinstance(outcome, asyncio.CancelledError):  # the event loop is ending
+            future.cancel()
+        elif isinstance(outcome, BaseException):
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
