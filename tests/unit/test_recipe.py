@@ -84,6 +84,13 @@ def test_what_was_brought_from_elsewhere_is_left_as_it_is(store):
     assert dressed(store, sha256, "recipe", "import-1") == store.blobs.get_bytes(sha256)
 
 
+def test_a_generator_of_anybodys_may_say_what_no_setting_would(store, tmp_path):
+    file = tmp_path / "it.png"
+    file.write_bytes(dressed(store, add(store, "one", steps=0, width=4, seed=-1, guidance=None), "recipe"))
+    with pytest.raises(UserError, match="recipe that cannot be used"):
+        read(file)
+
+
 def png(text=None, size=(8, 8), compressed=False, key=CHUNK):
     info, file = PngInfo(), io.BytesIO()
     if text is not None:
