@@ -110,9 +110,9 @@ def find(store: TraceStore, sha256: str, run_id: str | None = None) -> tuple[Rec
     generator: dict[str, Any] = started.settings.get("generator", {})
     fields = made.model_dump(include=set(Recipe.model_fields) - {"settings"})
     how = {key: generator[key] for key in _SETTINGS if generator.get(key) is not None}
-    where = {"run": made.run_id, "candidate": made.index, "target": started.target}
+    where: dict[str, Any] = {"run": made.run_id, "candidate": made.index, "target": started.target}
     # The event was checked, and a generator of anybody's may say what no setting would.
-    return Recipe.model_construct(**{**fields, **where, "settings": how}), started
+    return Recipe.model_construct(**fields, **where, settings=how), started
 
 
 def dressed(store: TraceStore, sha256: str, metadata: Metadata, run_id: str | None = None) -> bytes:
