@@ -63,11 +63,11 @@ async def test_pictures_that_come_together_are_stored_together(tmp_path, monkeyp
         )
         small = [Image.new("RGB", (16, 16), (n, 0, 0)) for n in range(10)]
         addresses = await asyncio.gather(*map(recorder.put_image, small))
-        assert calls == [8, 2] and len(set(addresses)) == 10
+        assert sorted(calls) == [2, 8] and len(set(addresses)) == 10
         for sha256 in addresses:
             assert await recorder.get_png(sha256) == blobs.get_bytes(sha256)
         await asyncio.gather(*(recorder.put_image(Image.new("RGB", (512, 512), (n, 0, 0))) for n in range(2)))
-        assert calls == [8, 2, 1, 1]  # large ones are encoded side by side
+        assert sorted(calls) == [1, 1, 2, 8]  # large ones are encoded side by side
 
 
 async def test_what_is_no_picture_concerns_its_own_run_alone(tmp_path):
