@@ -204,6 +204,8 @@ class ServiceSettings(_Section):
     hosts: str = ""
     #: Runs at a time; another one is refused.
     runs: int = Field(default=16, ge=1)
+    #: Jobs (distillation, evaluation, collection, training) at a time; 0 leaves them to other servers.
+    jobs: int = Field(default=1, ge=0)
     #: Bytes of a request's body.
     body_bytes: int = Field(default=1_000_000, ge=1000)
 

@@ -24,6 +24,7 @@ from .run import resume, run
 from .serve import serve
 from .traces import app as traces
 from .train import app as train
+from .worker import job, queue, worker
 
 app = typer.Typer(
     name="emoloop",
@@ -36,6 +37,9 @@ app.command()(run)
 app.command()(resume)
 app.command()(make)
 app.command()(collect)
+app.command()(worker)
+app.command()(queue)
+app.command(hidden=True)(job)
 app.command()(distill)
 app.command()(bench)
 app.add_typer(train, name="train")

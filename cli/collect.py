@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 
 def collect(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="PROMPTS.jsonl", help="One request a line.")],
-    concurrency: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 8,
+    source: Annotated[
+        Path, typer.Argument(metavar="PROMPTS.jsonl", help="One request a line; - is standard input.")
+    ],
+    concurrency: Annotated[
+        int, typer.Option(min=0, help="Runs at a time in this process; 0 leaves all to `emoloop worker`.")
+    ] = 8,
     rounds: opt.Rounds = None,
     images: opt.Images = None,
     proposals: opt.Proposals = None,
@@ -51,7 +55,10 @@ def collect(
     from ..settings import load_settings
 
     settings = load_settings(opt.overrides(context.params))
-    total = count_lines(source)
+    if str(source) == "-":
+        source, failed = Path("/dev/stdin"), failed or Path("collect.failed.jsonl")
+    # A pipe is read once.
+    total = count_lines(source) if source.is_file() or not source.exists() else None
     if total == 0:
         raise UserError(f"{source} has no lines: one JSON object a line is wanted")
     letters = failed if failed is not None else source.with_name(f"{source.stem}.failed.jsonl")
@@ -59,7 +66,13 @@ def collect(
 
 
 async def _collect(
-    settings: Settings, source: Path, letters: Path, total: int, seed: int, concurrency: int, as_json: bool
+    settings: Settings,
+    source: Path,
+    letters: Path,
+    total: int | None,
+    seed: int,
+    concurrency: int,
+    as_json: bool,
 ) -> int:
     from rich.console import Console
 
@@ -69,7 +82,11 @@ async def _collect(
     done = Counter({"completed": 0, "already": 0, "failed": 0, "images": 0})
     async with open_models(settings, console) as loop:
         began = time.monotonic()
-        texts = (opt.COUNT, "{task.fields[rate]}", "[red]{task.fields[failures]}[/]")
+        texts = (
+            opt.COUNT if total else "{task.completed}",
+            "{task.fields[rate]}",
+            "[red]{task.fields[failures]}[/]",
+        )
         bar = opt.bars(console, *texts, speed_estimate_period=600)
         task = bar.add_task("", total=total, rate="", failures="")
 
@@ -93,7 +110,7 @@ async def _collect(
     seconds = time.monotonic() - began
     summary = {
         **done,
-        "lines": total,
+        "lines": done["completed"] + done["already"] + done["failed"],
         "seconds": round(seconds, 1),
         "failed_file": str(letters) if done["failed"] else None,
         "home": str(settings.home),

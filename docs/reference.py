@@ -158,7 +158,7 @@ def api_page() -> str:
     for name in emoloop.__all__:
         module = getattr(getattr(emoloop, name), "__module__", "")
         text += f"\n::: {module if module.startswith('emoloop') else 'emoloop.events'}.{name}\n"
-    return text
+    return text + "".join(f"\n::: emoloop.graph.state.{name}\n" for name in ("RunInput", "State", "Context"))
 
 
 for make in (settings_page, cli_page, events_page, exports_page, tables_page, api_page):

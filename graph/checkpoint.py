@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 #: Seconds that a writer waits for other processes.
 _BUSY = 60.0
 
+_TRY_LOCK = "SELECT pg_try_advisory_lock(hashtextextended('emoloop checkpoints', 0)) AS mine"
+_UNLOCK = "SELECT pg_advisory_unlock(hashtextextended('emoloop checkpoints', 0))"
+
 
 @asynccontextmanager
 async def open_checkpointer(settings: Settings) -> AsyncIterator[BaseCheckpointSaver[Any]]:
@@ -121,5 +124,11 @@ async def _postgres(url: str) -> AsyncIterator[BaseCheckpointSaver[Any]]:
     )
     async with pool:
         saver = savers.AsyncPostgresSaver(pool, serde=_serializer())
-        await saver.setup()
+        async with pool.connection() as connection:
+            # Workers that start together must not make the tables at the same time. To wait inside a statement would
+            # hold up an index that is made concurrently.
+            while not (await (await connection.execute(_TRY_LOCK)).fetchone())["mine"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            await saver.setup()
+            await connection.execute(_UNLOCK)
         yield saver

@@ -1,8 +1,9 @@
-"""Many runs from a file of prompts: concurrent, in bounded memory, exactly resumable.
+"""Many runs from a file or a pipe of prompts: queued, worked on, in bounded memory, exactly resumable.
 
-A line's run is named by what the line says, where it stands and what the loop is made of, so the same command
-goes on where it broke off, tries again what failed, and never takes another model's run for its own. What
-cannot be run goes to a dead-letter file with its reason, in the form that `collect` reads.
+The lines go into the log's queue some hundred ahead of the work; a worker of this process takes them, and so does every
+`emoloop worker` of the same models. A line's run is named by what the line says, where it stands and what the loop is
+made of, so the same command goes on where it broke off, tries again what failed, and never takes another model's run
+for its own. What cannot be run goes to a dead-letter file with its reason, in the form that `collect` reads.
 """
 
 from __future__ import annotations
@@ -10,17 +11,27 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from uuid import uuid4
 
-from ..agents.ask import one_line
-from ..domain import EmotionTarget, RunResult, RunStatus, UserError, read_target
-from ..events import RunFinished
+from ..domain import EmotionTarget, RunStatus, UserError, read_target
 from ..traces.database import StoreError
+from ..traces.queue import ENDED
+from ..traces.rows import RunFilter, RunRow
 from .loop import Loop
 from .state import candidate_seed, read_prompt, read_seed
+from .worker import POLL, Worker
+
+T = TypeVar("T")
+
+#: Lines that are queued and not done, and lines that are queued at once, at most.
+_AHEAD, _CHUNK = 1024, 128
 
 #: What a line may say, besides its target.
 _OPTIONS = ("rounds", "images", "tolerance", "patience")
@@ -153,14 +164,14 @@ async def collect(
     concurrency: int = 8,
     on_outcome: Callable[[Outcome], object] = lambda outcome: None,
 ) -> None:
-    """Run every line of a file.
+    """Run every line of a file or a pipe.
 
     Args:
         loop: An open loop.
         source: JSON lines; blank ones are skipped.
         dead_letters: Where lines go that have no complete run; written anew, absent where there are none.
         seed: Lines without a seed get one from this and their number.
-        concurrency: Runs at a time; they share the models, and their requests share batches.
+        concurrency: Runs at a time in this process; they share the models, and their requests share batches.
         on_outcome: Called for each line when it is done.
 
     Raises:
@@ -169,26 +180,151 @@ async def collect(
         OSError: The dead-letter file cannot be written any more; all runs stop.
     """
     await asyncio.to_thread(_clear, dead_letters, source)
-    print_ = fingerprint(loop, seed)
-    lines = _lines(source)
-    one_writer = asyncio.Lock()
-
-    async def worker() -> None:
-        # Workers take the next line when they are free, so the file is never in memory.
-        for number, text in lines:
-            outcome = await _one(loop, number, text, print_, seed)
-            if outcome.error is not None:
-                async with one_writer:
-                    await asyncio.to_thread(_bury, dead_letters, number, text, outcome)
-            on_outcome(outcome)
-
-    tasks = [asyncio.create_task(worker()) for _ in range(concurrency)]
+    collection = _Collection(loop, dead_letters, seed, on_outcome)
+    worker = Worker(
+        loop,
+        concurrency=concurrency,
+        needs=fingerprint(loop, 0),
+        batch=collection.batch,
+        on_done=lambda item, error: collection.ended(item.id, error),
+    )
+    parts = (collection.feed(_lines(source), worker.nudge), worker.work(), collection.look())
+    tasks = [asyncio.create_task(part) for part in parts]
     try:
-        await asyncio.gather(*tasks)
+        await collection.told(tasks)
+        worker.drain()
+        await tasks[1]
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # What has not begun is not begun by others either; the same command queues it again.
+        with suppress(StoreError):
+            await asyncio.to_thread(loop.recorder.store.queue.cancel, batch=collection.batch)
+
+
+class _Collection:
+    """The lines that are queued and not told yet, and what became of them."""
+
+    def __init__(
+        self, loop: Loop, dead_letters: Path, seed: int, on_outcome: Callable[[Outcome], object]
+    ) -> None:
+        self.batch = uuid4().hex
+        self._loop, self._store = loop, loop.recorder.store
+        self._dead_letters, self._on_outcome = dead_letters, on_outcome
+        self._seed, self._print, self._needs = seed, fingerprint(loop, seed), fingerprint(loop, 0)
+        self._waiting: dict[str, list[tuple[int, str]]] = {}
+        self._queued: set[str] = set()
+        self._ended: asyncio.Queue[tuple[str, str | None]] = asyncio.Queue()
+        self._room, self._all_read = asyncio.Event(), False
+
+    def ended(self, run_id: str, error: str | None) -> None:
+        """Hear that a run has ended."""
+        self._ended.put_nowait((run_id, error))
+
+    async def feed(self, lines: Iterator[tuple[int, str]], nudge: Callable[[], object]) -> None:
+        """Queue the lines, some hundred ahead of the work."""
+        async for some in _chunks(lines):
+            wanted: dict[str, dict[str, Any]] = {}
+            for number, text in some:
+                try:
+                    request = read_line(number, text)
+                except UserError as error:
+                    await self._tell(Outcome(number, None, str(error)), text)
+                    continue
+                run_id = run_id_of(request, self._print)
+                self._waiting.setdefault(run_id, []).append((number, text))
+                own = candidate_seed(self._seed, 0, request.line) if request.seed is None else request.seed
+                target = request.target.model_dump(mode="json", exclude_none=True)
+                wanted[run_id] = {"prompt": request.prompt, "target": target, "seed": own}
+                wanted[run_id]["options"] = request.options
+            known = await asyncio.to_thread(self._rows, list(wanted))
+            complete = {it for it, row in known.items() if row.status is RunStatus.COMPLETED}
+            for run_id in complete:
+                for number, text in self._waiting.pop(run_id):
+                    row = known[run_id]
+                    await self._tell(Outcome(number, run_id, None, row.images, True, row.gain), text)
+                del wanted[run_id]
+            await asyncio.to_thread(self._store.queue.add, "run", wanted, batch=self.batch, needs=self._needs)
+            self._queued |= wanted.keys() & self._waiting.keys()
+            nudge()
+            while len(self._waiting) >= _AHEAD:
+                self._room.clear()
+                await self._room.wait()
+        self._all_read = True
+        self._ended.put_nowait(("", None))
+
+    async def look(self) -> None:
+        """Hear of runs that other workers have ended."""
+        while True:
+            await asyncio.sleep(POLL)
+            for item in await asyncio.to_thread(self._store.queue.items, list(self._queued)):
+                if item.state in ENDED:
+                    self.ended(item.id, item.error or (item.state if item.state != "done" else None))
+
+    async def told(self, parts: Sequence[asyncio.Task[None]]) -> None:
+        """Tell what became of each line, until all are told.
+
+        Raises:
+            Exception: That of a part which broke off.
+        """
+        for part in parts:
+            part.add_done_callback(lambda _: self._ended.put_nowait(("", None)))
+        while self._waiting or not self._all_read:
+            run_id, error = await self._ended.get()
+            for part in parts:
+                if part.done():
+                    part.result()
+            # Who ended it and who looked may both say so.
+            lines = self._waiting.pop(run_id, [])
+            self._queued.discard(run_id)
+            row = (await asyncio.to_thread(self._rows, [run_id])).get(run_id) if lines else None
+            for number, text in lines:
+                images, gain = (row.images, row.gain) if row else (0, None)
+                await self._tell(Outcome(number, run_id, error, images, False, gain), text)
+            self._room.set()
+
+    def _rows(self, run_ids: list[str]) -> dict[str, RunRow]:
+        return {row.run_id: row for row in self._store.runs(RunFilter(run_ids=tuple(run_ids)))}
+
+    async def _tell(self, outcome: Outcome, text: str) -> None:
+        if outcome.error is not None:
+            await asyncio.to_thread(_bury, self._dead_letters, outcome.line, text, outcome)
+        self._on_outcome(outcome)
+
+
+async def _chunks(lines: Iterator[T]) -> AsyncIterator[list[T]]:
+    """What an iterator gives without a wait, some at a time; it may wait for a pipe, so it has a thread of its own."""
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[T | Exception | None](_CHUNK)
+
+    def put(it: T | Exception | None) -> None:
+        asyncio.run_coroutine_threadsafe(queue.put(it), loop).result()
+
+    def read() -> None:
+        with suppress(RuntimeError, CancelledError):  # nobody listens any more
+            try:
+                for line in lines:
+                    put(line)
+            except Exception as error:
+                put(error)
+            put(None)
+
+    # A daemon: a pipe that stays silent must not keep the process.
+    threading.Thread(target=read, name="emoloop-lines", daemon=True).start()
+    ended = False
+    while not ended:
+        some: list[T] = []
+        it = await queue.get()
+        while it is not None and not isinstance(it, Exception):
+            some.append(it)
+            if len(some) == _CHUNK or queue.empty():
+                break
+            it = queue.get_nowait()
+        ended = it is None
+        if some:
+            yield some
+        if isinstance(it, Exception):
+            raise it
 
 
 def count_lines(source: Path) -> int:
@@ -209,41 +345,6 @@ def _lines(source: Path) -> Iterator[tuple[int, str]]:
         for number, text in enumerate(file, start=1):
             if text.strip():
                 yield number, text
-
-
-async def _one(loop: Loop, number: int, text: str, print_: str, seed: int) -> Outcome:
-    run_id: str | None = None
-    try:
-        request = read_line(number, text)
-        run_id = run_id_of(request, print_)
-        before = await loop.recorder.events(run_id)
-        known = any(isinstance(it, RunFinished) and it.status is RunStatus.COMPLETED for it in before)
-        own = candidate_seed(seed, 0, request.line) if request.seed is None else request.seed
-        result = await loop.run(
-            request.prompt,
-            request.target,
-            seed=own,
-            run_id=run_id,
-            review=False,  # nobody is there to answer
-            **request.options,
-        )
-        # The log has everything; a saved state of each run would only fill the disk.
-        await loop.forget(run_id)
-    except StoreError:
-        raise
-    except UserError as error:
-        return Outcome(number, run_id, str(error))
-    except Exception as error:
-        return Outcome(number, run_id, one_line(error))
-    return _outcome(number, result, known)
-
-
-def _outcome(number: int, result: RunResult, known: bool) -> Outcome:
-    images = sum(len(round.candidates) for round in result.rounds)
-    error = None
-    if result.status is not RunStatus.COMPLETED:
-        error = result.warnings[-1] if result.warnings else f"{result.status.value}: {result.stop_reason}"
-    return Outcome(number, result.run_id, error, images, known, result.gain)
 
 
 def _clear(dead_letters: Path, source: Path) -> None:

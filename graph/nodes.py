@@ -54,8 +54,8 @@ from .state import (
     new_run_id,
     picture_url,
     read_review,
-    read_run_id,
     read_seed,
+    thread_run_id,
 )
 
 logger = logging.getLogger(__name__)
@@ -125,8 +125,7 @@ class Nodes:
         """The run that the request begins or continues; a thread may hold several, one after the other."""
         execution = runtime.execution_info
         thread = execution.thread_id if execution else None
-        # A thread id may be a number or a UUID, as everywhere in LangGraph.
-        base = read_run_id(new_run_id() if thread is None else str(thread))
+        base = new_run_id() if thread is None else thread_run_id(thread)
         # Inside another graph the thread is that graph's, and the namespace names the task that called us: the
         # branches of a fan-out share the one and differ in the other.
         if execution and (caller := execution.checkpoint_ns.rpartition("|")[0]):

@@ -186,9 +186,22 @@ def read_run_id(run_id: str) -> str:
     Raises:
         UserError: It is not.
     """
-    if not re.fullmatch(r"[\w.:@+-]{1,120}", run_id) or run_id.startswith("."):
+    if not re.fullmatch(r"[\w:@+-][\w.:@+-]{,119}", run_id):
         raise UserError(f"run id {run_id!r}: letters, digits and . : @ + - _ are allowed, 120 at most")
     return run_id
+
+
+def thread_run_id(thread: Any) -> str:
+    """The run id of a LangGraph thread, whose id may be a number, a UUID or any text of the host's.
+
+    What cannot be a run id is named by its readable part and a digest.
+    """
+    name = str(thread)
+    try:
+        return read_run_id(name)
+    except UserError:
+        readable = re.sub(r"[^\w:@+-]+", "-", name).strip("-")[:100]
+        return f"{readable or 'thread'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def picture_url(sha256: str) -> str:

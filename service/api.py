@@ -1,4 +1,4 @@
-"""The HTTP API, version 1: runs, pictures, feedback. Its OpenAPI document is at `/api/v1/openapi.json`."""
+"""The HTTP API, version 1: runs, pictures, feedback, jobs. Its OpenAPI document is at `/api/v1/openapi.json`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from .documents import (
     Said,
 )
 from .errors import Unavailable
+from .jobs import JobDocument, JobRequest
 from .problems import RESPONSES
 from .work import Service, watched
 
@@ -168,13 +169,101 @@ async def play(service: Of, wanted: Play) -> list[Played]:
     return await service.play(wanted)
 
 
+Key = Annotated[
+    str | None,
+    Header(
+        min_length=1, max_length=200, description="The same key starts one job, however often it is sent."
+    ),
+]
+Name = Annotated[str, Path(pattern="^j-[0-9a-f]{20}$", examples=[f"j-{'0' * 20}"])]
+
+
+@router.post("/jobs", status_code=202, tags=["jobs"])
+async def start_job(
+    service: Of, wanted: JobRequest, response: Response, idempotency_key: Key = None
+) -> JobDocument:
+    """Start a distillation, an evaluation, a collection or a training, as a process of its own."""
+    job = await asyncio.to_thread(service.jobs.start, wanted, idempotency_key)
+    response.headers["Location"] = f"/api/v1/jobs/{job.id}"
+    return job
+
+
+@router.get("/jobs", tags=["jobs"])
+async def list_jobs(service: Of) -> list[JobDocument]:
+    """All jobs, the newest first."""
+    return await asyncio.to_thread(service.jobs.list)
+
+
+@router.get("/jobs/{job_id}", tags=["jobs"])
+async def get_job(service: Of, job_id: Name) -> JobDocument:
+    """A job as it stands."""
+    return await asyncio.to_thread(service.jobs.get, job_id)
+
+
+@router.post("/jobs/{job_id}/cancel", status_code=202, tags=["jobs"])
+async def cancel_job(service: Of, job_id: Name) -> JobDocument:
+    """Stop a job. What it has saved stays; `resume` goes on."""
+    return await asyncio.to_thread(service.jobs.cancel, job_id)
+
+
+@router.post("/jobs/{job_id}/resume", status_code=202, tags=["jobs"])
+async def resume_job(service: Of, job_id: Name) -> JobDocument:
+    """Queue a job again that failed or was cancelled; it goes on from what it has saved."""
+    return await asyncio.to_thread(service.jobs.resume, job_id)
+
+
+@router.get(
+    "/jobs/{job_id}/log",
+    tags=["jobs"],
+    response_class=EventSourceResponse,
+    responses={
+        200: {
+            "description": "Lines of the log; `id` is how many bytes have been read. An event `state` without an id "
+            "says how the job ended, and the stream ends with it.",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        }
+    },
+)
+async def watch_job(
+    service: Of,
+    job_id: Name,
+    after: Annotated[int, Query(ge=0, lt=2**63, description="Only what follows so many bytes.")] = 0,
+    last_event_id: Annotated[
+        int | None, Header(ge=0, lt=2**63, description="The last `id` seen; over `after`.")
+    ] = None,
+) -> Response:
+    """Read a job's log as it is written, as server-sent events."""
+    await asyncio.to_thread(service.jobs.get, job_id)
+    seen = after if last_event_id is None else last_event_id
+
+    async def messages() -> AsyncIterator[ServerSentEvent]:
+        async for read, text in service.jobs.log(job_id, seen):
+            yield ServerSentEvent(text.removesuffix("\n"), event="log", id=str(read))
+        yield ServerSentEvent((await asyncio.to_thread(service.jobs.get, job_id)).state, event="state")
+
+    return EventSourceResponse(messages(), ping=_PING, send_timeout=_SLOW)
+
+
+@router.get("/jobs/{job_id}/metrics", tags=["jobs"])
+async def get_metrics(service: Of, job_id: Name) -> list[dict[str, float]]:
+    """Figures of a training, a step each."""
+    return await asyncio.to_thread(service.jobs.metrics, job_id)
+
+
 _PNG: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
     304: {"description": "The client has it."},
 }
+_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 _WEBP: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}}}
 }
+
+
+@router.get("/jobs/{job_id}/samples/{step}", tags=["jobs"], responses=_PNG, response_class=Response)
+async def get_sample(service: Of, job_id: Name, step: Annotated[int, Path(ge=0, lt=10**7)]) -> Response:
+    """A sheet of pictures that a training made at a step."""
+    return Response(await asyncio.to_thread(service.jobs.sample, job_id, step), media_type="image/png")
 
 
 def _forever(data: bytes, media_type: str, etag: str, known: str | None) -> Response:
@@ -212,6 +301,13 @@ async def get_thumbnail(
 async def alive() -> dict[str, str]:
     """The server answers."""
     return {"status": "ok"}
+
+
+@health.get("/metrics", response_class=Response, responses=_TEXT)
+async def metrics(service: Of) -> Response:
+    """What Prometheus scrapes: runs, pictures, tokens, seconds, queue, requests."""
+    data = await asyncio.to_thread(service.figures)
+    return Response(data, media_type="text/plain; version=1.0.0; charset=utf-8")
 
 
 @health.get("/readyz")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from . import api, pages, problems
@@ -16,6 +19,40 @@ from .access import Access
 from .documents import Problem
 from .templates import STATIC
 from .work import Service
+
+
+class _Timed:
+    """Measures answers, without the streams: those last as long as somebody watches.
+
+    Args:
+        app: What answers.
+        service: Whose figures they are.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI wants it."""
+        began, status, streams = time.perf_counter(), 500, False
+
+        async def told(message: Message) -> None:
+            nonlocal status, streams
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                streams = (
+                    Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
+                )
+            await send(message)
+
+        try:
+            await self.app(scope, receive, told)
+        finally:
+            if scope["type"] == "http" and not streams:
+                # The pattern and not the address: there are as many addresses as runs.
+                route = getattr(scope.get("route"), "path", "other")
+                label = self._service.metrics.requests.labels(scope["method"], route, str(status))
+                label.observe(time.perf_counter() - began)
 
 
 class _Static(StaticFiles):
@@ -50,6 +87,8 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        # A generated client names its functions so.
+        generate_unique_id_function=lambda route: route.name,
         separate_input_output_schemas=False,
     )
     app.state.service = service
@@ -58,6 +97,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(pages.router, include_in_schema=False)
     app.mount("/static", _Static(directory=STATIC), name="static")
     problems.install(app)
+    app.add_middleware(_Timed, service=service)
     app.add_middleware(Access, settings=service.settings.service)
 
     def openapi() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
+from asyncio import to_thread
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -21,11 +22,14 @@ from pydantic import BaseModel, ValidationError
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from ..domain import UserError
+from ..evals.suites import shipped
+from ..traces.queue import ENDED
 from .access import COOKIE, session
-from .api import Of, RunId
+from .api import Name, Of, RunId
 from .documents import Answer, Feedback, Listing, Play, RunRequest
 from .errors import NotFound
-from .templates import Links, differences, render
+from .jobs import JobRequest
+from .templates import Links, curves, differences, render
 from .work import Service, watched
 
 #: Seconds between two pictures of a page that changes.
@@ -202,6 +206,73 @@ async def play(service: Of, request: Request) -> str:
     target = {name: given.pop(name, "") for name in ("valence", "arousal")}
     wanted = _read(Play, {**given, "target": {key: value for key, value in target.items() if value}})
     return render("_answer.html.jinja", played=await service.play(wanted), wanted=wanted)
+
+
+@router.get("/jobs")
+async def jobs(service: Of) -> str:
+    """The jobs."""
+    found = await to_thread(service.jobs.list)
+    return render("jobs.html.jinja", jobs=found, suites=shipped(), key=secrets.token_hex(8))
+
+
+@router.post("/jobs")
+async def start_job(service: Of, request: Request) -> Response:
+    """Start a job and show it."""
+    given = await _form(request)
+    key = given.pop("key", None)
+    where = [it.strip() for it in given.pop("where", "").split(",") if it.strip()]
+    wanted = _read(JobRequest, {**given, "where": where} if where else given)
+    job = await to_thread(service.jobs.start, wanted, key)
+    return RedirectResponse(f"/jobs/{job.id}", 303)
+
+
+def _job(service: Service, job_id: str) -> dict[str, Any]:
+    """What a job's page shows."""
+    return {
+        "job": service.jobs.get(job_id),
+        "curves": curves(service.jobs.metrics(job_id)),
+        "log": service.jobs.tail(job_id),
+    }
+
+
+@router.get("/jobs/{job_id}")
+async def job(service: Of, job_id: Name) -> str:
+    """A job."""
+    return render("job.html.jinja", **await to_thread(_job, service, job_id))
+
+
+@router.get("/jobs/{job_id}/live")
+async def job_live(service: Of, job_id: Name) -> Response:
+    """The job as it changes: the whole of what is shown, which the page merges into itself."""
+    await to_thread(service.jobs.get, job_id)
+
+    async def messages() -> AsyncIterator[ServerSentEvent]:
+        shown = ""
+        while True:
+            about = await to_thread(_job, service, job_id)
+            if (now := render("_job.html.jinja", **about)) != shown:
+                yield ServerSentEvent(now)
+                shown = now
+            if about["job"].state in ENDED and not about["job"].held:
+                break
+            await sleep(_LIST)
+        yield ServerSentEvent("", event="ended")
+
+    return EventSourceResponse(messages(), ping=15, send_timeout=30)
+
+
+@router.post("/jobs/{job_id}/cancel")
+async def cancel_job(service: Of, job_id: Name) -> Response:
+    """Stop it."""
+    await to_thread(service.jobs.cancel, job_id)
+    return RedirectResponse(f"/jobs/{job_id}", 303)
+
+
+@router.post("/jobs/{job_id}/resume")
+async def resume_job(service: Of, job_id: Name) -> Response:
+    """Go on with it."""
+    await to_thread(service.jobs.resume, job_id)
+    return RedirectResponse(f"/jobs/{job_id}", 303)
 
 
 @router.get("/login")

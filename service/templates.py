@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..domain import PROTOTYPES, Emotion
 from ..evals.wording import number, target_words
 from .documents import RunDocument, Shot
+from .jobs import CollectJob, DistillJob, EvalJob, JobDocument, TrainJob
 
 HERE = Path(__file__).parent
+
+#: Points of a curve, about.
+_POINTS = 200
 
 #: Our own and vendored scripts and style, with the licence of what is vendored.
 STATIC = HERE / "static"
@@ -121,6 +127,48 @@ def differences(*runs: RunDocument) -> list[tuple[str, list[Any]]]:
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A figure of a training: its course between 0 and 1 on both axes, and what its ends stand for."""
+
+    name: str
+    points: list[tuple[float, float]]
+    low: float
+    high: float
+    last: float
+    step: int
+
+
+def curves(metrics: Sequence[Mapping[str, float]]) -> list[Curve]:
+    """The figures of a training over its steps; some hundred points each."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for figures in metrics:
+        for name, value in figures.items():
+            if name not in ("step", "look", "seconds") and math.isfinite(value):
+                found.setdefault(name, []).append((figures["step"], value))
+    last = max((figures["step"] for figures in metrics), default=0) or 1
+    made = []
+    for name, course in found.items():
+        thinned = course[:: -(-len(course) // _POINTS)]
+        low, high = min(y for _, y in course), max(y for _, y in course)
+        points = [(step / last, (value - low) / ((high - low) or 1)) for step, value in thinned]
+        made.append(Curve(name, points, low, high, course[-1][1], int(course[-1][0])))
+    return made
+
+
+def task(job: JobDocument) -> str:
+    """A job in some words."""
+    match job.request.root:
+        case DistillJob(objective=objective, steps=steps):
+            return f"distill {objective}" + (f", {steps} steps" if steps else "")
+        case EvalJob(suite=suite):
+            return f"eval {suite}"
+        case CollectJob(lines=lines):
+            return f"collect {len(lines)} runs"
+        case TrainJob(stage=stage, data=data):
+            return f"train {stage} on {data}"
+
+
 def _environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(HERE / "templates"),
@@ -134,6 +182,7 @@ def _environment() -> Environment:
         "moment": _moment,
         "ago": _ago,
         "duration": _duration,
+        "task": task,
         "pretty": lambda value: json.dumps(value, indent=1, ensure_ascii=False, default=str),
     }
     made.globals |= {

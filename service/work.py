@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
@@ -23,8 +22,8 @@ from ..graph.loop import Loop, open_loop
 from ..graph.state import new_run_id
 from ..settings import Settings
 from ..traces.fold import Fold
-from ..traces.recorder import is_gone
-from ..traces.schema import leases, runs
+from ..traces.queue import is_gone
+from ..traces.schema import queue, runs
 from ..traces.store import TraceStore, open_store
 from . import reading
 from .documents import (
@@ -42,6 +41,8 @@ from .documents import (
 )
 from .errors import Busy, Conflict, NotFound, Unavailable
 from .feed import Feed
+from .jobs import Jobs
+from .metrics import Metrics
 from .playground import Playground
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class Service:
         settings: The resolved settings.
         store: The log.
         feed: Follows it.
+        jobs: Distillations and other processes.
+        metrics: What Prometheus scrapes.
         playground: One pass of the distilled model and of its base.
         problems: Why work on a run broke off, for runs that this server worked on.
 
@@ -79,6 +82,8 @@ class Service:
         self._stack.callback(self.store.close)
         self._stack.push_async_callback(self.playground.aclose)
         self.feed = await self._stack.enter_async_context(Feed(self.store))
+        self.jobs = await self._stack.enter_async_context(Jobs(self.settings, self.store))
+        self.metrics = Metrics(self.store)
         if self._given is not None:
             self._loading = asyncio.create_task(self._load(self._given))
         return self
@@ -122,16 +127,18 @@ class Service:
 
     def held(self) -> set[str]:
         """The runs that somebody works on now, in this process or another."""
-        query = select(leases.c.run_id, leases.c.owner).where(leases.c.expires > time.time())
-        with self.store.read() as connection:
-            others = {run_id for run_id, owner in connection.execute(query) if not is_gone(owner)}
-        return others | set(self._tasks)
+        return {*self.store.queue.held(), *self._tasks}
+
+    def figures(self) -> bytes:
+        """What Prometheus scrapes."""
+        return self.metrics.scrape(len(self._tasks), self.ready)
 
     def _orphans(self) -> list[str]:
         """The runs under way whose worker is a process of this machine that is no more."""
-        query = select(leases.c.run_id, leases.c.owner).join(runs, runs.c.run_id == leases.c.run_id)
+        query = select(queue.c.id, queue.c.owner).join(runs, runs.c.run_id == queue.c.id)
         with self.store.read() as connection:
-            rows = connection.execute(query.where(runs.c.status == RunStatus.RUNNING))
+            left = runs.c.status == RunStatus.RUNNING, queue.c.state.is_(None), queue.c.owner.is_not(None)
+            rows = connection.execute(query.where(*left))
             return [run_id for run_id, owner in rows if is_gone(owner)]
 
     async def page(self, wanted: Listing) -> RunPage:
@@ -245,12 +252,15 @@ class Service:
 
         Raises:
             NotFound: There is no such run.
-            Conflict: This server does not work on it.
+            Conflict: Neither this server nor a worker of the queue works on it.
         """
         task = self._tasks.get(run_id)
         if task is None:
             await self.events(run_id)
-            raise Conflict(f"this server does not work on run {run_id}")
+            # A worker that has it from the queue sees that at its next look.
+            if not await asyncio.to_thread(self.store.queue.cancel, [run_id]):
+                raise Conflict(f"nobody who could be told works on run {run_id}")
+            return
         task.cancel()
         await asyncio.wait([task])
 

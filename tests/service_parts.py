@@ -26,7 +26,7 @@ REQUEST = {"prompt": "a dog by the sea", "target": {"valence": 2, "arousal": -1}
 
 def settings_of(home: Path, **service: Any) -> Settings:
     loop = {"rounds": 2, "images": 2, "tolerance": 0.0}
-    return load_settings({"home": home, "loop": loop, "service": service})
+    return load_settings({"home": home, "loop": loop, "service": {"jobs": 0, **service}})
 
 
 def service_of(settings: Settings, painter: Painter | None = None, **keywords: Any) -> Service:

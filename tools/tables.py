@@ -46,10 +46,12 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
             return
         # A spreadsheet program's CSV begins with a byte order mark.
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            yield from (
-                csv.DictReader(lines)
-                if file.suffix == ".csv"
-                else (json.loads(line) for line in lines if line.strip())
-            )
+            if file.suffix == ".csv":
+                yield from csv.DictReader(lines)
+                return
+            for row in (json.loads(line) for line in lines if line.strip()):
+                if not isinstance(row, dict):
+                    raise ValueError("each line must be a JSON object")
+                yield row
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {first_line(error)}") from error

@@ -1,7 +1,7 @@
 """From older logs to this version's, in steps; from newer ones not at all.
 
-A step lifts the events of one version to the tables of today, inside one transaction, and the derived tables are
-made again at the end. So only the events need care, and a step that fails leaves the log as it was.
+A step lifts the tables of one version to those of today, inside one transaction: where it changes the events, it makes
+the derived tables again at its end. So only the events need care, and a step that fails leaves the log as it was.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def migrate(connection: Connection) -> None:
         metadata.create_all(connection)
     else:
         _STEPS[found](connection)
-        rebuild(connection)
+        connection.execute(text("DROP TABLE IF EXISTS leases"))
     connection.execute(meta.delete().where(meta.c.key == "tables_version"))
     connection.execute(insert(meta).values(key="tables_version", value=str(TABLES_VERSION)))
 
@@ -79,6 +79,7 @@ def _from_0(connection: Connection) -> None:
             seen.add(event.key)
             connection.execute(insert(events).values(row_of(event)))
     old.drop(connection)
+    rebuild(connection)
 
 
 def _from_1(connection: Connection) -> None:
@@ -90,6 +91,12 @@ def _from_1(connection: Connection) -> None:
     rows = select(*(old.c[name] for name in names)).order_by(old.c.time, old.c.run_id, old.c.seq)
     connection.execute(insert(events).from_select(names, rows))
     old.drop(connection)
+    rebuild(connection)
+
+
+def _from_2(connection: Connection) -> None:
+    # Version 2 had `leases (run_id, owner, expires)`, good for a minute; `queue` holds them as well.
+    metadata.create_all(connection)
 
 
 def _set_aside(connection: Connection) -> Table:
@@ -120,4 +127,4 @@ def row_of(event: Event) -> dict[str, object]:
 
 
 #: From which version: what lifts its events to the tables of today.
-_STEPS: dict[int, Callable[[Connection], None]] = {0: _from_0, 1: _from_1}
+_STEPS: dict[int, Callable[[Connection], None]] = {0: _from_0, 1: _from_1, 2: _from_2}

@@ -8,8 +8,6 @@ that a commit added, in the order of their cursors: the loop's stream and the sp
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
@@ -17,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import uuid4
 
 from ..domain import RunResult, UserError
 from ..events import Event
@@ -25,6 +22,7 @@ from ..settings import Settings
 from .blobs import encode
 from .database import StoreError
 from .fold import Fold
+from .queue import RENEW, is_gone, owner_name
 from .spans import SpanSubscriber, open_spans
 from .store import Subscriber, TraceStore, open_store
 
@@ -40,9 +38,6 @@ _LARGEST, _GATHER = 512, 0.002
 #: Pictures, and pixels of them, that one thread encodes and syncs in a row: a batch of small ones takes one turn of the
 #: threads, large ones are encoded side by side. And bytes of PNG that are kept, since the critic asks for them next.
 _TOGETHER, _PIXELS, _RECENT = 8, 2**18, 2**26
-
-#: Seconds that a claim on a run lasts without renewal, and between renewals.
-_LEASE, _RENEW = 60.0, 20.0
 
 
 class _Waiting:
@@ -68,6 +63,9 @@ class StoreRecorder:
     Args:
         store: Where events and images go; closed with the recorder.
         spans: A subscriber that sends spans, or None.
+
+    Attributes:
+        taken: Runs that a worker has taken from the queue, with its name, until they are claimed here.
     """
 
     def __init__(self, store: TraceStore, spans: SpanSubscriber | None = None) -> None:
@@ -79,8 +77,9 @@ class StoreRecorder:
         self._guard = threading.Condition()
         self._writing = False
         # Pictures that came in this turn of an event loop.
-        self._pictures: dict[asyncio.AbstractEventLoop, list[tuple[Image, asyncio.Future[str]]]] = {}
+        self._pictures: dict[asyncio.AbstractEventLoop, list[tuple[Image, int, asyncio.Future[str]]]] = {}
         self._recent = _Recent()
+        self.taken: dict[str, str] = {}
         self._claims: dict[str, str] = {}  # owner → run, of all claims that are asked for or held
         self._closed = False
         self._shared = deque([1], maxlen=4)  # how many callers shared each of the last commits
@@ -170,21 +169,24 @@ class StoreRecorder:
     async def claimed(self, run_id: str) -> AsyncGenerator[None]:
         """Hold a run while it is worked on, so that nobody else works on it at the same time.
 
+        A run that a worker of this process has taken from the queue is held by that worker.
+
         Raises:
             UserError: Somebody else does.
         """
-        owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        if self.taken.pop(run_id, None):
+            yield
+            return
+        owner = owner_name()
         self._claims[owner] = run_id
         renewing = None
         try:
-            while (
-                other := await self._in(self._workers, self.store.lease, run_id, owner, _LEASE)
-            ) is not None:
+            while (other := await self._in(self._workers, self.store.queue.claim, run_id, owner)) is not None:
                 if not is_gone(other):
                     raise UserError(
                         f"run {run_id!r} is being worked on by {other}: wait until it is done, or choose another id"
                     )
-                await self._in(self._workers, self.store.release, run_id, other)
+                await self._in(self._workers, self.store.queue.release, run_id, other)
             renewing = asyncio.create_task(self._renew(run_id, owner))
             yield
         finally:
@@ -193,13 +195,13 @@ class StoreRecorder:
                 with suppress(asyncio.CancelledError, StoreError):
                     await renewing
             with suppress(StoreError):  # what is closed by now released it itself
-                await self._in(self._workers, self.store.release, run_id, owner)
+                await self._in(self._workers, self.store.queue.release, run_id, owner)
                 self._claims.pop(owner, None)
 
     async def _renew(self, run_id: str, owner: str) -> None:
         while True:
-            await asyncio.sleep(_RENEW)
-            await self._in(self._workers, self.store.lease, run_id, owner, _LEASE)
+            await asyncio.sleep(RENEW)
+            await self._in(self._workers, self.store.queue.claim, run_id, owner)
 
     # ---- images
 
@@ -209,21 +211,20 @@ class StoreRecorder:
         Raises:
             OSError: The disk refused.
         """
-        loop = asyncio.get_running_loop()
+        loop, pixels = asyncio.get_running_loop(), max(1, image.width * image.height)
         waiting = self._pictures.setdefault(loop, [])
         if not waiting:
             # A batch's pictures all come in one turn of the loop, and go on together.
             loop.call_soon(self._put_waiting, loop)
-        waiting.append((image, future := loop.create_future()))
+        waiting.append((image, pixels, future := loop.create_future()))
         return await future
 
     def _put_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
         waiting = self._pictures.pop(loop)
         while waiting:
-            width, height = waiting[0][0].size
-            many = min(_TOGETHER, max(1, _PIXELS // (width * height)))
+            many = min(_TOGETHER, max(1, _PIXELS // waiting[0][1]))
             part, waiting = waiting[:many], waiting[many:]
-            images, futures = zip(*part, strict=True)
+            images, _, futures = zip(*part, strict=True)
             stored = loop.create_task(self._in(self._workers, self._put_all, images))
             stored.add_done_callback(partial(_settle_pictures, futures))
 
@@ -264,7 +265,7 @@ class StoreRecorder:
         while self._claims:  # a claim may have come through after its task was ended
             owner, run_id = self._claims.popitem()
             with suppress(StoreError):
-                self.store.release(run_id, owner)
+                self.store.queue.release(run_id, owner)
         if self._spans is not None:
             self._spans.close()
             self._spans = None
@@ -303,20 +304,6 @@ class _Recent:
 
     def get(self, sha256: str) -> bytes | None:
         return self._kept.get(sha256)
-
-
-def is_gone(owner: str) -> bool:
-    """Whether a claim's owner was a process of this machine that is no more."""
-    host, _, rest = owner.rpartition(":")[0].rpartition(":")
-    if host != socket.gethostname() or not rest.isdigit():
-        return False
-    try:
-        os.kill(int(rest), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _settle(pairs: list[tuple[_Waiting, list[Event] | BaseException]]) -> None:

@@ -31,7 +31,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.types import TypeEngine
 
 #: Version of the tables (events carry their own, `events.SCHEMA_VERSION`).
-TABLES_VERSION = 2
+TABLES_VERSION = 3
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -93,13 +93,28 @@ events = Table(
     sqlite_autoincrement=True,
 )
 
-#: Who works on a run, and until when (POSIX seconds) others leave it alone.
-leases = Table(
-    "leases",
+#: What is to be done, who does it, and until when (POSIX seconds) others leave it alone; see `queue.Queue`.
+queue = Table(
+    "queue",
     metadata,
-    Column("run_id", String(128), primary_key=True),
-    Column("owner", String(128), nullable=False),
-    Column("expires", Float, nullable=False),
+    # The order in which entries are taken.
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("id", String(128), nullable=False, unique=True),
+    Column("kind", String(32), nullable=False),
+    # None: held by somebody, never queued.
+    Column("state", String(16)),
+    Column("batch", String(64)),
+    Column("needs", String(64)),
+    Column("payload", Text),
+    Column("attempts", Integer, nullable=False),
+    Column("error", Text),
+    Column("owner", String(128)),
+    Column("expires", Float),
+    Column("created", Float, nullable=False),
+    Column("changed", Float, nullable=False),
+    Index("queue_state", "state", "kind", "number"),
+    Index("queue_owner", "owner"),
+    sqlite_autoincrement=True,
 )
 
 runs = Table(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from . import migrate
 from .blobs import BlobStore, open_blobs
 from .database import WRITES, StoreError, lock, open_database, store_errors
 from .fold import Fold
+from .queue import Queue
 from .rows import CandidateRow, RunFilter, RunRow
-from .schema import Upsert, candidates, events, leases, runs
+from .schema import Upsert, candidates, events, queue, runs
 
 __all__ = ["CandidateRow", "RunFilter", "RunRow", "StoreError", "TraceStore", "open_store"]
 
@@ -53,6 +53,7 @@ class TraceStore:
 
     Attributes:
         subscribers: Are told of each commit, in the order of cursors.
+        queue: Who works on what, and what waits for somebody.
 
     Args:
         engine: The database, at `TABLES_VERSION`.
@@ -67,11 +68,10 @@ class TraceStore:
         self.subscribers: list[Subscriber] = []
         self._lock = threading.Lock()
         self._folds: dict[str, _Held] = {}
-        self._insert, *upserts = (
-            Upsert(engine.dialect, table) for table in (events, candidates, runs, leases)
-        )
-        self._upsert_candidates, self._upsert_runs, self._upsert_leases = upserts
+        self._insert, *upserts = (Upsert(engine.dialect, table) for table in (events, candidates, runs))
+        self._upsert_candidates, self._upsert_runs = upserts
         self._writer = engine.execution_options(**{WRITES: True})
+        self.queue = Queue(self.read, self._write)
 
     def append(self, *batch: Event) -> list[Event]:
         """Write events in one transaction; return when they are durable.
@@ -254,6 +254,7 @@ class TraceStore:
                 named = self._named(connection, run_id)
                 for table in (candidates, runs):
                     connection.execute(delete(table).where(table.c.run_id == run_id))
+                connection.execute(delete(queue).where(queue.c.id == run_id, queue.c.owner.is_(None)))
                 gone += connection.execute(delete(events).where(events.c.run_id == run_id)).rowcount
                 for sha256, time in named.items():
                     orphans[sha256] = max(time, orphans.get(sha256, time))
@@ -272,32 +273,6 @@ class TraceStore:
         with self._lock, self._write() as connection:
             lock(connection, "emoloop append")
             migrate.rebuild(connection)
-
-    def lease(self, run_id: str, owner: str, seconds: float) -> str | None:
-        """Claim a run for work, or renew the claim.
-
-        Args:
-            run_id: The run.
-            owner: Who claims it; the same name renews.
-            seconds: How long others leave it alone.
-
-        Returns:
-            None where the run is the owner's now; else who holds it.
-        """
-        now = time.time()
-        with self._write() as connection:
-            lock(connection, run_id)
-            held = select(leases.c.owner).where(leases.c.run_id == run_id, leases.c.expires > now)
-            other = connection.scalar(held)
-            if other is not None and other != owner:
-                return other
-            self._upsert_leases(connection, [{"run_id": run_id, "owner": owner, "expires": now + seconds}])
-        return None
-
-    def release(self, run_id: str, owner: str) -> None:
-        """Give a claim back."""
-        with self._write() as connection:
-            connection.execute(delete(leases).where(leases.c.run_id == run_id, leases.c.owner == owner))
 
     def close(self) -> None:
         """Let go of the database."""

@@ -28,6 +28,7 @@ BENCHES: dict[str, str] = {
     "overhead": ".evals.bench.overhead:main",
     "serve": ".service.bench:main",
     "startup": ".evals.bench.startup:main",
+    "workers": ".evals.bench.workers:main",
 }
 
 #: Former benchmarks → the script in a clone of the repository that does the same.

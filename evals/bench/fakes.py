@@ -47,9 +47,9 @@ class FakeGenerator:
 
         async def one(request: ImageRequest) -> GeneratedImage:
             if self._worker is None:
-                return GeneratedImage(picture(request.seed), request)
+                return GeneratedImage(picture(request.seed), request, self.describe())
             [image] = self._worker.submit([request.seed])
-            return GeneratedImage(await asyncio.wrap_future(image), request)
+            return GeneratedImage(await asyncio.wrap_future(image), request, self.describe())
 
         return await gather_images(map(one, requests))
 

@@ -164,9 +164,18 @@ def read_folder(folder: Path, scale: Scale) -> Iterator[Sample]:
             valence=rescaled(row.get("valence"), scale, where), arousal=rescaled(row.get("arousal"), scale, where),
             category=emotion(row.get("category"), where), prompt=str(row.get("prompt") or ""),
             target=EmotionTarget(**aims) if any(aim is not None for aim in aims.values()) else None,
-            texts={key: str(row[key]) for key in TEXTS if row.get(key)}, split=str(row.get("split") or ""),
+            texts={key: str(row[key]) for key in TEXTS if row.get(key)}, split=_split(row.get("split"), where),
             clean=clean,
         )  # fmt: skip
+
+
+def _split(value: Any, where: str) -> str:
+    if value in (None, ""):
+        return ""
+    if value not in ("train", "held_out"):
+        # Taken for training, a row of somebody's test set would be learned.
+        raise UserError(f"{where}: split {value!r} is none of train, held_out")
+    return value
 
 
 def read(data: Path, layout: str, scale: Scale | None) -> list[Sample]:

@@ -192,6 +192,43 @@ def test_a_person_starts_watches_reads_rates_and_compares(page_of, url, painter)
     page.get_by_label("How much of each picture is seen").fill("20")
 
 
+def test_a_person_starts_watches_and_steers_a_job(page_of, url, settings):
+    page = page_of()
+    page.goto(f"{url}/jobs")
+    page.get_by_text("New distillation").click()
+    page.get_by_label("Steps").fill("7")
+    page.get_by_role("button", name="Start").first.click()
+    page.wait_for_url(re.compile("/jobs/j-"))
+    expect(page.locator(".badge")).to_have_text("queued")
+    job, loaded = page.url.rpartition("/")[2], page.evaluate("performance.timeOrigin")
+    with open_store(settings) as store:
+        assert store.queue.take("me", kind="distill", id=job)
+        folder = store.home / "jobs" / job
+        training = folder / "out" / "training"
+        (training / "samples").mkdir(parents=True)
+        Image.new("RGB", (64, 32), "red").save(training / "samples" / "step-0000002.png")
+        (folder / "log.txt").write_text(f"$ emoloop distill\n{HOSTILE}\n")
+        (training / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n')
+        expect(page.locator(".badge")).to_have_text("running")
+        expect(page.locator("figcaption")).to_have_text("loss 1.500")
+        expect(page.get_by_alt_text("Pictures at step 2")).to_be_visible()
+        expect(page.locator("pre.log")).to_contain_text("<script>")
+        assert page.evaluate("performance.timeOrigin") == loaded, "nothing was reloaded"
+        page.get_by_role("button", name="Cancel").click()
+        expect(page.locator(".badge")).to_have_text("cancelled")
+        expect(page.locator("#job")).to_contain_text("saving what it has")
+        store.queue.release(job, "me")
+    expect(page.locator("#job")).not_to_contain_text("saving what it has")
+    page.get_by_role("button", name="Go on").click()
+    expect(page.locator(".badge")).to_have_text("queued")
+    found = Axe().run(page).response["violations"]
+    assert not [it["id"] for it in found if it["impact"] in ("serious", "critical")]
+    page.goto(f"{url}/jobs")
+    expect(page.locator("table.runs")).to_contain_text("distill opd, 7 steps")
+    with open_store(settings) as store:
+        store.queue.cancel([job])
+
+
 def test_a_person_answers_a_review(page_of, url):
     page = page_of()
     start(page, url, "a boat on the sea", review=True)
@@ -253,7 +290,15 @@ def test_strange_strings_are_text(page_of, url, hostile):
 def test_everybody_can_read_it(page_of, url, hostile, width, scheme):
     page = page_of(width, scheme)
     run = f"/runs/{hostile}"
-    for path in ("/", "/playground", run, f"{run}/0/0", f"/compare?run={hostile}&run={hostile}", "/login"):
+    for path in (
+        "/",
+        "/jobs",
+        "/playground",
+        run,
+        f"{run}/0/0",
+        f"/compare?run={hostile}&run={hostile}",
+        "/login",
+    ):
         page.goto(url + path)
         page.wait_for_load_state("load")
         if path == "/":

@@ -14,6 +14,7 @@ import venv
 from pathlib import Path
 
 REQUIREMENTS = {
+    "client": ("openapi-python-client==0.29.1",),
     "langgraph": ("langgraph-cli[inmem]==0.4.40", "langgraph-api==0.16.7"),
     "phoenix": ("arize-phoenix==20.26.1", "playwright==1.65.2"),
 }

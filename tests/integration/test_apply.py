@@ -157,13 +157,33 @@ def test_what_does_not_fit_leaves_the_pipeline_alone(tmp_path: Path):
     pipe = tiny.build("sd15")
     stock(pipe, "sd15")
     kind, attributes = type(pipe), set(pipe.__dict__)
-    with pytest.raises(UserError, match="no adapter at"):
-        emoloop.apply(pipe, tmp_path / "gone", GLAD)
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match=r"no adapter at owner/name: .*snapshot_download"):
+        emoloop.apply(pipe, "owner/name", GLAD)
+    with pytest.raises(UserError, match="another model than this StableDiffusionPipeline"):
         emoloop.apply(pipe, save("sd3", tmp_path / "3"), GLAD)
+    shipped = ROOT / "miniature/adapters/opd"
+    with pytest.raises(UserError, match=r"another model, miniature \(StableDiffusion3Pipeline\), than this"):
+        emoloop.apply(pipe, shipped, GLAD)
     with emoloop.apply(pipe, save("sd15", tmp_path / "1"), GLAD, scale=0):
         assert type(pipe) is kind
     assert type(pipe) is kind and set(pipe.__dict__) == attributes
+
+
+@pytest.mark.parametrize("switch", ["disable_lora", "unload_lora_weights", "delete_adapters", "fuse_lora"])
+def test_switches_of_diffusers_move_the_lora_alone_and_removing_still_gives_the_base(
+    name: str, switch: str, tmp_path: Path
+):
+    pipe = tiny.build(name)
+    base, kind = stock(pipe, name), type(pipe)
+    applied = emoloop.apply(pipe, save(name, tmp_path / "a"), GLAD)
+    getattr(pipe, switch)(*[applied.adapter.name] * (switch == "delete_adapters"))
+    assert not np.array_equal(stock(pipe, name), base)
+    if switch == "fuse_lora":
+        pipe.unfuse_lora()
+    applied.remove()
+    after = stock(pipe, name)
+    assert np.abs(after.astype(int) - base).max() <= (switch == "fuse_lora")
+    assert type(pipe) is kind
 
 
 def test_an_applied_pipeline_is_saved_as_what_it_is(tmp_path: Path):

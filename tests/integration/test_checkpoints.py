@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 from itertools import count
 
@@ -40,6 +41,25 @@ async def test_sqlite_passes_what_langgraphs_own_passes(tmp_path):
 
     found = await failed(ours)
     assert len(found) >= 5 and found == await failed(theirs)
+
+
+async def test_workers_that_start_together_make_the_tables_once(postgres, tmp_path):
+    import psycopg
+
+    settings = Settings(home=tmp_path, traces={"database_url": postgres})
+
+    async def opened():
+        async with open_checkpointer(settings):
+            pass
+
+    for _ in range(3):
+        with psycopg.connect(postgres, autocommit=True) as connection:
+            names = connection.execute(
+                "SELECT tablename FROM pg_tables WHERE tablename LIKE 'checkpoint%'"
+            ).fetchall()
+            for [name] in names:
+                connection.execute(f'DROP TABLE "{name}"')
+        await asyncio.gather(*(opened() for _ in range(4)))
 
 
 async def test_postgres_passes_what_langgraphs_own_passes(postgres, tmp_path):

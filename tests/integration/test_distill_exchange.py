@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,6 +91,32 @@ def test_files_that_are_no_pairs_are_refused(tmp_path: Path) -> None:
             import_pickapic(store, tmp_path / "bad.parquet", target=EmotionTarget(valence=1))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"label_0": "image"}, "'image'"),
+        ({"caption": None}, "the caption must be text"),
+        ({"target_valence": 9.0}, "valence 9.0: a number from -3"),
+    ],
+)
+def test_a_row_that_cannot_be_taken_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    row = {"caption": "a", "jpg_0": png(1), "jpg_1": png(2), "label_0": "1", "target_valence": 1.0}
+    pq.write_table(pa.Table.from_pylist([row, {**row, **change}]), tmp_path / "pairs.parquet")
+    where = rf"pairs.parquet, row 2: .*{said}"
+    with open_store(settings_for(tmp_path / "home")) as store, pytest.raises(UserError, match=where):
+        import_pickapic(store, tmp_path / "pairs.parquet", target=EmotionTarget(valence=1))
+
+
+def test_pairs_that_are_there_with_another_target_or_model_are_not_taken_for_new(tmp_path: Path) -> None:
+    pair = {"caption": "a", "jpg_0": png(1), "jpg_1": png(2), "label_0": 1.0}
+    pq.write_table(pa.Table.from_pylist([pair]), tmp_path / "pairs.parquet")
+    with open_store(settings_for(tmp_path / "home")) as store:
+        for valence, model, known in ((1, "mine", True), (2, "mine", False), (1, "other", False)):
+            with nullcontext() if known else pytest.raises(UserError, match="emoloop traces rm import-"):
+                target = EmotionTarget(valence=valence)
+                import_pickapic(store, tmp_path / "pairs.parquet", target=target, model=model)
+
+
 def test_preferences_of_hpd_train_like_any_others(tmp_path: Path) -> None:
     for seed in range(5):
         (tmp_path / f"{seed}.png").write_bytes(png(seed))
@@ -112,7 +140,12 @@ def test_preferences_of_hpd_train_like_any_others(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"prompt": "a dog"}')
     rows[0]["image_path"] = ["0.png", "lost.png"]
     (tmp_path / "lost.json").write_text(json.dumps(rows))
-    for name, message in (("other", "no annotation file of HPD"), ("lost", "cannot be read")):
+    (tmp_path / "short.json").write_text(json.dumps([{**rows[0], "human_preference": [1]}]))
+    for name, message in (
+        ("other", "no annotation file of HPD"),
+        ("short", "no annotation file of HPD"),
+        ("lost", "row 1: a picture cannot be read"),
+    ):
         failed = runner.invoke(app, ["traces", "import", str(tmp_path / f"{name}.json"), "--emotion", "awe",
                                      "--home", str(tmp_path / "train")])  # fmt: skip
         assert isinstance(failed.exception, UserError) and message in str(failed.exception)
@@ -151,6 +184,7 @@ def test_ratings_come_in_by_their_scale(tmp_path: Path) -> None:
         (f"sha256,joy\n{one},1\n", "the columns sha256"),
         ("sha256,rating\nabc,1\n", "rates 'abc', which no run"),
         (f"sha256,rating\n{one},nan\n", "line 2: rating 'nan'"),
+        (f"sha256,rating\n{one},1,2\n", "line 2 has more cells"),
     ):
         file.write_text(text)
         failed = CliRunner().invoke(app, words)

@@ -112,6 +112,15 @@ async def test_runs_that_begin_in_one_thread_at_once_are_each_a_run(tmp_path, se
         await check_own(loop, list(outs))
 
 
+@pytest.mark.parametrize("name", ["user 1/chat", "../../etc", "", "x" * 200])
+async def test_a_hosts_thread_id_is_whatever_the_host_likes(tmp_path, name):
+    async with make(tmp_path, rounds=1) as loop:
+        outs = [await loop.graph.ainvoke(request(), thread(it)) for it in (name, f"{name}|")]
+        await check_own(loop, outs)
+        for out in outs:
+            assert (await loop.resume(out["run_id"])).run_id == out["run_id"]
+
+
 async def test_requests_that_reach_a_server_first_and_together_open_one_loop(tmp_path, monkeypatch):
     """A server asks from several event loops; one of the requests may be given up."""
     opened: list[Loop] = []
@@ -172,7 +181,7 @@ async def test_a_review_answered_otherwise_is_a_fork_and_answered_alike_the_same
     async with make(tmp_path, rounds=3, review=True) as loop:
         graph, where = loop.graph, thread("t")
         asked: Any = await graph.ainvoke(request(seed=1), where)
-        await graph.ainvoke(Command(resume=first or {"comment": ""}), where)
+        await graph.ainvoke(Command(resume=first or ""), where)
         while (await graph.aget_state(where)).next:
             await graph.ainvoke(Command(resume="go on"), where)
         before, past = await log(loop, "t"), await checkpoint(loop, "t", "review", 0)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from emoloop import cli
 from emoloop.graph import parts as parts_module
+from emoloop.settings import load_settings
+from emoloop.traces.store import open_store
 from painter import Painter
 from PIL import Image
 from scripted import Scripted
@@ -46,7 +48,7 @@ class Shell:
         return self.painter
 
     def __call__(self, *words: str, own_model: bool = True) -> tuple[int, str, str]:
-        model = ["--model", "drawing:make"] if own_model and words[0] in ("run", "collect") else []
+        model = ["--model", "drawing:make"] if own_model and words[0] in ("run", "collect", "worker") else []
         self._patch.setattr(sys, "argv", ["emoloop", *words, *model])
         with pytest.raises(SystemExit) as end:
             cli.main()
@@ -290,6 +292,25 @@ def test_collect(shell):
     assert letter["line"] == 3
     again = json.loads(shell(*words)[1])
     assert (again["completed"], again["already"], again["images"]) == (0, 2, 0)
+
+
+def test_a_worker_does_what_is_queued_and_drains_at_a_signal(shell):
+    asked = {"prompt": "a dog", "target": {"valence": 2.0}, "seed": 1, "options": {"rounds": 1, "images": 1}}
+    with open_store(load_settings()) as store:
+        store.queue.add("run", {"one": asked, "two": {**asked, "prompt": ""}})
+        store.queue.add("run", {"other": asked}, needs="other models")
+    code, out, err = shell("worker", "--until-empty", "--json")
+    assert (code, json.loads(out)) == (0, {"completed": 1, "failed": 1})
+    assert "run two: the prompt is empty" in err and "queued for other models or loop settings: 1" in err
+    # While the first picture is painted: that run ends, and no other is taken.
+    with open_store(load_settings()) as store:
+        store.queue.add("run", {f"more-{n}": {**asked, "seed": n} for n in range(3)})
+    shell.painter.fail = lambda number: os.kill(os.getpid(), signal.SIGTERM)
+    code, out, err = shell("worker", "--concurrency", "1", "--json")
+    assert (code, json.loads(out)) == (0, {"completed": 1, "failed": 0})
+    assert "finishing what is under way" in err
+    with open_store(load_settings()) as store:
+        assert store.queue.waiting() == {None: 2, "other models": 1}
 
 
 @pytest.mark.parametrize(("content", "said"), [(None, "cannot read nothing.jsonl"), ("\n", "has no lines")])

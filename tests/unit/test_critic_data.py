@@ -78,6 +78,7 @@ def test_parquet_may_hold_the_pictures_as_datasets_writes_them(tmp_path):
         ({"image": "none.png", "valence": 1}, "there is no"),
         ({"valence": 1}, "row 1: no image"),
         ({"image": "a.png"}, "1 pictures and no label"),
+        ({"image": "a.png", "valence": 1, "split": "test"}, "split 'test' is none of train, held_out"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(tmp_path, row, said):
@@ -94,6 +95,9 @@ def test_an_empty_or_missing_folder_says_so(tmp_path):
         read(tmp_path / "none", "folder", None)
     with pytest.raises(UserError, match="no label"):
         read(table(tmp_path, []), "folder", None)
+    (tmp_path / "metadata.jsonl").write_text('[{"image": "a.png", "valence": 1}]')
+    with pytest.raises(UserError, match="each line must be a JSON object"):
+        read(tmp_path, "folder", None)
     with pytest.raises(UserError, match="unknown data layout 'emosett': did you mean 'emoset'"):
         read(tmp_path, "emosett", None)
 

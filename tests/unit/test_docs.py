@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import sys
 import tomllib
+from http.server import HTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from emoloop.domain import Critique, EmotionTarget
 from emoloop.graph.build import build_graph
 from emoloop.settings import Settings
 from emoloop.tools import presets
+from emoloop.tools.reward import Look, load_reward
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -47,6 +54,34 @@ def test_every_example_stands_on_a_page():
 def test_included_files_are_there(page):
     for name in re.findall(r'--8<-- "(.+?)"', page.read_text(encoding="utf-8")):
         assert (ROOT / name).is_file(), name
+
+
+async def test_a_scorer_in_an_environment_of_its_own_answers_as_the_page_on_rewards_says(monkeypatch):
+    text = (DOCS / "howto" / "reward.md").read_text(encoding="utf-8")
+    code = dict(re.findall(r'```python title="(scores|remote)\.py"\n(.*?)```', text, re.DOTALL))
+    package = SimpleNamespace(score=lambda prompt, picture: picture.getpixel((0, 0))[0] + len(prompt) / 100)
+    monkeypatch.setitem(sys.modules, "ImageReward", SimpleNamespace(load=lambda name: package))
+    monkeypatch.setattr(sys, "argv", ["scores.py", "0"])
+    servers: list[HTTPServer] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(HTTPServer, "serve_forever", lambda it: servers.append(it))
+        exec(code["scores"], {})
+    [server] = servers
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("SCORES_URL", f"http://127.0.0.1:{server.server_port}")
+    exec(code["remote"], remote := {})
+    critique, target = Critique(valence=0, arousal=0, alignment=1), EmotionTarget(valence=1)
+    looks = [Look(critique, target, "a dog", Image.new("RGB", (4, 4), (shade, 0, 0))) for shade in (7, 200)]
+    try:
+        reward = load_reward(remote["imagereward"])
+        valued = await asyncio.gather(*(reward.values(look) for look in looks))
+        assert [(it[-1].name, it[-1].value) for it in valued] == [
+            ("imagereward", 7.05),
+            ("imagereward", 200.05),
+        ]
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_keys_of_a_models_defaults_are_explained():

@@ -343,7 +343,7 @@ async def test_a_run_whose_worker_died_is_gone_on_with(tmp_path):
         run_id = (await client.post(f"{API}/runs", json=REQUEST)).json()["run_id"]
     with open_store(settings) as store:
         assert store.run(run_id).status == "running"
-        store.lease(run_id, f"{socket.gethostname()}:999999999:x", 60)
+        store.queue.claim(run_id, f"{socket.gethostname()}:999999999:x", 60)
     service = service_of(settings)
     async with client_of(service) as client:
         await service.loop()

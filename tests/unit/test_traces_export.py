@@ -122,6 +122,7 @@ def test_a_single_file_and_more_rows_than_one_group(store, tmp_path, monkeypatch
 def test_nothing_to_pair_or_a_lost_image_leaves_no_file(store, tmp_path):
     with pytest.raises(UserError, match="no pairs"):
         export_pickapic(store, RunFilter(run_ids=("alone",)), tmp_path / "out" / "pairs.parquet")
+    assert not (tmp_path / "out").exists()
     better = next(pairs(store, RunFilter(run_ids=("short",)))).better
     store.blobs.path(better.sha256 or "").unlink()
     with pytest.raises(FileNotFoundError):

@@ -72,12 +72,14 @@ async def test_pictures_that_come_together_are_stored_together(tmp_path, monkeyp
 
 async def test_what_is_no_picture_concerns_its_own_run_alone(tmp_path):
     class Broken:
-        size = (16, 16)
+        width = height = 16
 
     async with open_recorder(Settings(home=tmp_path)) as recorder:
         good, bad = Image.new("RGB", (16, 16), "red"), Broken()
         stored = await asyncio.gather(*map(recorder.put_image, (good, bad)), return_exceptions=True)
         assert await recorder.get_image(stored[0]) and isinstance(stored[1], AttributeError)
+        with pytest.raises(AttributeError):
+            await recorder.put_image(None)
 
 
 async def test_a_disk_that_refuses_is_told_to_each_and_leaves_nothing(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from emoloop.events import (
 from emoloop.settings import Settings
 from emoloop.traces.document import result_json
 from emoloop.traces.fold import Fold, fold
-from emoloop.traces.schema import Upsert, candidates, events, leases, runs
+from emoloop.traces.schema import Upsert, candidates, events, meta, runs
 from emoloop.traces.store import RunFilter, TraceStore, open_store
 from PIL import Image
 from sqlalchemy import select
@@ -500,11 +500,11 @@ def test_a_group_of_callers_shares_one_commit_and_subscribers_hear_of_it_once(st
 def test_rows_reach_postgresql_by_name_and_without_nul():
     written = []
     connection = SimpleNamespace(exec_driver_sql=lambda sql, rows: written.append((sql, rows)))
-    upsert = Upsert(psycopg.dialect(), leases)
-    upsert(connection, [{"run_id": "a\0b", "owner": "me", "expires": 1.5}])  # pyright: ignore[reportArgumentType]
+    upsert = Upsert(psycopg.dialect(), meta)
+    upsert(connection, [{"key": "a\0b", "value": "me"}])  # pyright: ignore[reportArgumentType]
     [(sql, rows)] = written
-    assert "ON CONFLICT (run_id) DO UPDATE SET owner = excluded.owner" in sql
-    assert rows == [{"run_id": "a\ufffdb", "owner": "me", "expires": 1.5}]
+    assert "ON CONFLICT (key) DO UPDATE SET value = excluded.value" in sql
+    assert rows == [{"key": "a\ufffdb", "value": "me"}]
 
 
 def test_a_fold_may_be_followed_event_by_event(store):
@@ -530,14 +530,14 @@ def test_a_damaged_event_leaves_the_others_readable(store):
 
 
 def test_a_run_is_one_owners_at_a_time(store):
-    assert store.lease("one", "a", 60) is None
-    assert store.lease("one", "b", 60) == "a"
-    assert store.lease("one", "a", 60) is None
-    store.release("one", "b")
-    assert store.lease("one", "b", 60) == "a"
-    store.release("one", "a")
-    assert store.lease("one", "b", -1) is None
-    assert store.lease("one", "c", 60) is None  # b's time was over
+    assert store.queue.claim("one", "a", 60) is None
+    assert store.queue.claim("one", "b", 60) == "a"
+    assert store.queue.claim("one", "a", 60) is None
+    store.queue.release("one", "b")
+    assert store.queue.claim("one", "b", 60) == "a"
+    store.queue.release("one", "a")
+    assert store.queue.claim("one", "b", -1) is None
+    assert store.queue.claim("one", "c", 60) is None  # b's time was over
 
 
 def test_a_new_home_is_its_owners_alone(tmp_path):

@@ -164,12 +164,14 @@ def load_artifact(
         EmotionConditioner.load(parts[TOKENS_FILE]) if TOKENS_FILE in parts else None,
         VisualConditioner.load(parts[VISUAL_FILE]) if VISUAL_FILE in parts else None,
     )
-    for module in filter(None, (tokens, prompts)):
-        if not module.to(pipe._execution_device).fits(family.encode("")):
-            raise UserError(f"adapter {path}: its {module.kind} are made for another model ({module.config})")
-    before = _probe(family)
     training = read_json(path / TRAINING_FILE)
     made, here = training.get("base") or {}, base or {}
+    for module in filter(None, (tokens, prompts)):
+        if not module.to(pipe._execution_device).fits(family.encode("")):
+            other = f", {made['model']} ({made.get('pipeline')})," if made.get("model") else ""
+            told = f"its {module.kind} are made for another model{other} than this {type(pipe).__name__}"
+            raise UserError(f"adapter {path}: {told}")
+    before = _probe(family)
     # Shapes alone do not tell a model from its relatives.
     if all(made.get(key) and here.get(key) not in (None, made[key]) for key in ("model", "revision")):
         logger.warning("adapter %s was made for %s, and is used on %s", path, made["model"], here["model"])
@@ -330,7 +332,10 @@ def _files(path: Path) -> tuple[Path, dict[str, Path]]:
             raise UserError(f"adapter {path}: a .safetensors file is wanted")
         return path, {}
     if not path.is_dir():
-        raise UserError(f"no adapter at {path}")
+        raise UserError(
+            f"no adapter at {path}: a folder or a .safetensors file is wanted "
+            "(of a hub's repository: what huggingface_hub.snapshot_download returns)"
+        )
     beside = {name: path / name for name in (TOKENS_FILE, VISUAL_FILE) if (path / name).is_file()}
     present = [file for file in sorted(path.glob("*.safetensors")) if file.name not in beside]
     named = [path / name for name in (LORA_FILE, _PEFT_WEIGHTS) if path / name in present]

@@ -7,12 +7,13 @@ keep their meaning. Outside of a call `encode_prompt` is as it was.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
-from ...domain import EmotionTarget
+from ...domain import EmotionTarget, read_target
 from .adapter import Adapter, known, load_artifact, unload
 from .families import Conditioning, family_of
 from .visual import VisualControl
@@ -56,7 +57,7 @@ class Applied:
 def apply(
     pipe: Any,
     adapter: Path | str,
-    target: EmotionTarget | None = None,
+    target: EmotionTarget | Mapping[str, Any] | None = None,
     *,
     scale: float = 1.0,
     visual_scale: float = 1.0,
@@ -85,8 +86,9 @@ def apply(
         What takes it off again: `with emoloop.apply(...):`, or its `remove()`.
 
     Raises:
-        UserError: Nothing there, not a LoRA, made for another model, or a second one with visual prompts.
+        UserError: Nothing there, not a LoRA, made for another model, a second one with visual prompts, or no target.
     """
+    target = None if target is None else read_target(target)
     visual = VisualControl(visual_scale, visual_guidance, visual_negative)
     applied = Applied(pipe, load_artifact(pipe, adapter, scale=scale, visual=visual), target)
     if applied.adapter.id is not None:

@@ -159,13 +159,14 @@ def write_parquet(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema,
 
     target = path if path.suffix == ".parquet" else path / "data" / "train-00000-of-00001.parquet"
     rows, count = iter(rows), 0
-    with replacing(target) as beside:
-        with pq.ParquetWriter(beside, schema) as writer:
-            while group := list(islice(rows, _GROUP)):
-                writer.write_table(pa.Table.from_pylist(group, schema))
-                count += len(group)
-        if not count:
-            raise UserError(nothing)
+    group = list(islice(rows, _GROUP))
+    if not group:
+        raise UserError(nothing)
+    with replacing(target) as beside, pq.ParquetWriter(beside, schema) as writer:
+        while group:
+            writer.write_table(pa.Table.from_pylist(group, schema))
+            count += len(group)
+            group = list(islice(rows, _GROUP))
     return count
 
 

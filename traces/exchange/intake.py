@@ -12,10 +12,11 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...domain import HIGH, LOW, EmotionTarget, RunStatus, StopReason, UserError, first_line
+from ...domain import HIGH, LOW, EmotionTarget, RunStatus, StopReason, UserError, first_line, read_target
 from ...events import Event, HumanFeedback, ImageGenerated, Rewarded, RunFinished, RunStarted
 from ..store import TraceStore
 
@@ -79,15 +80,15 @@ def import_pickapic(
         missing = [name for name in _NEEDED if name not in table.schema_arrow.names]
         if missing:
             raise UserError(f"{file} has no column {missing[0]!r}: want pick-a-pic's {', '.join(_NEEDED)}")
-        for batch in table.iter_batches(batch_size=32):
-            for row in batch.to_pylist():
-                if row["label_0"] not in (0.5, None):
+        rows = (row for batch in table.iter_batches(batch_size=32) for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            if row["label_0"] not in (0.5, None):
+                with _told(f"{file}, row {number}"):
                     given = {axis: row.get(f"target_{axis}") for axis in (*_AXES, "category")}
                     own = any(value is not None for value in given.values())
-                    shots = [_shot(row, side, file) for side in (0, 1)]
-                    wanted = EmotionTarget(**given) if own else target
-                    store.append(*_events(store, file, row["caption"], wanted, shots, model))
-                    count += 1
+                    shots = [_shot(row, side) for side in (0, 1)]
+                    _take(store, file, row["caption"], read_target(given) if own else target, shots, model)
+                count += 1
     return count
 
 
@@ -101,23 +102,24 @@ def import_hpd(
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        found = [(row, row.get("file_path") or row["image_path"], _values(row)) for row in rows]
+        found = [
+            (row, [*zip(row.get("file_path") or row["image_path"], _values(row), strict=True)])
+            for row in rows
+        ]
         captions = [str(row["prompt"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is no annotation file of HPD ({error}): want a list of prompt, image_path, and "
             "human_preference or rank"
         ) from error
-    for (row, names, values), caption in zip(found, captions, strict=True):
+    for number, ((row, pictures), caption) in enumerate(zip(found, captions, strict=True), start=1):
         name = "label" if "human_preference" in row else "rank"
-        shots = []
-        for place, value in zip(names, values, strict=True):
-            try:
-                picture = (path.parent / place).read_bytes()
-            except OSError as error:
-                raise UserError(f"{path} names a picture that cannot be read: {error}") from error
-            shots.append({"picture": picture, "reward": value, "name": name, "version": "1"})
-        store.append(*_events(store, path, caption, target, shots, model))
+        with _told(f"{path}, row {number}"):
+            shots = [
+                {"picture": _read(path.parent / place), "reward": value, "name": name, "version": "1"}
+                for place, value in pictures
+            ]
+            _take(store, path, caption, target, shots, model)
     return len(found)
 
 
@@ -150,6 +152,8 @@ def import_ratings(store: TraceStore, path: Path, scale: tuple[float, float] = (
     count = 0
     for row in rows:
         count += 1
+        if None in row:
+            raise UserError(f"{path}, line {rows.line_num} has more cells than the first line has columns")
         for key, cell in row.items():
             if key != "sha256" and cell:
                 value = _number(cell, scale if key in _AXES else None, f"{path}, line {rows.line_num}: {key}")
@@ -189,13 +193,22 @@ def _values(row: Mapping[str, Any]) -> list[float]:
     return [-float(value) for value in row["rank"]]
 
 
-def _shot(row: Mapping[str, Any], side: int, file: Path) -> dict[str, Any]:
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """What is wrong with a row, with the place where it stands."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{where}: {first_line(error)}") from error
+
+
+def _shot(row: Mapping[str, Any], side: int) -> dict[str, Any]:
     """One picture of a row of pick-a-pic, with what the row says of it."""
     value = row[f"jpg_{side}"]
     # `datasets` wraps images as {"bytes": …, "path": …}.
     picture = value.get("bytes") if isinstance(value, Mapping) else value
     if not isinstance(picture, bytes):
-        raise UserError(f"{file} has a row without the bytes of its pictures: export it with them")
+        raise UserError("the bytes of its pictures are missing: export the file with them")
     label = float(row["label_0"]) if side == 0 else 1 - float(row["label_0"])
     own = row.get("reward_name") is not None
     said = {key: row.get(f"{key}_{side}") for key in ("round", "index", "prompt", "seed", "model", "adapter")}
@@ -207,24 +220,46 @@ def _shot(row: Mapping[str, Any], side: int, file: Path) -> dict[str, Any]:
     }
 
 
+def _take(
+    store: TraceStore,
+    file: Path,
+    caption: Any,
+    target: EmotionTarget | None,
+    shots: Sequence[Mapping[str, Any]],
+    model: str | None,
+) -> None:
+    """Append a finished run whose candidates are the pictures; a run that is there must be the same.
+
+    Raises:
+        UserError: No caption, no target, or a picture that does not open.
+    """
+    if target is None:
+        raise UserError("no wanted emotion: give one for all rows (--valence, --arousal, --emotion)")
+    if not isinstance(caption, str):
+        raise UserError(f"the caption must be text, not {caption!r}")
+    given = list(_events(store, file, caption, target, shots, model))
+    for there, new in zip(store.append(*given), given, strict=True):
+        same = (getattr(there, key, None) == getattr(new, key, None) for key in ("target", "model"))
+        if not all(same):
+            raise UserError(
+                "the log has it with another target or model; "
+                f"to take it anew, remove that one: emoloop traces rm {new.run_id}"
+            )
+
+
 def _events(
     store: TraceStore,
     file: Path,
     caption: str,
-    target: EmotionTarget | None,
+    target: EmotionTarget,
     shots: Sequence[Mapping[str, Any]],
     model: str | None,
 ) -> Iterator[Event]:
-    """A finished run whose candidates are the pictures."""
-    if target is None:
-        raise UserError(
-            f"{file} says no wanted emotion: give one for all its rows (--valence, --arousal, --emotion)"
-        )
     digest = hashlib.sha256(caption.encode() + b"\0".join(shot["picture"] for shot in shots)).hexdigest()
     run_id = f"import-{digest[:24]}"
     yield RunStarted(run_id=run_id, prompt=caption, target=target, seed=0)
     for number, shot in enumerate(shots):
-        image = _open(shot["picture"], file)
+        image = _open(shot["picture"])
         sha256, (width, height) = store.blobs.put_image(image), image.size
         index = number if shot.get("index") is None else shot["index"]
         place = {"run_id": run_id, "round": shot.get("round") or 0, "index": index}
@@ -242,7 +277,14 @@ def _events(
     )  # fmt: skip
 
 
-def _open(picture: bytes, file: Path) -> Image:
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"a picture cannot be read: {error}") from error
+
+
+def _open(picture: bytes) -> Image:
     from PIL import Image, ImageOps
 
     try:
@@ -250,4 +292,4 @@ def _open(picture: bytes, file: Path) -> Image:
             # People rated what their viewer showed, which is the picture as its EXIF turns it.
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} holds a picture that does not open: {error}") from error
+        raise UserError(f"a picture does not open: {error}") from error

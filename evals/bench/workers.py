@@ -1,0 +1,170 @@
+"""Runs from one queue by several worker processes, one of which is killed now and then: is all done, and once?"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from ...domain import RunResult, RunStatus
+from ...graph.loop import Loop, open_loop
+from ...graph.worker import Worker
+from ...settings import load_settings
+from ...traces.store import TraceStore, open_store
+from .fakes import FakeGenerator, FakeLVLM
+from .postgres import missing, postgres
+
+
+def main(
+    runs: int = 200,
+    workers: int = 4,
+    concurrency: int = 8,
+    kill_seconds: float = 10.0,
+    rounds: int = 3,
+    images: int = 4,
+    batch_seconds: float = 0.1,
+    answer_seconds: float = 0.1,
+    database: str = "auto",
+    compare: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Completed, lost and doubled runs and events under kill -9, and what differs from one process's results.
+
+    Args:
+        runs: Queued at the beginning.
+        workers: Processes; a killed one is replaced.
+        concurrency: Runs at a time in each.
+        kill_seconds: Seconds between two kills.
+        rounds: Rounds of each run.
+        images: Pictures in a round, and in a batch of a worker's generator.
+        batch_seconds: What a generator takes for a batch, one after the other.
+        answer_seconds: What the LVLM takes for an answer.
+        database: `postgres` (one of its own), `sqlite`, or `auto`: postgres where its programs are.
+        compare: Do the same runs in one undisturbed process as well.
+        seed: Of the runs and of who is killed.
+    """
+    server = database == "postgres" or (database == "auto" and missing() is None)
+    options = {
+        "loop": {"rounds": rounds, "images": images, "patience": rounds, "tolerance": 0.0},
+        "batch_seconds": batch_seconds,
+        "answer_seconds": answer_seconds,
+        "concurrency": concurrency,
+    }
+    figures: dict[str, float] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="emoloop-workers-")))
+        url = stack.enter_context(postgres()) if server else None
+        shared = {**options, "home": str(folder / "shared"), "url": url}
+        with _store(shared) as store:
+            _enqueue(store, runs, seed)
+            began = time.perf_counter()
+            figures["killed"] = _work(store, shared, workers, kill_seconds, random.Random(seed))
+            figures["seconds"] = time.perf_counter() - began
+            results = _results(store)
+            for item in store.queue.items():
+                if item.error:
+                    print(f"{item.id}: {item.error}", file=sys.stderr)
+            keys = Counter(event.key for row in store.runs() for event in store.events(row.run_id))
+        figures["completed"] = sum(it.status is RunStatus.COMPLETED for it in results.values())
+        figures["lost"] = runs - figures["completed"]
+        figures["doubled"] = keys.total() - len(keys)
+        if compare:
+            alone = {**options, "home": str(folder / "alone"), "url": None, "until_empty": True}
+            with _store(alone) as store:
+                _enqueue(store, runs, seed)
+                asyncio.run(_child(alone))
+                expected = _results(store)
+            figures["different"] = sum(
+                _essence(results[name]) != _essence(expected[name]) for name in expected
+            )
+    return {"figures": figures, "n": runs, "database": "postgresql" if server else "sqlite"}
+
+
+def _store(about: dict[str, Any]) -> TraceStore:
+    return open_store(load_settings({"home": about["home"], "traces": {"database_url": about["url"]}}))
+
+
+def _enqueue(store: TraceStore, runs: int, seed: int) -> None:
+    asked = {"prompt": "a dog by the sea", "target": {"valence": 2.0, "arousal": -1.0}, "options": {}}
+    store.queue.add("run", {f"run-{number:05}": {**asked, "seed": seed + number} for number in range(runs)})
+
+
+def _work(
+    store: TraceStore, about: dict[str, Any], workers: int, kill_seconds: float, dice: random.Random
+) -> int:
+    """Have workers empty the queue; kill one now and then. How many were killed."""
+    killed, children = 0, [_start(about) for _ in range(workers)]
+    following = time.monotonic() + kill_seconds
+    try:
+        while _left(store):
+            time.sleep(0.2)
+            if time.monotonic() < following:
+                continue
+            following = time.monotonic() + kill_seconds
+            # Who holds nothing (yet) loses nothing.
+            busy = {int(owner.split(":")[-2]) for owner in store.queue.held().values()}
+            chosen = [place for place, child in enumerate(children) if child.pid in busy]
+            if chosen:
+                place = dice.choice(chosen)
+                children[place].kill()
+                children[place].wait()
+                children[place] = _start(about)
+                killed += 1
+                print(f"killed {killed}, {_left(store)} runs left", file=sys.stderr, flush=True)
+    finally:
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.wait()
+    return killed
+
+
+def _left(store: TraceStore) -> int:
+    counts = store.queue.counts()["run"]
+    return counts["queued"] + counts["running"]
+
+
+def _start(about: dict[str, Any]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", __name__, json.dumps(about)])
+
+
+def _results(store: TraceStore) -> dict[str, RunResult]:
+    return {row.run_id: store.run(row.run_id) for row in store.runs()}
+
+
+def _essence(result: RunResult) -> Any:
+    """What two runs of one request have in common; paths and names are their own."""
+    rounds = [
+        (it.prompt, [(c.index, c.seed, c.sha256, c.reward) for c in it.candidates]) for it in result.rounds
+    ]
+    return rounds, result.stop_reason, result.gain, result.best_gain
+
+
+async def _child(about: dict[str, Any]) -> None:
+    """A worker; SIGTERM drains it."""
+    generator = FakeGenerator(about["batch_seconds"], about["loop"]["images"])
+    settings = load_settings({"loop": about["loop"], "traces": {"database_url": about["url"]}})
+    loop: Loop = open_loop(
+        settings, generator=generator, lvlm=FakeLVLM(seconds=about["answer_seconds"]), home=about["home"]
+    )
+    async with loop:
+        until_empty = about.get("until_empty", False)
+        worker = Worker(loop, concurrency=about["concurrency"], until_empty=until_empty)
+        with suppress(NotImplementedError):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.drain)
+        await worker.work()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    asyncio.run(_child(json.loads(sys.argv[1])))

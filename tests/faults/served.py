@@ -1,0 +1,39 @@
+"""A server on a painter and a scripted chat model, slowly enough to be killed: `served.py HOME PORT`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import uvicorn
+from emoloop.service import jobs
+from emoloop.service.app import create_app
+from painter import Painter
+from service_parts import service_of, settings_of
+
+#: Stands in place of a distillation: it says a line for each step and begins where it was killed, as `--resume` does.
+JOB = """
+import pathlib, sys, time
+done = pathlib.Path("done")
+for step in range(int(done.read_text()) if done.exists() else 0, 40):
+    print("step", step, flush=True)
+    done.write_text(str(step + 1))
+    time.sleep(.1)
+"""
+
+SUPERVISE = """
+import sys
+from emoloop.service.supervise import supervise
+from emoloop.settings import load_settings
+from emoloop.traces.store import open_store
+with open_store(load_settings()) as store:
+    supervise(store, sys.argv[-1], lambda words: [sys.executable, "-c", {job!r}])
+"""
+
+if __name__ == "__main__":
+    home, port = Path(sys.argv[1]), int(sys.argv[2])
+    jobs.PROGRAM = [sys.executable, "-c", SUPERVISE.format(job=JOB)]
+    settings = settings_of(home, jobs=1)
+    uvicorn.run(
+        create_app(service_of(settings, Painter(delay=0.3), delay=0.1)), port=port, log_level="warning"
+    )
