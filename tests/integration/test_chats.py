@@ -158,25 +158,3 @@ def test_trl_trains_on_an_export_as_it_is(name: str, home: Path, tmp_path: Path)
     result = trainer.train()
     assert result.global_step == 2 and result.training_loss == result.training_loss
     assert any(not value.equal(before[name]) for name, value in trainer.model.named_parameters())
-
-
-@pytest.mark.training
-def test_grpo_asks_the_questions_of_an_export(home: Path, tmp_path: Path) -> None:
-    import trl
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    told: list[Any] = []
-
-    def reward(completions: list[Any], completion: list[Any], **_: Any) -> list[float]:
-        told.extend(completion)
-        return [float(len(str(answer))) for answer in completions]
-
-    trl.GRPOTrainer(
-        model=AutoModelForImageTextToText.from_pretrained(LVLM),
-        reward_funcs=reward,
-        args=trl.GRPOConfig(output_dir=str(tmp_path / "out"), max_steps=1, per_device_train_batch_size=2, report_to=[],
-                            num_generations=2, max_completion_length=8, use_cpu=True, bf16=False, save_strategy="no"),
-        train_dataset=load(home, "critic-completion", tmp_path / "set"),
-        processing_class=AutoProcessor.from_pretrained(LVLM),
-    ).train()  # fmt: skip
-    assert told and all("a grey sky" in text(answer) for answer in told)
