@@ -180,6 +180,11 @@ class TraceSettings(_Section):
     database_url: str | None = None
     #: Put prompts and answers on spans (off: spans carry numbers and names only).
     capture_content: bool = False
+    #: fsspec URL of the pictures (`s3://bucket/folder`), for several machines; None is `blobs` in `home`.
+    blobs_url: str | None = None
+    #: What a PNG carries that leaves the log (`run --out`, the service, bundles): its recipe and a mark that a model
+    #: made it, the mark alone, or nothing.
+    metadata: Literal["recipe", "mark", "none"] = "recipe"
     #: Bytes of a picture that goes along with content; of a larger one its `file:` address does.
     picture_bytes: int = Field(default=1_000_000, ge=0)
     #: OTLP endpoint; None takes OTEL_EXPORTER_OTLP_ENDPOINT; without either there are no spans.

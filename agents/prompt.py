@@ -70,18 +70,29 @@ class Prompt:
         Raises:
             UserError: The template names something that it is not given.
         """
-        content: list[str | dict[str, Any]] = [
-            {"type": "text", "text": self._render(self.task, values)},
-            *({"type": "image_url", "image_url": {"url": url}} for url in images),
-            {"type": "text", "text": self._render(self.question, values)},
-        ]
-        return [SystemMessage(self._render(self.system, values)), HumanMessage(content)]
+        return chat(self.texts(**values), images)
+
+    def texts(self, **values: Any) -> tuple[str, str, str]:
+        """System, task and question with the values put in; errors as `messages`."""
+        system, task, question = (self._render(it, values) for it in (self.system, self.task, self.question))
+        return system, task, question
 
     def _render(self, template: str, values: dict[str, Any]) -> str:
         try:
             return _compiled(template).render(values)
         except TemplateError as error:
             raise UserError(f"prompt {self.id}: {error}") from error
+
+
+def chat(texts: tuple[str, str, str], images: tuple[str, ...] = ()) -> list[BaseMessage]:
+    """The messages of a prompt's texts."""
+    system, task, question = texts
+    content: list[str | dict[str, Any]] = [
+        {"type": "text", "text": task},
+        *({"type": "image_url", "image_url": {"url": url}} for url in images),
+        {"type": "text", "text": question},
+    ]
+    return [SystemMessage(system), HumanMessage(content)]
 
 
 @cache

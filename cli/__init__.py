@@ -19,6 +19,7 @@ from .collect import collect
 from .distill import distill
 from .evals import doctor, eval_
 from .lvlm import app as lvlm
+from .make import make
 from .rewrite import rewrite
 from .run import resume, run
 from .serve import serve
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(resume)
 app.command()(rewrite)
+app.command()(make)
 app.command()(collect)
 app.command()(worker)
 app.command()(queue)

@@ -82,18 +82,19 @@ def _rewriting(nodes: Nodes) -> Any:
     return rewrite
 
 
-def _first(state: State) -> str:
+# Coroutines, since LangGraph sends a plain function of an async graph through a thread.
+async def _first(state: State) -> str:
     return "rewrite" if wanted(0, state["options"]) else "generate"
 
 
 def _or_finish(onward: str) -> Any:
-    def route(state: State) -> str:
+    async def route(state: State) -> str:
         return "finish" if state.get("stop_reason") else onward
 
     return route
 
 
-def _after_critique(state: State) -> str:
+async def _after_critique(state: State) -> str:
     if state.get("stop_reason"):
         return "finish"
     if state.get("ended"):

@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -305,9 +304,7 @@ class Nodes:
             runtime,
             *read,
             *(
-                Rewarded(
-                    **place, node=nodes[1] if it.weight is None else f"{nodes[1]}:{it.name}", **asdict(it)
-                )
+                Rewarded(**place, node=nodes[1] if it.weight is None else f"{nodes[1]}:{it.name}", **vars(it))
                 for it in values
             ),
         )

@@ -118,7 +118,7 @@ class Trainer:
         policy: Policy,
         train: Data,
         held_out: Data | None,
-        text: Examples | None,
+        text: Data | None,
         cache: Cache,
         guards: Guards | None,
         folder: Path,

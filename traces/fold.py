@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -266,21 +266,25 @@ class Fold:
 
     def proposals(self, number: int) -> list[Proposal]:
         """The distinct prompts of a round, in order; round 0 begins with the neutral one where no rewrite is first."""
-        written = sorted(self.rewrites.get(number, {}).items())
-        found = [Proposal(prompt=it.prompt, changes=it.changes, why=it.why) for _, it in written]
-        if number == 0 and self.started and not (written and written[0][0] == 0):
-            found.insert(0, Proposal(prompt=self.started.prompt))
-        if not found:
-            made = (tried.made for _, tried in sorted(self.round(number).items()))
-            found = [Proposal(prompt=event.prompt) for event in made if event]
         distinct: dict[str, Proposal] = {}
-        for it in found:
-            distinct.setdefault(it.prompt, it)
+        for prompt, changes, why in self._written(number):
+            if prompt not in distinct:
+                distinct[prompt] = Proposal(prompt=prompt, changes=changes, why=why)
         return list(distinct.values())
 
     def prompt(self, number: int) -> str:
         """The first prompt of a round."""
-        return next((it.prompt for it in self.proposals(number)), "")
+        return next((prompt for prompt, _, _ in self._written(number)), "")
+
+    def _written(self, number: int) -> Iterator[tuple[str, str, str]]:
+        """Prompt, changes and why of a round's prompts, repeated ones too."""
+        rewrites = sorted(self.rewrites.get(number, {}).items())
+        if number == 0 and self.started and not (rewrites and rewrites[0][0] == 0):
+            yield self.started.prompt, "", ""
+        elif not rewrites:
+            made = (tried.made for _, tried in sorted(self.round(number).items()))
+            yield from ((event.prompt, "", "") for event in made if event)
+        yield from ((it.prompt, it.changes, it.why) for _, it in rewrites)
 
     def warnings(self) -> list[str]:
         """One line for each thing that went wrong without ending the run, in the order of rounds."""
