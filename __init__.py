@@ -11,10 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import distill, evaluate, open_log
+    from .api import distill, evaluate, open_log, rewrite
     from .domain import (
         Candidate,
         Critique,
+        Draft,
         Emotion,
         EmotionTarget,
         Failure,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         GenerationFailed,
         HumanFeedback,
         ImageGenerated,
+        PersonaAnswered,
         Rewarded,
         Rewritten,
         RunFinished,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     )
     from .graph.loop import Loop, open_loop
     from .graph.options import RunKeywords, RunOptions
+    from .graph.rewriting import Rewriting
     from .rl.distill import Distilled
     from .settings import Settings, SettingsOverrides, load_settings
     from .tools.diffusion.apply import Applied, apply
@@ -47,22 +50,24 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Applied", "Candidate", "CandidateRow", "Critique", "Critiqued", "Distilled", "Emotion", "EmotionTarget",
-    "Event", "Failure", "GenerationFailed", "HumanFeedback", "ImageGenerated", "Loop", "Missing", "Rewarded",
-    "Rewritten", "Round", "RunFilter", "RunFinished", "RunKeywords", "RunOptions", "RunResult", "RunRow",
-    "RunStarted", "RunStatus", "Settings", "SettingsOverrides", "StopReason", "TraceStore", "UserError",
-    "apply", "distill", "evaluate", "load_settings", "open_log", "open_loop",
+    "Applied", "Candidate", "CandidateRow", "Critique", "Critiqued", "Distilled", "Draft", "Emotion",
+    "EmotionTarget", "Event", "Failure", "GenerationFailed", "HumanFeedback", "ImageGenerated", "Loop",
+    "Missing", "PersonaAnswered", "Rewarded", "Rewriting", "Rewritten", "Round", "RunFilter", "RunFinished",
+    "RunKeywords", "RunOptions", "RunResult", "RunRow", "RunStarted", "RunStatus", "Settings",
+    "SettingsOverrides", "StopReason", "TraceStore", "UserError", "apply", "distill", "evaluate",
+    "load_settings", "open_log", "open_loop", "rewrite",
 ]  # fmt: skip
 
 #: Module → the public names that it defines.
 _MODULES = {
-    ".api": "distill evaluate open_log",
-    ".domain": "Candidate Critique Emotion EmotionTarget Failure Missing Round "
+    ".api": "distill evaluate open_log rewrite",
+    ".domain": "Candidate Critique Draft Emotion EmotionTarget Failure Missing Round "
     "RunResult RunStatus StopReason UserError",
     ".events": "Critiqued Event GenerationFailed HumanFeedback ImageGenerated "
-    "Rewarded Rewritten RunFinished RunStarted",
+    "PersonaAnswered Rewarded Rewritten RunFinished RunStarted",
     ".graph.loop": "Loop open_loop",
     ".graph.options": "RunKeywords RunOptions",
+    ".graph.rewriting": "Rewriting",
     ".rl.distill": "Distilled",
     ".settings": "Settings SettingsOverrides load_settings",
     ".tools.diffusion.apply": "Applied apply",

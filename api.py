@@ -1,4 +1,4 @@
-"""What a Python program calls beside the loop: open a log, distil from it, evaluate.
+"""What a Python program calls beside the loop: rewrite a prompt, open a log, distil from it, evaluate.
 
 Each function takes plain arguments, finds the settings as the command line does, and calls the room that does
 the work. The heavy libraries are loaded by the call.
@@ -6,11 +6,13 @@ the work. The heavy libraries are loaded by the call.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .domain import EmotionTarget
 from .rl.config import load_config, preset_for
 from .settings import (
     GeneratorSettings,
@@ -19,15 +21,55 @@ from .settings import (
     generator_settings,
     load_settings,
     lvlm_settings,
+    pruned,
 )
 
 if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
     from rich.progress import Progress
 
+    from .graph.rewriting import Rewriting
     from .rl.distill import Distilled
     from .rl.trainer import Watcher
     from .traces.rows import RunFilter
     from .traces.store import TraceStore
+
+
+def rewrite(
+    prompt: str,
+    target: EmotionTarget | Mapping[str, Any],
+    *,
+    rewriter: str | None = None,
+    count: int = 1,
+    seed: int = 0,
+    lvlm: str | Path | Mapping[str, Any] | LVLMSettings | BaseChatModel | None = None,
+    settings: Settings | None = None,
+) -> Rewriting:
+    """Rewrite a prompt so that its picture makes people feel what is wanted; nothing is painted or logged.
+
+    Inside asyncio, await `emoloop.graph.rewriting.rewrite`.
+
+    Args:
+        prompt: The neutral prompt.
+        target: The wanted emotion.
+        rewriter: `simple`, `mc_agent` or a dotted path; by default that of the settings.
+        count: How many different prompts.
+        seed: Draws personas, and several prompts.
+        lvlm: A preset, folder or hub id, a server's URL, settings, or any LangChain chat model.
+        settings: Resolved settings; by default those of environment and `emoloop.toml`.
+
+    Raises:
+        UserError: The request is wrong, or the model or rewriter cannot be used.
+    """
+    from .graph.rewriting import rewrite as ask
+
+    spec, model = (
+        (lvlm, None)
+        if lvlm is None or isinstance(lvlm, str | Path | Mapping | LVLMSettings)
+        else (None, lvlm)
+    )
+    resolved = load_settings(pruned({"loop": {"rewriter": rewriter}, "lvlm": lvlm_settings(spec)}), settings)
+    return asyncio.run(ask(prompt, target, resolved, count=count, seed=seed, lvlm=model))
 
 
 def open_log(
@@ -64,7 +106,7 @@ def distill(
     """Train the diffusion weights on logged runs, so that one pass gives what the loop gave.
 
     Args:
-        objective: opd, dpo, nft, rwr, sft, or a dotted path (`my_pkg.my_mod:MyObjective`).
+        objective: opd, dpo, contrast, nft, rwr, sft, or a dotted path (`my_pkg.my_mod:MyObjective`).
         out: Folder of the artifact.
         home: Folder of the log; by default that of the settings.
         where: Which runs; by default all.

@@ -191,6 +191,26 @@ class Proposal(BaseModel):
     why: str = ""
 
 
+class Draft(BaseModel):
+    """What one persona wrote for a round (`agents.rewriters.mc_agent`).
+
+    Attributes:
+        persona: Its name.
+        said: Its chain of concepts by step, from the emotion to the composition; or what its model's own format says.
+        prompt: What came of it; empty where there is none.
+        refused: Words that nobody can draw; their clauses are cut from the prompt.
+        reason: Why the prompt cannot be used; None where it can.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    persona: str
+    said: dict[str, str] = {}
+    prompt: str = ""
+    refused: list[str] = []
+    reason: str | None = None
+
+
 class Round(BaseModel):
     """One generate-critique iteration.
 
@@ -201,6 +221,7 @@ class Round(BaseModel):
         candidates: The images, in order of index; each names the prompt that made it.
         proposals: All prompts of the round, the first one too; empty where nobody told them apart.
         final: Whether the best prompts were painted again in it, to choose among them.
+        drafts: What personas wrote for it, where they did.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -211,6 +232,7 @@ class Round(BaseModel):
     candidates: list[Candidate] = []
     proposals: list[Proposal] = []
     final: bool = False
+    drafts: list[Draft] = []
 
     @property
     def mean_reward(self) -> float | None:

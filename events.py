@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from .domain import Critique, EmotionTarget, Missing, RunStatus, StopReason
+from .domain import Critique, Draft, EmotionTarget, Missing, RunStatus, StopReason
 
 #: A content address becomes a file's name, so that nothing else may stand there.
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -130,6 +130,21 @@ class Rewarded(_Event):
     reason: str | None = None
 
 
+class PersonaAnswered(_Event):
+    """A persona of `mc_agent` wrote a draft for the round, or did not; `index` numbers the round's questions.
+
+    The round's `rewritten` events follow: they hold what the director made of the drafts, and its own cost alone.
+    """
+
+    type: Literal["persona_answered"] = "persona_answered"
+    node: str = "persona"
+    draft: Draft
+    model: str
+    prompt_version: str
+    usage: dict[str, int] = {}
+    seconds: float | None = None
+
+
 class Rewritten(_Event):
     """A prompt of the next round; `round` is the round that the prompt is for, `index` its number in it.
 
@@ -202,6 +217,7 @@ Event = Annotated[
     | GenerationFailed
     | Critiqued
     | Rewarded
+    | PersonaAnswered
     | Rewritten
     | HumanFeedback
     | RunFinished,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .domain import UserError
@@ -42,9 +42,36 @@ def write_atomic(path: Path, data: bytes | str) -> Path:
     Raises:
         OSError: The disk does not take it; what was there before is intact.
     """
-    with replacing(path) as beside:
-        beside.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    write_all({path: data.encode("utf-8") if isinstance(data, str) else data})
     return path
+
+
+def write_all(files: Mapping[Path, bytes]) -> None:
+    """As `write_atomic` for several files: the disk is waited for once all are written, which is far cheaper.
+
+    Raises:
+        OSError: The disk does not take them all; each is as it was before, or whole.
+    """
+    beside = {path: path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}") for path in files}
+    try:
+        with ExitStack() as stack:
+            handles: list[int] = []
+            for path, data in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(beside[path].open("xb"))
+                file.write(data)
+                file.flush()
+                handles.append(file.fileno())
+            for handle in handles:
+                os.fsync(handle)
+        for path, written in beside.items():
+            os.replace(written, path)
+    except BaseException:
+        for written in beside.values():
+            written.unlink(missing_ok=True)
+        raise
+    for folder in {path.parent for path in files}:
+        sync(folder)
 
 
 def check_writable(folder: Path, name: str, hint: str = "") -> None:

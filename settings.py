@@ -131,6 +131,10 @@ class LoopSettings(_Section):
     reward: str = "emotion"
     #: A name in `agents.rewriters.REWRITERS` or a dotted path ("my_pkg.my_mod:MyRewriter").
     rewriter: str = "simple"
+    #: Of the rewriter `mc_agent`: how many personas write in a round, drawn by its seed.
+    personas: int = Field(default=5, ge=1, le=64)
+    #: A folder of `.yaml` files with further personas for it.
+    persona_folder: Path | None = None
     #: Round 0 already paints a rewrite of the neutral prompt, made without feedback.
     rewrite_first: bool = False
     #: Use all rounds whatever was reached; the best candidate over all of them wins.
@@ -176,6 +180,11 @@ class TraceSettings(_Section):
     database_url: str | None = None
     #: Put prompts and answers on spans (off: spans carry numbers and names only).
     capture_content: bool = False
+    #: fsspec URL of the pictures (`s3://bucket/folder`), for several machines; None is `blobs` in `home`.
+    blobs_url: str | None = None
+    #: What a PNG carries that leaves the log (`run --out`, the service, bundles): its recipe and a mark that a model
+    #: made it, the mark alone, or nothing.
+    metadata: Literal["recipe", "mark", "none"] = "recipe"
     #: Bytes of a picture that goes along with content; of a larger one its `file:` address does.
     picture_bytes: int = Field(default=1_000_000, ge=0)
     #: OTLP endpoint; None takes OTEL_EXPORTER_OTLP_ENDPOINT; without either there are no spans.

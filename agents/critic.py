@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import io
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from langchain_core.language_models import BaseChatModel
 from PIL import Image
@@ -17,7 +18,7 @@ from ..tools import presets
 from ..tools.lvlm.chat import image_url
 from ..tools.reward import Look, Reward, Value
 from .ask import Asker, Reply
-from .prompt import load_prompt
+from .prompt import chat, load_prompt
 from .schemas import CRITIC_SCHEMA, CriticAnswer, average, cleaned, target_text
 
 
@@ -67,6 +68,11 @@ class Critic:
         self.asker = model if isinstance(model, Asker) else Asker(model)
         self.prompt = load_prompt(prompt)
         self.samples = samples
+        # All pictures of a run are asked about in the same words.
+        self._texts = lru_cache(256)(self._asked)
+
+    def _asked(self, prompt: str, target: str) -> tuple[str, str, str]:
+        return self.prompt.texts(prompt=prompt, target=target)
 
     @property
     def model(self) -> str:
@@ -104,7 +110,7 @@ class Critic:
     ) -> Reading:
         """As `critique`, with what it cost; a picture that is a PNG already is not encoded again."""
         url = image_url(image) if isinstance(image, bytes) else await asyncio.to_thread(image_url, image)
-        messages = self.prompt.messages((url,), prompt=prompt, target=target_text(target))
+        messages = chat(self._texts(prompt, target_text(target)), (url,))
         replies: list[Reply[CriticAnswer]] = await asyncio.gather(
             *(
                 self.asker.ask(messages, CriticAnswer, "critique", CRITIC_SCHEMA, seed=_mix(seed, sample))

@@ -39,6 +39,7 @@ class Prompt:
         question: Template of the text after them.
         several: Of a rewriter, the file that asks for several prompts in one answer; without it this one is asked
             several times.
+        personas: Of a rewriter, the file that asks a persona, for `mc_agent`; without it personas write by this one.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Prompt:
     task: str
     question: str
     several: str = ""
+    personas: str = ""
 
     @property
     def lists(self) -> bool:
@@ -68,18 +70,29 @@ class Prompt:
         Raises:
             UserError: The template names something that it is not given.
         """
-        content: list[str | dict[str, Any]] = [
-            {"type": "text", "text": self._render(self.task, values)},
-            *({"type": "image_url", "image_url": {"url": url}} for url in images),
-            {"type": "text", "text": self._render(self.question, values)},
-        ]
-        return [SystemMessage(self._render(self.system, values)), HumanMessage(content)]
+        return chat(self.texts(**values), images)
+
+    def texts(self, **values: Any) -> tuple[str, str, str]:
+        """System, task and question with the values put in; errors as `messages`."""
+        system, task, question = (self._render(it, values) for it in (self.system, self.task, self.question))
+        return system, task, question
 
     def _render(self, template: str, values: dict[str, Any]) -> str:
         try:
             return _compiled(template).render(values)
         except TemplateError as error:
             raise UserError(f"prompt {self.id}: {error}") from error
+
+
+def chat(texts: tuple[str, str, str], images: tuple[str, ...] = ()) -> list[BaseMessage]:
+    """The messages of a prompt's texts."""
+    system, task, question = texts
+    content: list[str | dict[str, Any]] = [
+        {"type": "text", "text": task},
+        *({"type": "image_url", "image_url": {"url": url}} for url in images),
+        {"type": "text", "text": question},
+    ]
+    return [SystemMessage(system), HumanMessage(content)]
 
 
 @cache
@@ -104,8 +117,8 @@ def load_prompt(name: str) -> Prompt:
         raise UserError(f"no prompt {name!r}: known are {known}, or give a path to a .yaml file")
     content = read_yaml(path)
     keys = ("name", "version", "system", "task", "question")
-    if set(content) - {"several"} != set(keys):
+    if set(content) - {"several", "personas"} != set(keys):
         raise UserError(
-            f"prompt {path}: the keys {', '.join(keys)} are wanted, no more (but several) and no fewer"
+            f"prompt {path}: the keys {', '.join(keys)} are wanted, no more (but several, personas) and no fewer"
         )
     return Prompt(**{key: str(value) for key, value in content.items()})

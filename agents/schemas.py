@@ -21,7 +21,8 @@ SCHEMA_VERSION = 1
 _SCORE = {"type": "string", "pattern": r"^[+-][0-3]\.[0-9]$"}
 
 
-def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+def flat(**properties: dict[str, Any]) -> dict[str, Any]:
+    """The schema of one flat object, all of whose properties are required, in this order."""
     return {
         "type": "object",
         "properties": properties,
@@ -30,7 +31,7 @@ def _object(**properties: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-CRITIC_SCHEMA: dict[str, Any] = _object(
+CRITIC_SCHEMA: dict[str, Any] = flat(
     analysis={"type": "string", "maxLength": 400},
     valence=_SCORE,
     arousal=_SCORE,
@@ -42,7 +43,7 @@ CRITIC_SCHEMA: dict[str, Any] = _object(
 #: Longest prompt a rewriter may write, in characters.
 PROMPT_LIMIT = 400
 
-REWRITER_SCHEMA: dict[str, Any] = _object(
+REWRITER_SCHEMA: dict[str, Any] = flat(
     why={"type": "string", "maxLength": 300},
     changes={"type": "string", "maxLength": 200},
     prompt={"type": "string", "maxLength": PROMPT_LIMIT},
@@ -56,8 +57,8 @@ def several_schema(limit: int, most: int) -> dict[str, Any]:
         limit: Longest prompt, in characters.
         most: Most prompts.
     """
-    one = _object(changes={"type": "string", "maxLength": 200}, prompt={"type": "string", "maxLength": limit})
-    return _object(
+    one = flat(changes={"type": "string", "maxLength": 200}, prompt={"type": "string", "maxLength": limit})
+    return flat(
         why={"type": "string", "maxLength": 300}, prompts={"type": "array", "items": one, "maxItems": most}
     )
 
@@ -111,7 +112,7 @@ _UNSAFE = re.compile(
 )
 
 #: Text beside the prompt. The schemas allow 400 characters at most; a model without a grammar may say more.
-_Said = Annotated[str, StringConstraints(max_length=4000)]
+Said = Annotated[str, StringConstraints(max_length=4000)]
 
 
 def cleaned(text: str) -> str:
@@ -119,7 +120,9 @@ def cleaned(text: str) -> str:
     return _UNSAFE.sub("", text)
 
 
-class _Answer(BaseModel):
+class ModelAnswer(BaseModel):
+    """Common to all answers: unknown keys are ignored, text is cleaned."""
+
     model_config = ConfigDict(extra="ignore")
 
     @field_validator("*", mode="before")
@@ -128,7 +131,7 @@ class _Answer(BaseModel):
         return cleaned(value) if isinstance(value, str) else value
 
 
-class CriticAnswer(_Answer):
+class CriticAnswer(ModelAnswer):
     """A critic's answer, read leniently.
 
     Attributes:
@@ -140,12 +143,12 @@ class CriticAnswer(_Answer):
         suggestion: What would help.
     """
 
-    analysis: _Said = ""
+    analysis: Said = ""
     valence: float
     arousal: float
     category: Emotion
     alignment: float
-    suggestion: _Said = ""
+    suggestion: Said = ""
 
     @field_validator("valence", "arousal", mode="before")
     @classmethod
@@ -170,7 +173,7 @@ class CriticAnswer(_Answer):
         return Critique(**self.model_dump())
 
 
-class RewriterAnswer(_Answer):
+class RewriterAnswer(ModelAnswer):
     """A rewriter's answer, read leniently.
 
     Attributes:
@@ -179,8 +182,8 @@ class RewriterAnswer(_Answer):
         prompt: The new prompt, on one line; may be empty or too long, which the rewriter judges.
     """
 
-    why: _Said = ""
-    changes: _Said = ""
+    why: Said = ""
+    changes: Said = ""
     prompt: str
 
     @field_validator("why", "changes", mode="before")
@@ -194,7 +197,7 @@ class RewriterAnswer(_Answer):
         return " ".join(value.split())
 
 
-class RewriterAnswers(_Answer):
+class RewriterAnswers(ModelAnswer):
     """Several rewrites in one answer, read leniently.
 
     Attributes:
@@ -202,7 +205,7 @@ class RewriterAnswers(_Answer):
         prompts: At least one; a prompt may stand as plain text, and a single one in place of the list.
     """
 
-    why: _Said = ""
+    why: Said = ""
     prompts: Annotated[list[RewriterAnswer], Field(min_length=1)]
 
     @model_validator(mode="before")

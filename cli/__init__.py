@@ -19,6 +19,8 @@ from .collect import collect
 from .distill import distill
 from .evals import doctor, eval_
 from .lvlm import app as lvlm
+from .make import make
+from .rewrite import rewrite
 from .run import resume, run
 from .serve import serve
 from .traces import app as traces
@@ -34,6 +36,8 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(resume)
+app.command()(rewrite)
+app.command()(make)
 app.command()(collect)
 app.command()(worker)
 app.command()(queue)

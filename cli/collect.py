@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..domain import UserError
+from ..graph.targets import read_targets, with_targets
 from . import options as opt
 from .run import open_models, run_async
 
@@ -26,6 +27,12 @@ def collect(
     concurrency: Annotated[
         int, typer.Option(min=0, help="Runs at a time in this process; 0 leaves all to `emoloop worker`.")
     ] = 8,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="Run each line without a target for all of these: categories, valence/arousal: fear,2/-1"
+        ),
+    ] = None,
     rounds: opt.Rounds = None,
     images: opt.Images = None,
     proposals: opt.Proposals = None,
@@ -54,6 +61,8 @@ def collect(
     from ..graph.collect import count_lines
     from ..settings import load_settings
 
+    if targets is not None:
+        source = with_targets(source, read_targets(targets))
     settings = load_settings(opt.overrides(context.params))
     if str(source) == "-":
         source, failed = Path("/dev/stdin"), failed or Path("collect.failed.jsonl")

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def distill(
     objective: Annotated[
         str,
-        typer.Argument(help="opd, direct, dpo, nft, rwr, sft, or a dotted path (my_pkg.my_mod:MyObjective)."),
+        typer.Argument(
+            help="opd, direct, dpo, contrast, nft, rwr, sft, or a dotted path (my_pkg.my_mod:MyObjective)."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder of the artifact; made by this run.")] = None,
     where: opt.Where = None,

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ import typer
 
 from ..domain import EmotionTarget, RunResult, RunStatus, UserError, read_target
 from ..events import RunStarted
-from ..files import check_writable
+from ..files import check_writable, write_atomic
 from ..traces.document import result_json
 from . import options as opt
 
@@ -202,12 +201,15 @@ def _leave(loop: Loop, result: RunResult, folder: Path) -> dict[str, str]:
     """Write what a person opens: best picture, contact sheet, trace."""
     from ..tools.images.sheet import save_sheet
     from ..traces.exchange.export import export_jsonl
+    from ..traces.recipe import dressed
     from ..traces.rows import RunFilter
 
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, str] = {}
     if result.best is not None and result.best.path is not None:
-        files["image"] = str(shutil.copyfile(result.best.path, folder / "best.png"))
+        carries = loop.parts.settings.traces.metadata
+        data = dressed(loop.recorder.store, result.best.sha256, carries, result.run_id)
+        files["image"] = str(write_atomic(folder / "best.png", data))
     if any(round.candidates for round in result.rounds):
         files["sheet"] = str(save_sheet(result, folder / "sheet.png"))
     trace = folder / "trace.jsonl"

@@ -104,9 +104,10 @@ def bundle(
 
     if not runs and not where:
         raise UserError("say which runs: their ids, or --where KEY=VALUE")
-    with _store(home) as store:
+    settings = _settings(home)
+    with _open(settings) as store:
         rows = store.runs(opt.chosen(store, runs, opt.read_where(where)))
-        count = write_bundle(store, [row.run_id for row in rows], out)
+        count = write_bundle(store, [row.run_id for row in rows], out, settings.traces.metadata)
     told = {"runs": [row.run_id for row in rows], "index": str(out / "index.html")}
     opt.tell(told, as_json, lambda: _say(f"{_many(count, 'run')} in {out / 'index.html'}"))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..domain import Candidate, Critique, EmotionTarget, Missing, Proposal, Round, RunResult
+from ..domain import Candidate, Critique, Draft, EmotionTarget, Missing, Proposal, Round, RunResult
 from ..traces.rows import RunRow
 
 #: Columns that are left out of a terminal with fewer signs in a line than this.
@@ -70,6 +71,12 @@ def show_run(console: Console, result: RunResult) -> None:
         console.print(Text(f"warning: {warning}", style="yellow"))
 
 
+def show_drafts(console: Console, drafts: Sequence[Draft]) -> None:
+    """Print what personas wrote."""
+    for draft in drafts:
+        console.print(_draft(draft), soft_wrap=True)
+
+
 def target_text(target: EmotionTarget) -> str:
     """A target in a few letters: "V+2.0 A-1.0 awe"."""
     parts = [
@@ -90,6 +97,7 @@ def _round(number: int, round_: Round, best: Candidate | None) -> RenderableType
         for name, words in (("changed", one.changes), ("because", one.why)):
             if words:
                 parts.append(Text.assemble((f"  {name}  ", "dim"), words))
+    parts += map(_draft, round_.drafts)
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("", "#", "reward", "valence", "arousal", "category", "shows", "seed", "image"):
         table.add_column(name, justify="left" if name in ("category", "image") else "right", no_wrap=True)
@@ -106,6 +114,16 @@ def _round(number: int, round_: Round, best: Candidate | None) -> RenderableType
         words.add_row(Text(str(candidate.index), style="dim"), _words(candidate.critique))
     indent = (0, 0, 0, 2)
     return Group(*parts, Padding(table, indent), Padding(words, indent))
+
+
+def _draft(draft: Draft) -> Text:
+    """A persona's draft: its steps, what came of them, and what the director refused of it."""
+    said = " → ".join(f"{step}: {words}" for step, words in draft.said.items())
+    lines: list[Any] = [("  drafted  ", "dim"), (draft.persona, "bold"), f"  {said}"]
+    told = (("→", draft.prompt), ("cannot be drawn:", ", ".join(draft.refused)), ("not used:", draft.reason))
+    for what, words in told:
+        lines += [f"\n           {what} {words}"] if words else []
+    return Text.assemble(*lines)
 
 
 def _reading(critique: Critique | Missing | None) -> tuple[str, ...]:

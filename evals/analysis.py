@@ -12,7 +12,7 @@ import numpy as np
 
 from ..domain import Critique
 from ..tools.measures import diversity
-from . import metrics
+from . import metrics, shortcut
 from .metrics import mean
 from .records import Row
 from .stats import Estimate, difference, estimate, sign_test
@@ -177,7 +177,11 @@ class Table:
         self.columns: dict[str, dict[str, Column]] = {}
         for arm in self.arms:
             mine = [row for row in rows if row.arm == arm]
-            values = [of_request(row, pace, suite and suite.budget) for row in mine]
+            together = shortcut.of_rows(mine)
+            values = [
+                of_request(row, pace, suite and suite.budget) | more
+                for row, more in zip(mine, together, strict=True)
+            ]
             units, clusters = [row.request.id for row in mine], [row.request.prompt for row in mine]
             columns = {key: Column([v[key] for v in values], units, clusters) for key in values[0]}
             self.columns[arm] = {
@@ -224,6 +228,11 @@ class Table:
         columns, clusters = self.paired("error", arm, "base")
         return estimate(columns, clusters, lambda a, b: 1 - a / b)
 
+    def distinct(self, arm: str) -> Estimate:
+        """Distinct bigrams over all bigrams of what the arm's prompts add."""
+        column, new = self.columns[arm]["bigrams"], self.columns[arm]["new_bigrams"]
+        return estimate([new.values, column.values], column.clusters, lambda some, every: some / every)
+
     def amortisation(self, arm: str) -> Estimate:
         """Share of the loop's improvement that the arm has; None unless the loop surely improves on base."""
         columns, clusters = self.paired("error", "base", arm, "loop")
@@ -239,6 +248,8 @@ class Table:
             for arm, columns in self.columns.items()
         }
         for arm in self.arms:
+            if self.has(arm, metric="bigrams"):
+                found[arm]["distinct_2"] = self.distinct(arm)
             if (gap := self.paraphrase_gap(arm)).value is not None:
                 found[arm]["paraphrase_gap"] = gap
             if arm != "base" and self.has(arm, "base"):
@@ -400,6 +411,8 @@ def figures(table: Table, measures: Mapping[str, Estimate] | None = None) -> dic
     for arm, found in table.estimates().items():
         for metric, value in found.items():
             flat |= value.figures(f"{arm}_{metric}")
+            if metric == "emotion_accuracy":  # as the papers call it
+                flat |= value.figures(f"{arm}_emo_a")
     for gain in table.gains():
         flat |= {
             f"gain_{gain['part']}{end}": gain[key]

@@ -26,7 +26,7 @@ from typing import Any
 
 from ..agents.rewriters import KEPT
 from ..domain import RunResult, RunStatus, UserError
-from ..events import Critiqued, Event, Rewritten, RunStarted
+from ..events import Critiqued, Event, PersonaAnswered, Rewritten, RunStarted
 from ..graph.loop import Loop
 from ..graph.state import Context, candidate_seed
 from ..settings import Settings, merged, read_set
@@ -149,7 +149,7 @@ def _lacks(result: RunResult, images: int) -> bool:
 def _row(arm: Arm, request: Request, result: RunResult, events: Sequence[Event], samples: int) -> Row:
     selects = arm.options.get("rounds") != 1
     made = [candidate for round in result.rounds for candidate in round.candidates]
-    written = [e for e in events if isinstance(e, Rewritten)]
+    written = [e for e in events if isinstance(e, PersonaAnswered | Rewritten)]
     read = [e for e in events if isinstance(e, Critiqued)] if selects else []
     cost = Cost(
         images=len(made) if selects else 1,

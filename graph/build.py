@@ -11,7 +11,9 @@ from typing import Any
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
+from langgraph.runtime import Runtime
 
+from ..agents.rewriters.mc_agent.graph import MC_AGENT
 from ..domain import UserError
 from ..settings import LoopSettings
 from .nodes import Nodes
@@ -55,7 +57,7 @@ def build_graph(
     graph.add_node("generate", nodes.generate)
     graph.add_node("critique", nodes.critique)
     graph.add_node("review", nodes.review)
-    graph.add_node("rewrite", nodes.rewrite)
+    graph.add_node("rewrite", _rewriting(nodes))
     graph.add_node("final", nodes.final)
     graph.add_node("finish", nodes.finish)
     graph.add_edge(START, "start")
@@ -71,18 +73,28 @@ def build_graph(
     return compiled.with_config(recursion_limit=_STEPS_PER_ROUND * (_most_rounds() + 1) + 3)
 
 
-def _first(state: State) -> str:
+def _rewriting(nodes: Nodes) -> Any:
+    async def rewrite(state: State, runtime: Runtime[Context]) -> dict[str, Any]:
+        # LangGraph draws, streams and saves the subgraphs that a node's function names.
+        _ = MC_AGENT
+        return await nodes.rewrite(state, runtime)
+
+    return rewrite
+
+
+# Coroutines, since LangGraph sends a plain function of an async graph through a thread.
+async def _first(state: State) -> str:
     return "rewrite" if wanted(0, state["options"]) else "generate"
 
 
 def _or_finish(onward: str) -> Any:
-    def route(state: State) -> str:
+    async def route(state: State) -> str:
         return "finish" if state.get("stop_reason") else onward
 
     return route
 
 
-def _after_critique(state: State) -> str:
+async def _after_critique(state: State) -> str:
     if state.get("stop_reason"):
         return "finish"
     if state.get("ended"):

@@ -127,6 +127,7 @@ def fingerprint(loop: Loop, seed: int) -> str:
     # Named only where they are not the default, so that a collection begun before they existed goes on.
     newer = {"rewriter", "rewrite_first", "exhaust", "proposals", "neutral_images"}
     newer |= {"max_images", "max_calls", "max_seconds", "finalists", "oversample", "memory"}
+    newer |= {"personas", "persona_folder"}
     newer -= loop.settings.loop.model_dump(exclude_defaults=True).keys()
     facts = {
         "seed": seed,

@@ -18,7 +18,7 @@ from starlette.responses import FileResponse
 from starlette.routing import Route
 
 from ..settings import load_settings
-from ..traces.blobs import BlobStore
+from ..traces.blobs import open_blobs
 from . import dev
 from .state import picture_url
 
@@ -26,8 +26,9 @@ from .state import picture_url
 def picture(request: Request) -> FileResponse:
     """The PNG of a SHA-256; it never changes."""
     sha256 = request.path_params["sha256"]
-    path = BlobStore(load_settings().home.expanduser() / "blobs").path(sha256)
-    if not re.fullmatch("[0-9a-f]{64}", sha256) or not path.is_file():
+    settings = load_settings()
+    blobs = open_blobs(settings, settings.home.expanduser())
+    if not re.fullmatch("[0-9a-f]{64}", sha256) or not (path := blobs.path(sha256)).is_file():
         raise HTTPException(404, f"no picture {sha256!r}")
     return FileResponse(path, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from langgraph.runtime import Runtime
@@ -44,6 +44,7 @@ from ..traces.fold import Fold, Tried
 from . import policy
 from .edits import answered, check_prompt_stands, follow
 from .finals import DELIVERS, final_round, finalists
+from .panel import LoggedPanel
 from .parts import Parts, check_request, prompt_notes
 from .retry import ATTEMPTS, retryable
 from .rounds import rewritten, shown, wanted
@@ -303,9 +304,7 @@ class Nodes:
             runtime,
             *read,
             *(
-                Rewarded(
-                    **place, node=nodes[1] if it.weight is None else f"{nodes[1]}:{it.name}", **asdict(it)
-                )
+                Rewarded(**place, node=nodes[1] if it.weight is None else f"{nodes[1]}:{it.name}", **vars(it))
                 for it in values
             ),
         )
@@ -382,17 +381,23 @@ class Nodes:
     async def _write(self, state: State, runtime: Runtime[Context], fold: Fold, number: int) -> None:
         parts, options, target = self.parts, state["options"], read_target(state["target"])
         rewriter, count = parts.rewriter(options["rewriter"]), wanted(number, options)
+        panel = LoggedPanel(
+            *(fold, number, _node("persona", fold), options, parts.settings.loop.persona_folder),
+            record=partial(self._record, runtime),
+            again=partial(self._try_again, runtime=runtime),
+        )
         rewrites = await propose(
             *(rewriter, state["prompt"], target),
             fold.rounds(parts.recorder.store.blobs.path)[:number],
             count=count,
             comment=state.get("comment", ""),
             seed=candidate_seed(options["seed"], number, -1),
+            panel=panel,
             **await parts.knowledge.advice(fold, target, number, options, count),
         )
-        error = rewrites[0].error
-        if error is not None and self._try_again(error, runtime):
-            raise error
+        for error in (panel.error, rewrites[0].error):
+            if error is not None and self._try_again(error, runtime):
+                raise error
         await self._record(runtime, *rewritten(rewrites, rewriter, parts.generator, state, number))
 
     # ---- finish

@@ -19,6 +19,7 @@ class RunOptions(TypedDict, total=False):
     patience: int | None
     review: bool | None
     rewriter: str | None
+    personas: int | None
     rewrite_first: bool | None
     exhaust: bool | None
     proposals: int | None

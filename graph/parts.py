@@ -120,15 +120,7 @@ async def open_parts(settings: Settings, given: Mapping[str, Any], stack: AsyncE
     generator = await asyncio.to_thread(_load_generator, given.get("generator"), settings)
     if generator is not given.get("generator"):
         stack.push_async_callback(generator.aclose)
-    model: Any = given.get("lvlm")
-    own = model is None
-    if not own and not hasattr(model, "ainvoke"):
-        raise UserError(f"lvlm {model!r} is no LangChain chat model: it has no ainvoke")
-    if own:
-        model = await asyncio.to_thread(_load_lvlm, settings)
-        stack.push_async_callback(asyncio.to_thread, model.close)
-    critic, rewriter = await asyncio.to_thread(_agents, model, own, settings)
-    await asyncio.to_thread(rewriter, settings.loop.rewriter)
+    critic, rewriter = await open_agents(settings, given.get("lvlm"), stack)
     recorder = await asyncio.to_thread(open_recorder, settings)
     stack.push_async_callback(recorder.aclose)
     return Parts(
@@ -138,9 +130,33 @@ async def open_parts(settings: Settings, given: Mapping[str, Any], stack: AsyncE
         reward=reward,
         recorder=recorder,
         settings=settings,
-        patient=own and settings.lvlm.engine != "embedded",
+        patient=given.get("lvlm") is None and settings.lvlm.engine != "embedded",
         objects=tuple(name for name, value in given.items() if value is not None),
     )
+
+
+async def open_agents(
+    settings: Settings, model: Any, stack: AsyncExitStack
+) -> tuple[Critic, Callable[[str], Rewriter]]:
+    """Load the chat model, in a thread, and the agents that ask it.
+
+    Args:
+        settings: The resolved settings.
+        model: A chat model instead of the settings' one, or None.
+        stack: Closes what was opened here.
+
+    Raises:
+        UserError: The model, a prompt file or the rewriter cannot be used.
+    """
+    own = model is None
+    if not own and not hasattr(model, "ainvoke"):
+        raise UserError(f"lvlm {model!r} is no LangChain chat model: it has no ainvoke")
+    if own:
+        model = await asyncio.to_thread(_load_lvlm, settings)
+        stack.push_async_callback(asyncio.to_thread, model.close)
+    critic, rewriter = await asyncio.to_thread(_agents, model, own, settings)
+    await asyncio.to_thread(rewriter, settings.loop.rewriter)
+    return critic, rewriter
 
 
 def _load_generator(spec: Any, settings: Settings) -> Generator:

@@ -99,6 +99,7 @@ class Context:
         patience: Rounds without a better candidate that end the run.
         review: Wait for a person before each rewrite.
         rewriter: Name or dotted path of the rewriter.
+        personas: How many write, for `mc_agent`.
         rewrite_first: Round 0 paints a rewrite made without feedback.
         exhaust: Use all rounds whatever was reached.
         proposals: Distinct prompts in a round.
@@ -117,6 +118,7 @@ class Context:
     patience: int | None = None
     review: bool | None = None
     rewriter: str | None = None
+    personas: int | None = None
     rewrite_first: bool | None = None
     exhaust: bool | None = None
     proposals: int | None = None

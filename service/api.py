@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -276,9 +277,10 @@ def _forever(data: bytes, media_type: str, etag: str, known: str | None) -> Resp
 async def get_image(
     service: Of, sha256: Address, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
-    """A picture, as it was made."""
-    data = await asyncio.to_thread(images.picture, service.store.blobs, sha256)
-    return _forever(data, "image/png", sha256, if_none_match)
+    """A picture, as it was made, with its recipe."""
+    metadata = service.settings.traces.metadata
+    data = await asyncio.to_thread(images.picture, service.store, sha256, metadata)
+    return _forever(data, "image/png", hashlib.sha256(data).hexdigest(), if_none_match)
 
 
 @router.get("/images/{sha256}/thumbnail", tags=["images"], responses=_PNG | _WEBP, response_class=Response)

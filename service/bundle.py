@@ -13,6 +13,7 @@ from pathlib import Path
 from ..domain import UserError
 from ..files import check_writable
 from ..traces.exchange.export import export_jsonl
+from ..traces.recipe import Metadata
 from ..traces.rows import RunFilter
 from ..traces.store import TraceStore
 from .documents import Listing, RunDocument, RunPage, Shot
@@ -55,13 +56,14 @@ def _plain(run_id: str) -> str:
     return re.sub(r"[^\w.@+-]", "_", run_id)
 
 
-def write_bundle(store: TraceStore, run_ids: Sequence[str], out: Path) -> int:
+def write_bundle(store: TraceStore, run_ids: Sequence[str], out: Path, metadata: Metadata = "recipe") -> int:
     """Write runs as a folder of pages; `index.html` is the first.
 
     Args:
         store: The log.
         run_ids: The runs, by their full ids.
         out: The folder; new, or empty.
+        metadata: What the pictures carry.
 
     Returns:
         How many runs it holds.
@@ -89,7 +91,7 @@ def write_bundle(store: TraceStore, run_ids: Sequence[str], out: Path) -> int:
             export_jsonl(store, RunFilter(run_ids=(run_id,)), stream)
         for place, shot in enumerate(shots):
             write(links.shot(run_id, shot), "shot.html.jinja", run=run, shot=shot, **run.beside(place))
-        _pictures(store, run, links, out)
+        _pictures(store, run, links, out, metadata)
     page = RunPage(items=[run.run for run in runs], next=None, total=len(runs))
     write(links.home, "runs.html.jinja", page=page, wanted=Listing(), pair=len(runs) == 2)
     if len(runs) == 2:
@@ -97,10 +99,10 @@ def write_bundle(store: TraceStore, run_ids: Sequence[str], out: Path) -> int:
     return len(runs)
 
 
-def _pictures(store: TraceStore, run: RunDocument, links: Links, out: Path) -> None:
+def _pictures(store: TraceStore, run: RunDocument, links: Links, out: Path, metadata: Metadata) -> None:
     for sha256 in {shot.sha256 for shot in run.shots if shot.sha256}:
         try:
-            (out / links.image(sha256)).write_bytes(picture(store.blobs, sha256))
+            (out / links.image(sha256)).write_bytes(picture(store, sha256, metadata))
             for side in (96, 192):
                 (out / links.thumbnail(sha256, side)).write_bytes(thumbnail(store.blobs, sha256, side))
         except NotFound:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..domain import Critique, Emotion, EmotionTarget, Missing, Score
+from ..domain import Critique, Draft, Emotion, EmotionTarget, Missing, Score
 from ..events import Event, Sha256
 from ..traces.rows import RunRow
 
@@ -168,12 +168,13 @@ class Proposal(Document):
 
 
 class RoundDocument(Document):
-    """One round: its prompts, each with its candidates."""
+    """One round: its prompts, each with its candidates, and what personas wrote for it, where they did."""
 
     number: int
     mean_reward: float | None
     best_reward: float | None
     proposals: list[Proposal]
+    drafts: list[Draft] = []
 
 
 class RunDocument(Document):

@@ -7,20 +7,22 @@ from functools import lru_cache
 
 from ..domain import UserError
 from ..traces.blobs import BlobStore
+from ..traces.recipe import Metadata, dressed
+from ..traces.store import TraceStore
 from .errors import NotFound
 
 #: Pixels of a picture that is made smaller: a picture may claim more than memory holds.
 _MOST_PIXELS = 50_000_000
 
 
-def picture(blobs: BlobStore, sha256: str) -> bytes:
-    """A picture as PNG; one whose content is not what its name says is none.
+def picture(store: TraceStore, sha256: str, metadata: Metadata) -> bytes:
+    """A picture as PNG, with what it shall carry; one whose content is not what its name says is none.
 
     Raises:
         NotFound: There is no such picture, or it is damaged.
     """
     try:
-        return blobs.get_bytes(sha256)
+        return dressed(store, sha256, metadata)
     except OSError as error:
         raise NotFound(f"no picture {sha256}") from error
 
@@ -35,7 +37,10 @@ def thumbnail(blobs: BlobStore, sha256: str, side: int) -> bytes:
     """
     from PIL import Image
 
-    data = io.BytesIO(picture(blobs, sha256))
+    try:
+        data = io.BytesIO(blobs.get_bytes(sha256))
+    except OSError as error:
+        raise NotFound(f"no picture {sha256}") from error
     try:
         with Image.open(data, formats=["PNG"]) as image:
             if image.width * image.height > _MOST_PIXELS:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, and_, func, literal, or_, select, tuple_
 
 from ..domain import Critique, RunStatus, UserError
-from ..events import Critiqued, Event, HumanFeedback, ImageGenerated, Rewritten
+from ..events import Critiqued, Event, HumanFeedback, ImageGenerated, PersonaAnswered, Rewritten
 from ..traces.fold import Fold, Tried
 from ..traces.rows import RunFilter, RunRow
 from ..traces.schema import runs
@@ -37,7 +37,12 @@ _PLACE = {
 }
 
 #: What the seconds of an event were spent on.
-_SPENT: dict[type[Any], str] = {ImageGenerated: "images", Critiqued: "critiques", Rewritten: "rewrites"}
+_SPENT: dict[type[Any], str] = {
+    ImageGenerated: "images",
+    Critiqued: "critiques",
+    PersonaAnswered: "rewrites",
+    Rewritten: "rewrites",
+}
 
 #: What stands for a missing number in an order.
 _LOWEST = -1e9
@@ -165,6 +170,7 @@ def _round(
         mean_reward=fold.mean_reward(number),
         best_reward=max(rewards, default=None),
         proposals=proposals,
+        drafts=[it.draft for _, it in sorted(fold.drafts.get(number, {}).items())],
     )
 
 

@@ -22,7 +22,7 @@ from ..domain import Failure, UserError, first_line
 from ..files import check_writable
 from ..settings import Settings
 from . import migrate
-from .schema import TABLES_VERSION
+from .schema import READABLE, TABLES_VERSION
 
 #: Seconds that a writer waits for others before it gives up.
 BUSY_TIMEOUT = 60.0
@@ -175,7 +175,7 @@ def _prepare(engine: Engine, read_only: bool) -> None:
     with engine.connect() as connection:
         found = migrate.version(connection)
     migrate.refuse_newer(found)
-    if found == TABLES_VERSION:
+    if found == TABLES_VERSION or (read_only and found is not None and found >= READABLE):
         return
     if read_only:
         state = "is empty" if found is None else f"has the older version {found}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -23,6 +23,7 @@ from ..events import (
     Event,
     GenerationFailed,
     ImageGenerated,
+    PersonaAnswered,
     Rewarded,
     Rewritten,
     RunFinished,
@@ -81,6 +82,7 @@ class Fold:
         finished: How it ended; None while it goes on, and again when a failed run is resumed.
         failures: How often it ended without being complete.
         rewrites: The rewrites by round and number.
+        drafts: What personas answered, by round and number.
         tried: Candidates by (round, index).
         images: How many were made.
         calls: How often the LVLM was asked, as far as its answers tell.
@@ -96,6 +98,7 @@ class Fold:
         self.finished: RunFinished | None = None
         self.failures = 0
         self.rewrites: dict[int, dict[int, Rewritten]] = {}
+        self.drafts: dict[int, dict[int, PersonaAnswered]] = {}
         self.tried: dict[tuple[int, int], Tried] = {}
         self.best: tuple[int, int] | None = None
         self.updated: datetime | None = None
@@ -136,6 +139,11 @@ class Fold:
                 self._critiqued(self._at(event), event.critique)
             case Rewarded(weight=None):
                 self._reward(self._at(event), event)
+            case PersonaAnswered():
+                self._reopen()
+                self.calls += answers(event)
+                # One that had no answer may be asked again when the run is resumed.
+                self.drafts.setdefault(event.round, {})[event.index] = event
             case Rewritten():
                 self._reopen()
                 self.calls += answers(event)
@@ -258,21 +266,25 @@ class Fold:
 
     def proposals(self, number: int) -> list[Proposal]:
         """The distinct prompts of a round, in order; round 0 begins with the neutral one where no rewrite is first."""
-        written = sorted(self.rewrites.get(number, {}).items())
-        found = [Proposal(prompt=it.prompt, changes=it.changes, why=it.why) for _, it in written]
-        if number == 0 and self.started and not (written and written[0][0] == 0):
-            found.insert(0, Proposal(prompt=self.started.prompt))
-        if not found:
-            made = (tried.made for _, tried in sorted(self.round(number).items()))
-            found = [Proposal(prompt=event.prompt) for event in made if event]
         distinct: dict[str, Proposal] = {}
-        for it in found:
-            distinct.setdefault(it.prompt, it)
+        for prompt, changes, why in self._written(number):
+            if prompt not in distinct:
+                distinct[prompt] = Proposal(prompt=prompt, changes=changes, why=why)
         return list(distinct.values())
 
     def prompt(self, number: int) -> str:
         """The first prompt of a round."""
-        return next((it.prompt for it in self.proposals(number)), "")
+        return next((prompt for prompt, _, _ in self._written(number)), "")
+
+    def _written(self, number: int) -> Iterator[tuple[str, str, str]]:
+        """Prompt, changes and why of a round's prompts, repeated ones too."""
+        rewrites = sorted(self.rewrites.get(number, {}).items())
+        if number == 0 and self.started and not (rewrites and rewrites[0][0] == 0):
+            yield self.started.prompt, "", ""
+        elif not rewrites:
+            made = (tried.made for _, tried in sorted(self.round(number).items()))
+            yield from ((event.prompt, "", "") for event in made if event)
+        yield from ((it.prompt, it.changes, it.why) for _, it in rewrites)
 
     def warnings(self) -> list[str]:
         """One line for each thing that went wrong without ending the run, in the order of rounds."""
@@ -353,6 +365,7 @@ class Fold:
             candidates=[candidate for candidate in found if candidate],
             proposals=proposals,
             final=number == self.final,
+            drafts=[it.draft for _, it in sorted(self.drafts.get(number, {}).items())],
         )
 
     def result(self, path: Callable[[str], Path] | None = None, home: Path | None = None) -> RunResult:
@@ -469,8 +482,8 @@ def fold(
     return Fold(log[0].run_id, log).result(path, home)
 
 
-def answers(event: Rewritten) -> int:
-    """How many answers of a model a rewrite took: none for a person's, or one that another answer gave too."""
+def answers(event: PersonaAnswered | Rewritten) -> int:
+    """How many answers of a model a draft or rewrite took: none for a person's, or one that another's gave too."""
     return event.usage.get("calls", 1) if event.usage or event.seconds else 0
 
 

@@ -22,6 +22,7 @@ from ..events import (
     GenerationFailed,
     HumanFeedback,
     ImageGenerated,
+    PersonaAnswered,
     Rewarded,
     Rewritten,
     RunFinished,
@@ -156,6 +157,13 @@ def call(event: Event) -> tuple[str, dict[str, Any]]:
                 "emoloop.image.sha256": event.sha256,
                 "error.type": missing and _error_type(missing, "missing_critique"),
             }
+        case PersonaAnswered():
+            refused = problem(event)
+            return f"chat {event.model}", {
+                **_chat(event),
+                "emoloop.index": event.index,
+                "error.type": refused and _error_type(refused, "refused_draft"),
+            }
         case Rewritten() if event.seconds:
             refused = problem(event)
             return f"chat {event.model}", {
@@ -171,7 +179,7 @@ def call(event: Event) -> tuple[str, dict[str, Any]]:
             }
 
 
-def _chat(event: Critiqued | Rewritten) -> dict[str, Any]:
+def _chat(event: Critiqued | PersonaAnswered | Rewritten) -> dict[str, Any]:
     # LangChain says input_tokens and output_tokens, and so does the convention; it knows no total.
     usage = {
         f"gen_ai.usage.{key}": n for key, n in event.usage.items() if key in ("input_tokens", "output_tokens")
@@ -196,6 +204,8 @@ def problem(event: Event) -> str | None:
             return event.reason
         case Critiqued(critique=Missing(reason=reason)):
             return reason
+        case PersonaAnswered():
+            return event.draft.reason
         case Rewritten() if event.why and event.why in event.warnings:
             return event.why
         case _:
@@ -268,6 +278,12 @@ def content(event: Event, before: Sequence[Event], picture: Callable[[str], Part
             if isinstance(event.critique, Critique):
                 return _messages(asked, [_text(event.critique.model_dump_json(exclude_none=True))])
             return _messages(asked, [_text(event.critique.raw)] if event.critique.raw else [], "error")
+        case PersonaAnswered(draft=draft):
+            said = json.dumps({**draft.said, "prompt": draft.prompt}, ensure_ascii=False)
+            asked = [_text("\n".join([*_request(before), *_tried(before, event.round)]))]
+            return _messages(
+                asked, [_text(said)] if draft.prompt else [], "error" if draft.reason else "stop"
+            )
         case Rewritten():
             answer = {"why": event.why, "changes": event.changes, "prompt": event.prompt}
             said = json.dumps(answer, ensure_ascii=False)

@@ -99,6 +99,11 @@ def _from_2(connection: Connection) -> None:
     metadata.create_all(connection)
 
 
+def _from_3(connection: Connection) -> None:
+    # Version 3 knew no `persona_answered`: nothing to lift, but an older emoloop could not read what comes.
+    metadata.create_all(connection)
+
+
 def _set_aside(connection: Connection) -> Table:
     """Rename the old `events` and make this version's tables."""
     connection.execute(text("ALTER TABLE events RENAME TO events_old"))
@@ -127,4 +132,4 @@ def row_of(event: Event) -> dict[str, object]:
 
 
 #: From which version: what lifts its events to the tables of today.
-_STEPS: dict[int, Callable[[Connection], None]] = {0: _from_0, 1: _from_1, 2: _from_2}
+_STEPS: dict[int, Callable[[Connection], None]] = {0: _from_0, 1: _from_1, 2: _from_2, 3: _from_3}

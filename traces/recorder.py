@@ -13,11 +13,13 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..domain import RunResult, UserError
 from ..events import Event
 from ..settings import Settings
+from .blobs import encode
 from .database import StoreError
 from .fold import Fold
 from .queue import RENEW, is_gone, owner_name
@@ -32,6 +34,10 @@ T = TypeVar("T")
 #: Events in one transaction, and seconds that it waits for as many callers as shared the last ones: what a batch of
 #: pictures or answers brings comes within a moment, and a sync costs more than that moment.
 _LARGEST, _GATHER = 512, 0.002
+
+#: Pictures, and pixels of them, that one thread encodes and syncs in a row: a batch of small ones takes one turn of the
+#: threads, large ones are encoded side by side. And bytes of PNG that are kept, since the critic asks for them next.
+_TOGETHER, _PIXELS, _RECENT = 8, 2**18, 2**26
 
 
 class _Waiting:
@@ -70,6 +76,9 @@ class StoreRecorder:
         self._queue: deque[_Waiting] = deque()
         self._guard = threading.Condition()
         self._writing = False
+        # Pictures that came in this turn of an event loop.
+        self._pictures: dict[asyncio.AbstractEventLoop, list[tuple[Image, int, asyncio.Future[str]]]] = {}
+        self._recent = _Recent()
         self.taken: dict[str, str] = {}
         self._claims: dict[str, str] = {}  # owner → run, of all claims that are asked for or held
         self._closed = False
@@ -202,15 +211,40 @@ class StoreRecorder:
         Raises:
             OSError: The disk refused.
         """
-        return await self._in(self._workers, self.store.blobs.put_image, image)
+        loop, pixels = asyncio.get_running_loop(), max(1, image.width * image.height)
+        waiting = self._pictures.setdefault(loop, [])
+        if not waiting:
+            # A batch's pictures all come in one turn of the loop, and go on together.
+            loop.call_soon(self._put_waiting, loop)
+        waiting.append((image, pixels, future := loop.create_future()))
+        return await future
+
+    def _put_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
+        waiting = self._pictures.pop(loop)
+        while waiting:
+            many = min(_TOGETHER, max(1, _PIXELS // waiting[0][1]))
+            part, waiting = waiting[:many], waiting[many:]
+            images, _, futures = zip(*part, strict=True)
+            stored = loop.create_task(self._in(self._workers, self._put_all, images))
+            stored.add_done_callback(partial(_settle_pictures, futures))
+
+    def _put_all(self, images: Sequence[Image]) -> list[str | Exception]:
+        encoded = [_encoded(image) for image in images]
+        pngs = [it for it in encoded if isinstance(it, bytes)]
+        addresses = iter(self.store.blobs.put_many(pngs, "png"))
+        stored = [next(addresses) if isinstance(it, bytes) else it for it in encoded]
+        for sha256, png in zip(stored, encoded, strict=True):
+            if isinstance(sha256, str) and isinstance(png, bytes):
+                self._recent.add(sha256, png)
+        return stored
 
     async def get_png(self, sha256: str) -> bytes:
-        """The stored image as PNG.
+        """The stored image as PNG; one that was stored here just now is not read back.
 
         Raises:
             OSError: It is not there, or damaged.
         """
-        return await self._in(self._workers, self.store.blobs.get_bytes, sha256)
+        return self._recent.get(sha256) or await self._in(self._workers, self.store.blobs.get_bytes, sha256)
 
     async def get_image(self, sha256: str) -> Image:
         """The stored image, RGB.
@@ -253,9 +287,52 @@ class StoreRecorder:
         return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
 
 
+class _Recent:
+    """The newest PNGs by address, up to `_RECENT` bytes; safe for many threads."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, bytes] = {}
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def add(self, sha256: str, png: bytes) -> None:
+        with self._lock:
+            self._size += len(png) - len(self._kept.pop(sha256, b""))
+            self._kept[sha256] = png
+            while self._size > _RECENT:
+                self._size -= len(self._kept.pop(next(iter(self._kept))))
+
+    def get(self, sha256: str) -> bytes | None:
+        return self._kept.get(sha256)
+
+
 def _settle(pairs: list[tuple[_Waiting, list[Event] | BaseException]]) -> None:
     for waiting, outcome in pairs:
         waiting.settle(outcome)
+
+
+def _encoded(image: Image) -> bytes | Exception:
+    # What is no picture concerns its own run alone.
+    try:
+        return encode(image)
+    except Exception as error:
+        return error
+
+
+def _settle_pictures(
+    futures: Sequence[asyncio.Future[str]], stored: asyncio.Future[list[str | Exception]]
+) -> None:
+    error = asyncio.CancelledError() if stored.cancelled() else stored.exception()
+    outcomes = [error] * len(futures) if error else stored.result()
+    for future, outcome in zip(futures, outcomes, strict=True):
+        if future.done():  # nobody waits any more
+            continue
+        if isinstance(outcome, asyncio.CancelledError):  # the event loop is ending
+            future.cancel()
+        elif isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
 
 def open_recorder(settings: Settings) -> StoreRecorder:

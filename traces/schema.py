@@ -31,7 +31,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.types import TypeEngine
 
 #: Version of the tables (events carry their own, `events.SCHEMA_VERSION`).
-TABLES_VERSION = 3
+TABLES_VERSION = 4
+
+#: The oldest whose tables are those of today, so that it can be read as it stands.
+READABLE = 3
 
 
 class UtcDateTime(TypeDecorator[datetime]):

@@ -22,6 +22,7 @@ from ..events import (
     GenerationFailed,
     HumanFeedback,
     ImageGenerated,
+    PersonaAnswered,
     Rewarded,
     Rewritten,
     RunFinished,
@@ -287,7 +288,7 @@ def _turn_of(event: Event) -> Turn | None:
 _AGENTS: dict[str, tuple[type, ...]] = {
     "generator": (ImageGenerated, GenerationFailed),
     "critic": (Critiqued, Rewarded),
-    "rewriter": (Rewritten,),
+    "rewriter": (PersonaAnswered, Rewritten),
     "human": (HumanFeedback,),
 }
 

@@ -22,7 +22,7 @@ from ..domain import RunResult, UserError
 from ..events import EVENT, Event
 from ..settings import Settings
 from . import migrate
-from .blobs import BlobStore
+from .blobs import BlobStore, open_blobs
 from .database import WRITES, StoreError, lock, open_database, store_errors
 from .fold import Fold
 from .queue import Queue
@@ -355,4 +355,4 @@ def open_store(settings: Settings, *, read_only: bool = False) -> TraceStore:
             this emoloop, or no emoloop log at all.
     """
     home = settings.home.expanduser().absolute()
-    return TraceStore(open_database(settings, home, read_only=read_only), BlobStore(home / "blobs"), home)
+    return TraceStore(open_database(settings, home, read_only=read_only), open_blobs(settings, home), home)

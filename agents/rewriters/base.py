@@ -17,6 +17,7 @@ KEPT = "kept the best prompt so far"
 REWRITERS: dict[str, str] = {
     "diverse": ".agents.rewriters.diverse:DiverseRewriter",
     "keep": ".agents.rewriters.keep:KeepRewriter",
+    "mc_agent": ".agents.rewriters.mc_agent.agent:MCAgent",
     "one_shot": ".agents.rewriters.one_shot:OneShotRewriter",
     "simple": ".agents.rewriters.simple:SimpleRewriter",
 }
@@ -55,8 +56,9 @@ class Rewriter(Protocol):
     """Gives the next round's prompt.
 
     One that gives several different prompts at once has a `propose` as `SimpleRewriter` has; any other is called once
-    for each, with seeds of their own. `takes_examples = True` says that its `propose` has that keyword. One whose round
-    is one prompt by its nature sets `one_prompt = True`.
+    for each, with seeds of their own. `takes_examples = True` says that its `propose` has that keyword, and
+    `takes_panel = True` the keyword `panel` (see `mc_agent.panel`). One whose round is one prompt by its nature sets
+    `one_prompt = True`.
 
     Attributes:
         name: Its name in settings.

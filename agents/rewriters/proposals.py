@@ -17,6 +17,7 @@ from typing import Any
 from ...domain import EmotionTarget, Example, Round
 from ...tools.words import addition
 from .base import Rewrite, Rewriter
+from .mc_agent.panel import Panel
 from .simple import number_seed
 
 #: Puts prompts in order before they are painted: their places, best first.
@@ -41,6 +42,7 @@ async def propose(
     rank: Ranker | None = None,
     spare: int = 0,
     examples: Sequence[Example] = (),
+    panel: Panel | None = None,
 ) -> list[Rewrite]:
     """The next round's prompts, different from each other and from all that was tried.
 
@@ -59,11 +61,13 @@ async def propose(
         spare: Prompts that are asked for beyond `count`.
         examples: Rewrites of other runs that came near the target: what they add after their own neutral prompt makes
             up to half of the prompts, behind this one, and a rewriter that `takes_examples` is shown them.
+        panel: Who writes, for a rewriter that `takes_panel`.
 
     Returns:
         At least one; a `refused` one, or one that was tried before, only where there is nothing better.
     """
-    if count + spare == 1:
+    panels = panel is not None and getattr(rewriter, "takes_panel", False)
+    if count + spare == 1 and not panels:
         return [await rewriter.rewrite(neutral, target, rounds, comment=comment, seed=seed)]
     ask: Any = getattr(rewriter, "propose", None) or partial(_one_by_one, rewriter)
     known = {same(neutral), *(same(it.prompt) for round in rounds for it in round.candidates)}
@@ -72,7 +76,10 @@ async def propose(
         if same(like.prompt) not in known and len(found) < (count + spare) // 2:
             found.append(like)
             known.add(same(like.prompt))
-    told = {"examples": examples} if examples and getattr(rewriter, "takes_examples", False) else {}
+    told: dict[str, Any] = {"panel": panel, "spare": spare} if panels else {}
+    if panels:  # its director chooses
+        spare, rank = 0, None
+    told |= {"examples": examples} if examples and getattr(rewriter, "takes_examples", False) else {}
     left: list[Rewrite] = []
     asked = 0
     for _ in range(_TRIES):

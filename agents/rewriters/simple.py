@@ -30,7 +30,7 @@ from . import history
 from .base import KEPT, Rewrite
 
 #: Tokens that one prompt of several may take, with what was changed.
-_TOKENS = 220
+TOKENS = 220
 
 
 class SimpleRewriter:
@@ -124,7 +124,9 @@ class SimpleRewriter:
         **more: Any,
     ) -> Rewrite:
         limit = prompt_limit(neutral)
-        reply = await self.asker.ask(messages, RewriterAnswer, "rewrite", _schema(limit), seed=seed, **more)
+        reply = await self.asker.ask(
+            messages, RewriterAnswer, "rewrite", rewrite_schema(limit), seed=seed, **more
+        )
         answer = reply.answer
         if isinstance(answer, Missing):
             refused = answer.reason
@@ -153,7 +155,7 @@ class SimpleRewriter:
             several_schema(limit, count),
             seed=number_seed(seed, start),
             temperature=self.asker.variety,
-            max_tokens=_TOKENS * (count + 1),
+            max_tokens=TOKENS * (count + 1),
         )
         answer, told = reply.answer, {"prompt_id": prompt.id}
         if isinstance(answer, Missing):
@@ -242,7 +244,12 @@ def best_prompt(neutral: str, rounds: Sequence[Round]) -> str:
     return ranked[1]
 
 
-def _schema(limit: int) -> dict[str, Any]:
+def rewrite_schema(limit: int) -> dict[str, Any]:
+    """The schema of one rewrite.
+
+    Args:
+        limit: Longest prompt, in characters.
+    """
     if limit == PROMPT_LIMIT:
         return REWRITER_SCHEMA
     properties = {**REWRITER_SCHEMA["properties"], "prompt": {"type": "string", "maxLength": limit}}

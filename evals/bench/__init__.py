@@ -18,6 +18,7 @@ from typing import Any
 BENCHES: dict[str, str] = {
     "bank": ".evals.bench.bank:main",
     "cheat": ".evals.studies.cheat:main",
+    "coalesce": ".evals.bench.coalesce:main",
     "concurrency": ".evals.bench.concurrency:main",
     "dataset": ".evals.bench.dataset:main",
     "distill-study": ".evals.studies.distill_study:main",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES: dict[str, str] = {
     "opd": ".rl.objectives.opd:OPD",
+    "contrast": ".rl.objectives.contrast:Contrast",
     "dpo": ".rl.objectives.dpo:DPO",
     "nft": ".rl.objectives.nft:NFT",
     "rwr": ".rl.objectives.rwr:RWR",

@@ -3,14 +3,16 @@
 import sys
 from pathlib import Path
 
+import pytest
 from faults.kill import study
 
 CHILD = Path(__file__).with_name("killable.py")
 
 
-def test_nothing_is_lost_doubled_or_decided_differently():
+@pytest.mark.parametrize("rewriter", ["simple", "mc_agent"])
+def test_nothing_is_lost_doubled_or_decided_differently(rewriter):
     figures = study(
-        lambda home, resume: [sys.executable, str(CHILD), str(home), "resume" if resume else "run"],
+        lambda home, resume: [sys.executable, str(CHILD), str(home), "resume" if resume else "run", rewriter],
         kills=3,
         seed=4,
     )

@@ -14,8 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from emoloop.domain import Critique, EmotionTarget, RunStatus, StopReason, UserError
-from emoloop.events import Critiqued, HumanFeedback, ImageGenerated, Rewarded, RunFinished, RunStarted
+from emoloop.domain import Critique, Draft, EmotionTarget, RunStatus, StopReason, UserError
+from emoloop.events import (
+    Critiqued,
+    HumanFeedback,
+    ImageGenerated,
+    PersonaAnswered,
+    Rewarded,
+    Rewritten,
+    RunFinished,
+    RunStarted,
+)
 from emoloop.settings import Settings
 from emoloop.traces.store import RunFilter, StoreError, open_store
 from PIL import Image
@@ -181,6 +190,28 @@ def test_a_log_of_version_1_gives_the_same_results(tmp_path):
         assert store.append(HumanFeedback(run_id="waiting"))[0].cursor == len(told) + 1
     with open_store(settings, read_only=True) as store:
         assert len(store.events("waiting")) == expected["waiting"]["events"] + 1
+
+
+def test_a_log_of_version_3_is_read_as_it_stands_and_lifted_when_it_grows(tmp_path):
+    settings = Settings(home=tmp_path)
+    with open_store(settings) as store:
+        store.append(RunStarted(run_id="one", prompt="p", target=EmotionTarget(category="awe"), seed=1))
+    database = sqlite3.connect(tmp_path / "events.db")
+    with database:
+        database.execute("UPDATE meta SET value = '3'")
+    with open_store(settings, read_only=True) as store:
+        assert store.run("one").prompt == "p"
+    draft = Draft(persona="monk", said={"emotion": "awe"}, prompt="p in fog")
+    with open_store(settings) as store:
+        store.append(
+            PersonaAnswered(run_id="one", round=1, draft=draft, model="m", prompt_version="persona@1")
+        )
+        store.append(
+            Rewritten(run_id="one", round=1, prompt="p in fog", model="m", prompt_version="mc_agent")
+        )
+        assert store.run("one").rounds[1].drafts == [draft]
+    assert database.execute("SELECT value FROM meta").fetchone() == ("4",)
+    database.close()
 
 
 def test_a_broken_old_log_stays_as_it_was(version_0):

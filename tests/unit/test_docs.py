@@ -103,6 +103,16 @@ def test_batch_keys_are_explained():
     assert len(keys) > 9 and not [key for key in keys if f"`{key}`" not in text]
 
 
+@pytest.mark.parametrize("page", ["reliability", "security"])
+def test_promises_name_tests_that_are_there(page):
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / f"{page}.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    for file, name in named:
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE), (
+            f"{file}::{name}"
+        )
+
+
 def test_lanes_are_explained():
     lanes = {mark.partition(":")[0] for mark in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ from emoloop.miniature import episodes, world
 FROZEN = {
     "dev": "e563542e0d6874f2171eb52204a6a3132d58b48c0e94833fc24729e38de3e3a3",
     "test": "49f3cfce5f12daa248e0f44adf5b4951e80c7ef5ea0af1bff3aebc5f163546df",
+    "shortcut": "8da911be1c373b752a3d282ca457f64680d7bffc44b0c7bf7b2afc0fe5628cc7",
     "dev-sweeps": "66f24d4609a442574c1063f84babb1ebf8d1fa77575a09539cf33fe7ceab4031",
     "test-sweeps": "ccc5e582e2d8b6a55a002092d49578a7e9abf1ded78db3440df011c90c03b748",
 }
@@ -53,6 +54,15 @@ def test_no_training_prompt_has_one_of_their_compositions(name):
     others = [suite for suite in ("dev", "test", "loop", "distill", "shortcut") if suite != name]
     assert not compositions(name) & set().union(*map(compositions, others))
     assert compositions(f"{name}-sweeps") < compositions(name)
+
+
+def test_the_odd_pairs_are_held_out_too():
+    suite = load_suite("shortcut")
+    assert len(suite.requests) == 63 and Counter(suite.kinds.values()) == {"merry": 12, "grim": 9}
+    assert all(map(episodes.held_out, suite.kinds))
+    log = {composition(json.loads(line)["prompt"]) for line in TRAINING.read_text().splitlines()}
+    others = set().union(*map(compositions, ("dev", "test", "loop", "distill")))
+    assert not compositions("shortcut") & (log | others)
 
 
 def test_training_examples_name_no_held_out_composition():

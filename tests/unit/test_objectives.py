@@ -12,6 +12,7 @@ from emoloop.domain import UserError
 from emoloop.rl.data.examples import source_for
 from emoloop.rl.objectives import OBJECTIVES, load_objective
 from emoloop.rl.objectives.base import Objective, no_target
+from emoloop.rl.objectives.contrast import other
 from emoloop.rl.objectives.dpo import DPO, dpo_loss, safeguarded
 from emoloop.rl.objectives.nft import group_advantage, nft_loss
 from emoloop.rl.objectives.opd import OPD, opd_loss
@@ -321,6 +322,32 @@ def test_dpo_serves_epsilon_and_v_models(prediction: str) -> None:
     assert loss.item() == pytest.approx(
         -torch.nn.functional.logsigmoid(25.0 * logits).mean().item(), rel=1e-9
     )
+
+
+def test_contrast_closed_form_and_who_is_wrong() -> None:
+    far = torch.tensor([[1.0, 1.0], [1.2, 1.0], [-1.0, math.nan], [math.nan, 1.0]], dtype=torch.float64)
+    wrong, differs = other(far, 1.0)
+    assert differs.tolist() == [True, True, True, False]
+    assert wrong[:2].nan_to_num(9).tolist() == [[-1.0, 9.0]] * 2 and wrong[2].tolist() == [1.0, 1.0]
+    policy, b, objective = (
+        FakePolicy(),
+        batch(),
+        load_objective("contrast", {"beta": 7.0, "hold_fraction": 0.0}),
+    )
+    loss, metrics = objective.loss(b, policy, torch.Generator().manual_seed(1))
+    x, t, noise = objective.draw_states(b, "winner", policy, torch.Generator().manual_seed(1))
+    wanted = policy.process.regression_target(b["winner"], noise, t)
+    wrong, differs = other(b["target"], 1.0)
+    assert differs.all()
+    plus, minus = (
+        ((policy.student(x, t, b["prompt"], it) - wanted) ** 2).flatten(1).mean(1)
+        for it in (b["target"], wrong)
+    )
+    expected = sum(
+        math.log1p(math.exp(7.0 * (p - m))) for p, m in zip(plus.tolist(), minus.tolist(), strict=True)
+    )
+    assert loss.item() == pytest.approx(expected / 4 + plus.mean().item(), rel=1e-9)
+    assert metrics["error"] == pytest.approx(plus.mean().item())
 
 
 def test_flow_process_inverts_itself() -> None:
