@@ -16,6 +16,7 @@ import typer
 
 from ..domain import UserError
 from ..files import check_writable, write_atomic
+from ..tools import presets
 from . import options as opt
 
 if TYPE_CHECKING:
@@ -134,7 +135,6 @@ def _of_the_file(
     file: Path, recipe: Recipe, settings: Settings, given: Mapping[str, Any]
 ) -> GeneratorSettings:
     from ..agents.remake import settings_for
-    from ..tools import presets
 
     own = settings.generator
     # A file must not choose what is loaded: only what ships with emoloop is taken at its word.

@@ -15,6 +15,7 @@ from typing import Any
 from ...domain import RunStatus
 from ...graph.loop import open_loop
 from ...settings import GeneratorSettings, load_settings
+from ...tools.images.load import load_generator
 from .fakes import FakeLVLM
 
 #: Neutral prompts, gone through in turn.
@@ -47,7 +48,6 @@ def main(
         seed: Of the first run.
     """
     from ...tools.images.diffusers import DiffusersGenerator
-    from ...tools.images.load import load_generator
 
     settings = GeneratorSettings(model=model, micro_batch=batch, steps=steps or None)
     generator = load_generator(settings)
