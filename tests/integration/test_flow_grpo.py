@@ -267,15 +267,15 @@ def test_a_full_disk_ends_training_in_one_line(
 ) -> None:
     from emoloop.traces.blobs import BlobStore
 
-    put, left = BlobStore.put_image, [10]
+    put, left = BlobStore.put_many, [10]
 
-    def full(self: Any, image: Any) -> str:
-        left[0] -= 1
+    def full(self: Any, several: Any, suffix: str) -> list[str]:
+        left[0] -= len(several)
         if left[0] < 0:
             raise OSError(28, "No space left on device")
-        return put(self, image)
+        return put(self, several, suffix)
 
-    monkeypatch.setattr(BlobStore, "put_image", full)
+    monkeypatch.setattr(BlobStore, "put_many", full)
     with pytest.raises(Failure, match=r"cannot keep a picture of grpo-.*No space left on device; .*--resume"):
         helpers.run(settings, tmp_path / "out")
     monkeypatch.undo()

@@ -261,7 +261,7 @@ def test_a_context_goes_over_the_settings():
     given = {"rounds": 2, "images": 4, "tolerance": 0.2, "patience": 2, "review": True}
     given |= {"rewriter": "simple", "rewrite_first": False, "exhaust": False}
     budget = dict.fromkeys(("max_images", "max_calls", "max_seconds"))
-    knows = {"finalists": 0, "memory": 0}
+    knows = {"finalists": 0, "memory": 0, "personas": 5}
     assert options == given | {"proposals": None, "oversample": None, "neutral_images": 1} | budget | knows
     with pytest.raises(UserError, match="rounds"):
         Context(rounds=0).over(LoopSettings())
