@@ -1,4 +1,4 @@
-"""The bench of many runs on one pipeline runs to its end on a tiny one; how full its batches are is a matter of time."""
+"""The bench of many runs on one pipeline runs to its end on a tiny one; full batches are a matter of time."""
 
 import tiny
 from emoloop.evals.bench import BENCHES, run
