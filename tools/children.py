@@ -70,8 +70,10 @@ class GuardedProcess:
         self.stop()
 
 
-def _die_with_guard() -> None:
-    """On Linux: if even the guard is killed, the kernel ends the command."""
+def _prepare() -> None:
+    """What the command begins with. On Linux: if even the guard is killed, the kernel ends the command."""
+    # A shell ignores it for what a script runs in the background, and so would all that comes after.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         import ctypes
 
@@ -84,7 +86,7 @@ def main(pipe: int, grace: float, command: list[str]) -> int:
     child = subprocess.Popen(
         command,
         process_group=0,
-        preexec_fn=_die_with_guard,  # safe: the guard has one thread so far
+        preexec_fn=_prepare,  # safe: the guard has one thread so far
     )
 
     def end(*_: object) -> None:

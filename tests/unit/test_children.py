@@ -1,5 +1,6 @@
 """Child processes end with their parent, however it ends."""
 
+import signal
 import subprocess
 import sys
 
@@ -41,3 +42,24 @@ with GuardedProcess({SLEEP!r}, stdout=subprocess.PIPE) as child:
     parent.stdout.close()
     _, alive = psutil.wait_procs(tree, timeout=60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_they_may_save_what_they_have_though_we_were_started_in_the_background():
+    """A script's shell ignores SIGINT for what it runs in the background."""
+    code = """
+import time
+print(1, flush=True)
+try: time.sleep(600)
+except KeyboardInterrupt: print('saved', flush=True)
+"""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        child = GuardedProcess([sys.executable, "-c", code], stdout=subprocess.PIPE, grace=60)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with child:
+        assert child.process.stdout is not None
+        child.process.stdout.readline()
+        child.process.terminate()
+        assert child.process.stdout.read().strip() == b"saved" and child.process.wait(60) == 0
+        child.process.stdout.close()
