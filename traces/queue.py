@@ -78,8 +78,14 @@ def owner_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
 
 
+#: Owners of this process that work no more, though the log could not be told: its disk was full.
+let_go: set[str] = set()
+
+
 def is_gone(owner: str) -> bool:
-    """Whether an owner was a process of this machine that is no more."""
+    """Whether an owner was a process of this machine that is no more, or let go."""
+    if owner in let_go:
+        return True
     host, _, rest = owner.rpartition(":")[0].rpartition(":")
     if host != socket.gethostname() or not rest.isdigit():
         return False

@@ -22,7 +22,7 @@ from ..settings import Settings
 from .blobs import encode
 from .database import StoreError
 from .fold import Fold
-from .queue import RENEW, is_gone, owner_name
+from .queue import RENEW, is_gone, let_go, owner_name
 from .spans import SpanSubscriber, open_spans
 from .store import Subscriber, TraceStore, open_store
 
@@ -194,9 +194,11 @@ class StoreRecorder:
                 renewing.cancel()
                 with suppress(asyncio.CancelledError, StoreError):
                     await renewing
-            with suppress(StoreError):  # what is closed by now released it itself
+            try:
                 await self._in(self._workers, self.store.queue.release, run_id, owner)
                 self._claims.pop(owner, None)
+            except StoreError:  # closed by now, and released by that; or the disk is full
+                let_go.add(owner)
 
     async def _renew(self, run_id: str, owner: str) -> None:
         while True:

@@ -43,7 +43,7 @@ def small_disk(tmp_path):
     if subprocess.run([mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=False).returncode:
         pytest.skip("no file system may be mounted here")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 async def test_a_disk_that_fills_up_loses_nothing_and_the_run_goes_on_once_there_is_room(
