@@ -1,5 +1,8 @@
-"""A server on a painter and a scripted chat model, slowly enough to be killed: `served.py HOME PORT`."""
+"""A server on a painter and a scripted chat model: `served.py HOME PORT`. It paints a round or so of eight runs, and
+what is left once HOME/go is there, so that it can be killed in the middle on a machine of any speed.
+"""
 
+import asyncio
 import sys
 from pathlib import Path
 
@@ -30,10 +33,18 @@ with open_store(load_settings()) as store:
     supervise(store, sys.argv[-1], lambda words: [sys.executable, "-c", {job!r}])
 """
 
+
+class Gated(Painter):
+    """Waits with all but the first pictures."""
+
+    async def generate(self, requests):
+        while len(self.requests) >= 8 and not (home / "go").exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        return await super().generate(requests)
+
+
 if __name__ == "__main__":
     home, port = Path(sys.argv[1]), int(sys.argv[2])
     jobs.PROGRAM = [sys.executable, "-c", SUPERVISE.format(job=JOB)]
     settings = settings_of(home, jobs=1)
-    uvicorn.run(
-        create_app(service_of(settings, Painter(delay=0.3), delay=0.1)), port=port, log_level="warning"
-    )
+    uvicorn.run(create_app(service_of(settings, Gated(delay=0.1), delay=0.1)), port=port, log_level="warning")

@@ -104,11 +104,13 @@ async def test_a_killed_server_loses_nothing(tmp_path):
             log = Watcher(f"{server.url}{API}/jobs/{job}/log", "")
             following = [asyncio.create_task(it.follow(client)) for it in (*watchers, log)]
             heard = 0
-            for _ in range(KILLS):
+            for kill in range(KILLS):
                 while sum(len(it.ids) for it in watchers) < heard + 2 * WATCHERS or len(log.ids) < 2:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 server.kill()
                 heard = sum(len(it.ids) for it in watchers)
+                if kill == KILLS - 1:
+                    (home / "go").touch()
                 await server.start(client)
             states = await asyncio.wait_for(asyncio.gather(*following), 300)
         finally:
