@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..domain import UserError
-from ..graph.targets import read_targets, with_targets
 from . import options as opt
 from .run import open_models, run_async
 
@@ -59,6 +58,7 @@ def collect(
     Stop it at any time: the same command goes on where it broke off, and tries again what failed.
     """
     from ..graph.collect import count_lines
+    from ..graph.targets import read_targets, with_targets
     from ..settings import load_settings
 
     if targets is not None:

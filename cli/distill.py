@@ -25,9 +25,9 @@ def distill(
             help="opd, direct, dpo, contrast, nft, rwr, sft, or a dotted path (my_pkg.my_mod:MyObjective)."
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder of the artifact; made by this run.")] = None,
+    out: opt.Artifact = None,
     where: opt.Where = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out.")] = False,
+    resume: opt.GoOn = False,
     dry_run: Annotated[bool, typer.Option(help="Show what the log holds and train nothing.")] = False,
     preset: Annotated[
         str | None,
@@ -35,13 +35,9 @@ def distill(
             help="miniature, sd15, sdxl, flux-dev or sd35-medium; default from the model that made the images."
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file over the preset.")] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over the file: train.steps=200")
-    ] = None,
-    print_config: Annotated[
-        bool, typer.Option(help="Print every knob with its value and meaning as YAML for --config, and stop.")
-    ] = False,
+    config: opt.Config = None,
+    sets: opt.Knobs = None,
+    print_config: opt.PrintConfig = False,
     home: opt.Home = None,
     as_json: opt.AsJson = False,
 ) -> None:

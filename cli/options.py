@@ -76,6 +76,16 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, such as lvlm.timeout=60."),
 ]
+# Of what trains.
+Artifact = Annotated[Path | None, typer.Option(help="Folder of the artifact; made by this run.")]
+GoOn = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out.")]
+Config = Annotated[Path | None, typer.Option(help="YAML file over the preset.")]
+Knobs = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over the file: train.steps=200")
+]
+PrintConfig = Annotated[
+    bool, typer.Option(help="Print every knob with its value and meaning as YAML for --config, and stop.")
+]
 Where = Annotated[
     list[str] | None,
     typer.Option(

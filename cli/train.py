@@ -29,7 +29,7 @@ def critic(
         Path | None,
         typer.Option(help="Labelled pictures to measure by, before and after; nothing is chosen by them."),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out.")] = False,
+    resume: opt.GoOn = False,
     card: Annotated[
         bool, typer.Option("--card", help="Train nothing: the calibration card of the model on all of DATA.")
     ] = False,
@@ -37,13 +37,11 @@ def critic(
         str | None,
         typer.Option(help="miniature, qwen25-vl-3b or qwen25-vl-7b; miniature where no --config is given."),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file over the preset.")] = None,
+    config: opt.Config = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over the file: grpo.steps=200")
     ] = None,
-    print_config: Annotated[
-        bool, typer.Option(help="Print every knob with its value and meaning as YAML for --config, and stop.")
-    ] = False,
+    print_config: opt.PrintConfig = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Teach the critic to read labelled pictures, by GRPO (extra `train`) after an optional supervised start."""
@@ -99,7 +97,7 @@ def flow_grpo(
             help="Prompts and targets, as collect takes them; without it those of the log's runs."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the artifact; made by this run.")] = None,
+    out: opt.Artifact = None,
     start: Annotated[
         Path | None, typer.Option("--from", help="Artifact to start from; without it the base.")
     ] = None,
@@ -107,17 +105,13 @@ def flow_grpo(
         list[str] | None,
         typer.Option("--where", metavar="KEY=VALUE", help="Which runs of the log; as of distill."),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out.")] = False,
+    resume: opt.GoOn = False,
     preset: Annotated[
         str | None, typer.Option(help="miniature, flux-dev or sd35-medium; default from the generator.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file over the preset.")] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over the file: train.steps=200")
-    ] = None,
-    print_config: Annotated[
-        bool, typer.Option(help="Print every knob with its value and meaning as YAML for --config, and stop.")
-    ] = False,
+    config: opt.Config = None,
+    sets: opt.Knobs = None,
+    print_config: opt.PrintConfig = False,
     home: opt.Home = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -157,13 +151,9 @@ def flow_grpo(
 
 
 def _requests(path: Path) -> list[tuple[str, EmotionTarget]]:
-    from ..graph.collect import read_line
+    from ..graph.collect import read_line, read_lines
 
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    found = [read_line(number, text) for number, text in enumerate(lines, 1) if text.strip()]
+    found = [read_line(number, text) for number, text in read_lines(path)]
     if not found:
         raise UserError(f"{path} holds no prompt")
     return [(it.prompt, it.target) for it in found]

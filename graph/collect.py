@@ -189,7 +189,7 @@ async def collect(
         batch=collection.batch,
         on_done=lambda item, error: collection.ended(item.id, error),
     )
-    parts = (collection.feed(_lines(source), worker.nudge), worker.work(), collection.look())
+    parts = (collection.feed(read_lines(source), worker.nudge), worker.work(), collection.look())
     tasks = [asyncio.create_task(part) for part in parts]
     try:
         await collection.told(tasks)
@@ -329,23 +329,24 @@ async def _chunks(lines: Iterator[T]) -> AsyncIterator[list[T]]:
 
 
 def count_lines(source: Path) -> int:
-    """How many lines `collect` will try.
+    """How many lines `collect` will try. Errors as `read_lines`."""
+    return sum(1 for _ in read_lines(source))
+
+
+def read_lines(source: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file or a pipe that are not blank, with their numbers from 1.
 
     Raises:
-        UserError: The file cannot be read.
+        UserError: It cannot be read.
     """
     try:
-        return sum(1 for _ in _lines(source))
+        # Broken bytes become visible signs: one bad line must not end the others.
+        with source.open(encoding="utf-8-sig", errors="replace") as file:
+            for number, text in enumerate(file, start=1):
+                if text.strip():
+                    yield number, text
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror or error}") from error
-
-
-def _lines(source: Path) -> Iterator[tuple[int, str]]:
-    # Broken bytes become visible signs: one bad line must not end the others.
-    with source.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, text in enumerate(file, start=1):
-            if text.strip():
-                yield number, text
 
 
 def _clear(dead_letters: Path, source: Path) -> None:

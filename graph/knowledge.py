@@ -57,10 +57,15 @@ class Knowledge:
         given: dict[str, Any] = {}
         most = options.get("memory", 0)
         if (times := options.get("oversample", 1)) > 1:
-            model = await asyncio.to_thread(self._model, fold.started.time if most else None)
             read = [(it.made.prompt, it.critique) for it in fold.tried.values() if it.made]
             seen = [(prompt, it) for prompt, it in read if isinstance(it, Critique)]
-            if model.words or seen:
+            # Where there is nothing to fit to, scikit-learn stays unloaded: the first picture waits for this.
+            model = (
+                await asyncio.to_thread(self._model, fold.started.time if most else None)
+                if seen or most
+                else None
+            )
+            if model is not None and (model.words or seen):
                 texts = [prompt for prompt, _ in seen]
                 readings = np.array([(it.valence, it.arousal) for _, it in seen]).reshape(-1, 2)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..domain import EmotionTarget, UserError, read_target
 from ..files import write_atomic
+from .collect import read_lines
 
 #: Keys by which a line says its own target.
 _OWN = {"target", "valence", "arousal", "category", "emotion"}
@@ -41,14 +42,8 @@ def with_targets(source: Path, targets: Sequence[EmotionTarget]) -> Path:
     Raises:
         UserError: The file cannot be read.
     """
-    try:
-        lines = source.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {source}: {error.strerror or error}") from error
     out = source.with_name(f"{source.stem}.targets.jsonl")
-    asked = [
-        it for number, line in enumerate(lines, 1) if line.strip() for it in _each(number, line, targets)
-    ]
+    asked = [it for number, line in read_lines(source) for it in _each(number, line.rstrip("\r\n"), targets)]
     write_atomic(out, "".join(f"{it}\n" for it in asked))
     return out
 

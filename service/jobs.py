@@ -340,7 +340,7 @@ class Jobs:
         self._queue.reap()
         if self._queue.control().paused:
             return
-        items = [it for it in self._queue.items(kinds=KINDS) if it.state not in ENDED]
+        items = self._queue.items(kinds=KINDS, states=("queued", "running"))
         busy = {it.id for it in items if it.state == "running"} | set(self._children)
         for item in reversed(items):
             if len(busy) < self._settings.service.jobs and item.id not in busy and not item.held:

@@ -332,9 +332,11 @@ class Queue:
 
     # ---- looking and steering
 
-    def items(self, ids: Iterable[str] | None = None, *, kinds: Sequence[str] = ()) -> list[Item]:
-        """Entries by id, or of some kinds, the newest first."""
-        query = select(*_COLUMNS).where(queue.c.state.is_not(None)).order_by(queue.c.number.desc())
+    def items(
+        self, ids: Iterable[str] | None = None, *, kinds: Sequence[str] = (), states: Sequence[State] = STATES
+    ) -> list[Item]:
+        """Entries by id, or of some kinds and states, the newest first."""
+        query = select(*_COLUMNS).where(queue.c.state.in_(states)).order_by(queue.c.number.desc())
         query = query.where(queue.c.id.in_(list(ids))) if ids is not None else query
         query = query.where(queue.c.kind.in_(kinds)) if kinds else query
         with self._read() as connection:

@@ -123,18 +123,9 @@ def train_flow_grpo(
             precision = config.train.precision
             rows = Rows(collector, objective, policy, load, config.train.batch_size, TOLERANCE[precision])
             trainer = Trainer(
-                config,
-                objective,
-                policy,
-                rows,
-                None,
-                None,
-                cache,
-                guards,
-                training,
-                data["data_hash"],
-                accelerator,
-            )
+                config, objective, policy, rows, held_out=None, text=None, cache=cache, guards=guards,
+                folder=training, data_hash=data["data_hash"], accelerator=accelerator,
+            )  # fmt: skip
             origin = Origin(base, collector.reward, collector.critics(), "online", {**data, "name": name})
             return train_into(out, trainer, generator, origin, notes, resume=resume, watch=watch)
     finally:
