@@ -48,8 +48,9 @@ def test_they_may_save_what_they_have_though_we_were_started_in_the_background()
     """A script's shell ignores SIGINT for what it runs in the background."""
     code = """
 import time
-print(1, flush=True)
-try: time.sleep(600)
+try:
+    print(1, flush=True)
+    time.sleep(600)
 except KeyboardInterrupt: print('saved', flush=True)
 """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
