@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +34,8 @@ _SPARE, _GRACE = 60.0, 30.0
 def start_ray() -> Any:
     """Ray, connected to the cluster that RAY_ADDRESS names, else to one of this machine.
 
+    It prints what it has to say: who keeps stdout for a document redirects it.
+
     Raises:
         UserError: It is not installed.
     """
@@ -41,7 +45,6 @@ def start_ray() -> Any:
     except ImportError:
         raise UserError('--engine ray needs Ray: pip install "emoloop[ray]"') from None
     if not ray.is_initialized():
-        # Its workers' output would come on stdout, which is for one JSON document.
         ray.init(log_to_driver=False, include_dashboard=False)
     return ray
 
@@ -78,7 +81,7 @@ class Actor:
         loop = await self._open()
         return fingerprint(loop, seed), fingerprint(loop, 0)
 
-    async def work(self, batch: str, needs: str) -> None:
+    async def work(self, batch: str | None, needs: str | None) -> None:
         """Take runs and drive them until `drain` is called; then close the models. See `Worker.work`."""
         loop = await self._open()
         try:
@@ -223,9 +226,9 @@ async def collect_on_ray(
     ray = start_ray()
     if settings.traces.database_url is None and len([it for it in ray.nodes() if it["Alive"]]) > 1:
         raise UserError("the cluster has several machines: set traces.database_url and traces.blobs_url")
-    actor = ray.remote(Actor).options(max_restarts=-1, max_task_retries=-1, **needed(settings))
+    actor: Any = ray.remote(Actor).options(max_restarts=-1, max_task_retries=-1, **needed(settings))
     another = partial(actor.remote, make or partial(open_loop, settings), concurrency)
-    with open_store(settings) as store:
+    with open_store(settings) as store, redirect_stdout(sys.stderr):
         first = another()
         asked = asyncio.wrap_future(first.prints.remote(seed).future())
         await asyncio.wait([asked])

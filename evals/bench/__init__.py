@@ -26,6 +26,7 @@ BENCHES: dict[str, str] = {
     "lvlm": ".evals.bench.lvlm:main",
     "log": ".evals.bench.log:main",
     "overhead": ".evals.bench.overhead:main",
+    "ray": ".evals.bench.ray_workers:main",
     "sde": ".evals.bench.sde:main",
     "serve": ".service.bench:main",
     "startup": ".evals.bench.startup:main",

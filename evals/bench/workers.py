@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from ...domain import RunResult, RunStatus
+from ...domain import RunStatus
 from ...graph.loop import Loop, open_loop
 from ...graph.worker import Worker
 from ...settings import load_settings
@@ -65,38 +65,50 @@ def main(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="emoloop-workers-")))
         url = stack.enter_context(postgres()) if server else None
         shared = {**options, "home": str(folder / "shared"), "url": url}
-        with _store(shared) as store:
-            _enqueue(store, runs, seed)
+        with open_log(shared) as store:
+            enqueue(store, runs, seed)
             began = time.perf_counter()
             figures["killed"] = _work(store, shared, workers, kill_seconds, random.Random(seed))
             figures["seconds"] = time.perf_counter() - began
-            results = _results(store)
+            told = essence(store)
+            completed = [it for it in store.runs() if it.status is RunStatus.COMPLETED]
             for item in store.queue.items():
                 if item.error:
                     print(f"{item.id}: {item.error}", file=sys.stderr)
             keys = Counter(event.key for row in store.runs() for event in store.events(row.run_id))
-        figures["completed"] = sum(it.status is RunStatus.COMPLETED for it in results.values())
+        figures["completed"] = len(completed)
         figures["lost"] = runs - figures["completed"]
         figures["doubled"] = keys.total() - len(keys)
         if compare:
             alone = {**options, "home": str(folder / "alone"), "url": None, "until_empty": True}
-            with _store(alone) as store:
-                _enqueue(store, runs, seed)
-                asyncio.run(_child(alone))
-                expected = _results(store)
-            figures["different"] = sum(
-                _essence(results[name]) != _essence(expected[name]) for name in expected
-            )
+            with open_log(alone) as store:
+                enqueue(store, runs, seed)
+                asyncio.run(work_alone(alone))
+                expected = essence(store)
+            figures["different"] = sum(told.get(name) != expected[name] for name in expected)
     return {"figures": figures, "n": runs, "database": "postgresql" if server else "sqlite"}
 
 
-def _store(about: dict[str, Any]) -> TraceStore:
+def open_log(about: dict[str, Any]) -> TraceStore:
+    """The log that `about` names."""
     return open_store(load_settings({"home": about["home"], "traces": {"database_url": about["url"]}}))
 
 
-def _enqueue(store: TraceStore, runs: int, seed: int) -> None:
+def enqueue(store: TraceStore, runs: int, seed: int, **more: Any) -> None:
+    """Queue so many runs that differ in their seeds."""
     asked = {"prompt": "a dog by the sea", "target": {"valence": 2.0, "arousal": -1.0}, "options": {}}
-    store.queue.add("run", {f"run-{number:05}": {**asked, "seed": seed + number} for number in range(runs)})
+    entries = {f"run-{number:05}": {**asked, "seed": seed + number} for number in range(runs)}
+    store.queue.add("run", entries, **more)
+
+
+def essence(store: TraceStore) -> dict[str, Any]:
+    """What logs of the same requests have in common: each run's events by their keys; times and order are their own."""
+    return {
+        row.run_id: {
+            it.key: it.model_dump(exclude={"seq", "time", "seconds"}) for it in store.events(row.run_id)
+        }
+        for row in store.runs()
+    }
 
 
 def _work(
@@ -138,26 +150,17 @@ def _start(about: dict[str, Any]) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", __name__, json.dumps(about)])
 
 
-def _results(store: TraceStore) -> dict[str, RunResult]:
-    return {row.run_id: store.run(row.run_id) for row in store.runs()}
-
-
-def _essence(result: RunResult) -> Any:
-    """What two runs of one request have in common; paths and names are their own."""
-    rounds = [
-        (it.prompt, [(c.index, c.seed, c.sha256, c.reward) for c in it.candidates]) for it in result.rounds
-    ]
-    return rounds, result.stop_reason, result.gain, result.best_gain
-
-
-async def _child(about: dict[str, Any]) -> None:
-    """A worker; SIGTERM drains it."""
-    generator = FakeGenerator(about["batch_seconds"], about["loop"]["images"])
+def open_fakes(about: dict[str, Any]) -> Loop:
+    """A loop on models of fixed speed, as `about` says."""
+    generator = FakeGenerator(about["batch_seconds"], about["loop"]["images"], about.get("notes"))
     settings = load_settings({"loop": about["loop"], "traces": {"database_url": about["url"]}})
-    loop: Loop = open_loop(
-        settings, generator=generator, lvlm=FakeLVLM(seconds=about["answer_seconds"]), home=about["home"]
-    )
-    async with loop:
+    lvlm = FakeLVLM(seconds=about["answer_seconds"])
+    return open_loop(settings, generator=generator, lvlm=lvlm, home=about["home"])
+
+
+async def work_alone(about: dict[str, Any]) -> None:
+    """A worker; SIGTERM drains it."""
+    async with open_fakes(about) as loop:
         until_empty = about.get("until_empty", False)
         worker = Worker(loop, concurrency=about["concurrency"], until_empty=until_empty)
         with suppress(NotImplementedError):
@@ -167,4 +170,4 @@ async def _child(about: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    asyncio.run(_child(json.loads(sys.argv[1])))
+    asyncio.run(work_alone(json.loads(sys.argv[1])))
