@@ -333,10 +333,17 @@ class Queue:
     # ---- looking and steering
 
     def items(
-        self, ids: Iterable[str] | None = None, *, kinds: Sequence[str] = (), states: Sequence[State] = STATES
+        self,
+        ids: Iterable[str] | None = None,
+        *,
+        kinds: Sequence[str] = (),
+        states: Sequence[State] = STATES,
+        limit: int | None = None,
     ) -> list[Item]:
-        """Entries by id, or of some kinds and states, the newest first."""
-        query = select(*_COLUMNS).where(queue.c.state.in_(states)).order_by(queue.c.number.desc())
+        """Entries by id, or of some kinds and states, the newest first, as many as `limit`."""
+        query = (
+            select(*_COLUMNS).where(queue.c.state.in_(states)).order_by(queue.c.number.desc()).limit(limit)
+        )
         query = query.where(queue.c.id.in_(list(ids))) if ids is not None else query
         query = query.where(queue.c.kind.in_(kinds)) if kinds else query
         with self._read() as connection:

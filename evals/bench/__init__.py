@@ -25,6 +25,7 @@ BENCHES: dict[str, str] = {
     "dpo-step": ".evals.bench.dpo_step:main",
     "lvlm": ".evals.bench.lvlm:main",
     "log": ".evals.bench.log:main",
+    "open": ".evals.bench.open_runs:main",
     "overhead": ".evals.bench.overhead:main",
     "ray": ".evals.bench.ray_workers:main",
     "sde": ".evals.bench.sde:main",

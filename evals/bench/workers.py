@@ -17,12 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from ...domain import RunStatus
+from ...events import ImageGenerated, RunStarted
 from ...graph.loop import Loop, open_loop
 from ...graph.worker import Worker
 from ...settings import load_settings
+from ...traces.queue import owner_name
+from ...traces.recorder import open_recorder
 from ...traces.store import TraceStore, open_store
 from .fakes import FakeGenerator, FakeLVLM
 from .postgres import missing, postgres
+
+_NO_DBOS = (
+    "dbos_cost_ratio is missing: python -m venv dbos && dbos/bin/pip install dbos 'psycopg[binary]', then "
+    "dbos_python=dbos/bin/python (and a PostgreSQL)"
+)
 
 
 def main(
@@ -36,6 +44,7 @@ def main(
     answer_seconds: float = 0.1,
     database: str = "auto",
     compare: bool = True,
+    dbos_python: str = "",
     seed: int = 0,
 ) -> dict[str, Any]:
     """Completed, lost and doubled runs and events under kill -9, and what differs from one process's results.
@@ -51,6 +60,8 @@ def main(
         answer_seconds: What the LVLM takes for an answer.
         database: `postgres` (one of its own), `sqlite`, or `auto`: postgres where its programs are.
         compare: Do the same runs in one undisturbed process as well.
+        dbos_python: The interpreter of an environment with DBOS, the baseline of `dbos_cost_ratio`: the CPU time of
+            this process for a durable step of a queued run, over that of DBOS for the same on the same server.
         seed: Of the runs and of who is killed.
     """
     server = database == "postgres" or (database == "auto" and missing() is None)
@@ -86,7 +97,47 @@ def main(
                 asyncio.run(work_alone(alone))
                 expected = essence(store)
             figures["different"] = sum(told.get(name) != expected[name] for name in expected)
+    if server and dbos_python:
+        figures |= _steps(dbos_python, runs, 20, concurrency)
+    else:
+        print(_NO_DBOS, file=sys.stderr)
     return {"figures": figures, "n": runs, "database": "postgresql" if server else "sqlite"}
+
+
+def _steps(dbos_python: str, runs: int, steps: int, concurrency: int) -> dict[str, float]:
+    """CPU milliseconds for a durable step, ours and DBOS's, each on a server of its own."""
+    image: Any = {"round": 0, "sha256": f"{0:064x}", "prompt": "a dog", "seed": 1, "model": "fake"}
+
+    def event(run_id: str, number: int) -> ImageGenerated:
+        return ImageGenerated(run_id=run_id, index=number, height=96, width=96, **image)
+
+    async def ours(url: str, home: str) -> float:
+        settings = load_settings({"home": home, "traces": {"database_url": url}})
+        async with open_recorder(settings) as recorder:
+            queue, owner = recorder.store.queue, owner_name()
+
+            async def slot() -> None:
+                while (item := await asyncio.to_thread(queue.take, owner)) is not None:
+                    await recorder.record(RunStarted(run_id=item.id, **item.payload))
+                    for number in range(steps):
+                        await recorder.record(event(item.id, number))
+                    await asyncio.to_thread(queue.settle, item.id, owner, "done")
+
+            began = time.process_time()
+            asked = {"prompt": "a dog", "target": {"valence": 2.0}, "seed": 1}
+            queue.add("run", {f"run-{number}": asked for number in range(runs)})
+            await asyncio.gather(*(slot() for _ in range(concurrency)))
+            return 1000 * (time.process_time() - began) / (runs * steps)
+
+    with postgres() as url, tempfile.TemporaryDirectory(prefix="emoloop-steps-") as home:
+        mine = asyncio.run(ours(url, home))
+    with postgres() as url:
+        script = str(Path(__file__).with_name("dbos_steps.py"))
+        counts = map(str, (runs, steps, concurrency))
+        body = event("run-0", 0).model_dump_json()
+        said = subprocess.run([dbos_python, script, url, *counts, body], stdout=subprocess.PIPE, check=True)
+    theirs = float(said.stdout.split()[-1])
+    return {"cpu_ms_per_step": mine, "cpu_ms_per_step_dbos": theirs, "dbos_cost_ratio": mine / theirs}
 
 
 def open_log(about: dict[str, Any]) -> TraceStore:
