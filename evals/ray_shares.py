@@ -29,6 +29,10 @@ class _Maker:
         return {"made": self._share(row["id"], self._many).made}
 
 
+def _whole(share: Callable[[int, int], Outcome]) -> Outcome:
+    return share(0, 1)
+
+
 def on_ray(settings: Settings, share: Callable[[int, int], Outcome]) -> Outcome:
     """Have actors do all shares.
 
@@ -48,7 +52,7 @@ def on_ray(settings: Settings, share: Callable[[int, int], Outcome]) -> Outcome:
         with redirect_stdout(sys.stderr):
             shares = ray.data.range(many, override_num_blocks=many)
             shares.map(_Maker, fn_constructor_args=(share, many), compute=actors, **options).materialize()
-            return ray.get(ray.remote(share).options(**options).remote(0, 1))
+            return ray.get(ray.remote(_whole).options(**options).remote(share))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError | Failure):
             raise error.cause from None

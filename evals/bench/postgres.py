@@ -28,12 +28,14 @@ class Server:
 
     Args:
         folder: For data, socket and log.
+        durable: Whether a commit is synced, as a real server's is.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, durable: bool = False) -> None:
         # The server refuses to run as root; there it runs as the user that its package made, who may not enter every
         # folder.
         self._as = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        self._sync = "on" if durable else "off"
         self._folder, self.url = folder, f"postgresql://tester@/postgres?host={folder}"
         if self._as:
             shutil.chown(folder, "postgres")
@@ -41,7 +43,7 @@ class Server:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        options = f"-k {self._folder} -c listen_addresses='' -c fsync=off"
+        options = f"-k {self._folder} -c listen_addresses='' -c fsync={self._sync}"
         self._run("pg_ctl", "-w", "-o", options, "-l", f"{self._folder}/log", "start")
 
     def stop(self) -> None:
@@ -54,10 +56,10 @@ class Server:
 
 
 @contextmanager
-def server() -> Generator[Server]:
+def server(durable: bool = False) -> Generator[Server]:
     """A server that runs. Only where nothing is `missing`."""
     with tempfile.TemporaryDirectory(prefix="emoloop-postgres-") as folder:
-        made = Server(folder)
+        made = Server(folder, durable)
         made.start()
         try:
             yield made

@@ -98,13 +98,13 @@ def main(
                 expected = essence(store)
             figures["different"] = sum(told.get(name) != expected[name] for name in expected)
     if server and dbos_python:
-        figures |= _steps(dbos_python, runs, 20, concurrency)
+        figures |= steps(dbos_python, runs, 20, concurrency)
     else:
         print(_NO_DBOS, file=sys.stderr)
     return {"figures": figures, "n": runs, "database": "postgresql" if server else "sqlite"}
 
 
-def _steps(dbos_python: str, runs: int, steps: int, concurrency: int) -> dict[str, float]:
+def steps(dbos_python: str, runs: int, steps: int, concurrency: int) -> dict[str, float]:
     """CPU milliseconds for a durable step, ours and DBOS's, each on a server of its own."""
     image: Any = {"round": 0, "sha256": f"{0:064x}", "prompt": "a dog", "seed": 1, "model": "fake"}
 
