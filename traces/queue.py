@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from uuid import uuid4
 
-from sqlalchemy import Connection, Row, case, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Float, Row, case, delete, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from .database import lock
 from .schema import meta, queue
@@ -71,6 +73,23 @@ class Item:
     def held(self) -> bool:
         """Whether somebody holds it now."""
         return self.expires is not None and self.expires > time.time()
+
+
+class _now(FunctionElement[float]):
+    """POSIX seconds by the database's clock: those of several machines differ, and one may jump."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(_now, "postgresql")
+def _(*_: Any, **__: Any) -> str:
+    return "extract(epoch from clock_timestamp())::float8"
+
+
+@compiles(_now, "sqlite")
+def _(*_: Any, **__: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
 def owner_name() -> str:
@@ -129,11 +148,11 @@ class Queue:
         now = time.time()
         with self._write() as connection:
             lock(connection, id)
-            held = select(queue.c.owner).where(queue.c.id == id, queue.c.expires > now)
+            held = select(queue.c.owner).where(queue.c.id == id, queue.c.expires > _now())
             other = connection.scalar(held)
             if other is not None and other != owner:
                 return other
-            lease = {"owner": owner, "expires": now + seconds}
+            lease: dict[str, Any] = {"owner": owner, "expires": _now() + seconds}
             if not connection.execute(update(queue).where(queue.c.id == id).values(lease)).rowcount:
                 row = {"id": id, "kind": "run", "attempts": 0, "created": now, "changed": now}
                 connection.execute(insert(queue).values(row | lease))
@@ -148,7 +167,7 @@ class Queue:
 
     def held(self, kind: str = "run") -> dict[str, str]:
         """Who holds what now, by entry; without those that are no more."""
-        query = select(queue.c.id, queue.c.owner).where(queue.c.kind == kind, queue.c.expires > time.time())
+        query = select(queue.c.id, queue.c.owner).where(queue.c.kind == kind, queue.c.expires > _now())
         with self._read() as connection:
             return {id: owner for id, owner in connection.execute(query) if not is_gone(owner)}
 
@@ -159,7 +178,7 @@ class Queue:
             What is still its own; anything else was cancelled, or taken over.
         """
         mine = (queue.c.owner == owner, queue.c.state == "running")
-        values = {"expires": time.time() + seconds}
+        values = {"expires": _now() + seconds}
         with self._write() as connection:
             return set(connection.scalars(update(queue).where(*mine).values(values).returning(queue.c.id)))
 
@@ -223,11 +242,10 @@ class Queue:
         Returns:
             None where there is none, work is paused, or as many as may be are under way.
         """
-        now = time.time()
         wanted = [
             queue.c.kind == kind,
             queue.c.state == "queued",
-            or_(queue.c.expires.is_(None), queue.c.expires < now),
+            or_(queue.c.expires.is_(None), queue.c.expires < _now()),
             or_(queue.c.needs.is_(None), queue.c.needs == needs),
         ]
         wanted += [column == value for column, value in ((queue.c.id, id), (queue.c.batch, batch)) if value]
@@ -235,8 +253,8 @@ class Queue:
         values: dict[str, Any] = {
             "state": "running",
             "owner": owner,
-            "expires": now + seconds,
-            "changed": now,
+            "expires": _now() + seconds,
+            "changed": time.time(),
             "error": None,
         }
         values["attempts"] = queue.c.attempts + 1
@@ -283,14 +301,15 @@ class Queue:
 
     def reap(self) -> None:
         """Queue again what dead workers held; what ended several of them has failed."""
-        now = time.time()
         running = queue.c.state == "running"
         with self._read() as connection:
             owners = set(connection.scalars(select(queue.c.owner).where(running).distinct()))
-            lost = or_(queue.c.expires < now, queue.c.owner.in_([it for it in owners if it and is_gone(it)]))
+            lost = or_(
+                queue.c.expires < _now(), queue.c.owner.in_([it for it in owners if it and is_gone(it)])
+            )
             if connection.scalar(select(queue.c.number).where(running, lost).limit(1)) is None:
                 return
-        free = {"owner": None, "expires": None, "changed": now}
+        free = {"owner": None, "expires": None, "changed": time.time()}
         died = f"its worker died {ATTEMPTS} times"
         with self._write() as connection:
             worn = queue.c.attempts >= ATTEMPTS

@@ -128,6 +128,17 @@ def test_a_claim_is_no_entry_of_the_queue(jobs):
     assert jobs.take("you").id == "a" and jobs.claim("a", "me") == "you"
 
 
+def test_a_lease_goes_by_the_clock_of_the_database(jobs, monkeypatch):
+    jobs.add("run", {"a": {}})
+    assert jobs.take("me").id == "a" and jobs.claim("b", "me") is None
+    now = time.time
+    for jump in (86_400, -86_400):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now() + jump)
+        jobs.reap()
+        assert jobs.claim("b", "you") == "me" and jobs.take("you") is None
+        assert jobs.renew("me") == {"a"} and set(jobs.held()) == {"a", "b"}
+
+
 def test_rate_counts_what_ended(jobs):
     assert jobs.rate() == 0
     jobs.add("run", {name: {} for name in "abc"})
