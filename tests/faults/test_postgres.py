@@ -8,6 +8,7 @@ import pytest
 from emoloop import EmotionTarget, open_loop
 from emoloop.domain import RunStatus
 from emoloop.evals.bench import postgres
+from emoloop.events import RunStarted
 from emoloop.graph.worker import Worker
 from emoloop.settings import load_settings
 from emoloop.traces import database
@@ -15,6 +16,7 @@ from emoloop.traces.database import StoreError
 from emoloop.traces.store import open_store
 from painter import Painter
 from scripted import Scripted
+from sqlalchemy import event, text
 
 TARGET = EmotionTarget(valence=2, arousal=-1)
 LOOP = {"rounds": 3, "images": 2, "patience": 3, "proposals": 1}
@@ -92,3 +94,20 @@ def test_of_several_servers_the_one_that_is_there_is_taken(server, tmp_path):
     url = f"postgresql://tester@/postgres?host={tmp_path}/gone,{folder}&target_session_attrs=read-write"
     with open_store(load_settings({"home": tmp_path, "traces": {"database_url": url}})) as store:
         assert not list(store.runs())
+
+
+def test_an_append_that_was_cut_is_repeated(server, tmp_path):
+    settings = load_settings({"home": tmp_path, "traces": {"database_url": server.url}})
+    with open_store(settings) as store, open_store(settings) as other:
+        cuts = iter([True])
+
+        @event.listens_for(store._engine, "before_cursor_execute")
+        def cut(connection, cursor, statement, *_):
+            if statement.startswith("INSERT INTO events") and next(cuts, False):
+                own = {"own": connection.connection.dbapi_connection.info.backend_pid}
+                with other.read() as reader:
+                    assert reader.scalar(text("SELECT pg_terminate_backend(:own, 5000)"), own)
+
+        [kept] = store.append(RunStarted(run_id="one", prompt="a dog", target=TARGET, seed=1))
+        assert next(cuts, "cut") == "cut"
+        assert kept.seq == 0 and other.events("one") == [kept]

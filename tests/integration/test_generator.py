@@ -3,6 +3,7 @@
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,6 +194,20 @@ async def test_pixels_that_are_not_numbers_are_an_error(sd3: Path):
     torch.nn.init.constant_(source.pipe.vae.decoder.conv_out.bias, float("nan"))
     with pytest.raises(GenerationError, match="not numbers"):
         await source.generate([ImageRequest("a dog", 1)])
+    await source.aclose()
+
+
+async def test_a_picture_that_a_safety_checker_blackened_is_an_error(sd3: Path, monkeypatch):
+    source = load_generator(sd3)
+    draw, [black, *_] = source._draw, requests()
+
+    def refusing(rows, seeds, steps):
+        output = draw(rows, seeds, steps)
+        return SimpleNamespace(images=output.images, nsfw_content_detected=[it == black.seed for it in seeds])
+
+    monkeypatch.setattr(source, "_draw", refusing)
+    with pytest.raises(GenerationError, match="1 of 6 images failed: the pipeline's safety checker refused"):
+        await source.generate(requests())
     await source.aclose()
 
 
