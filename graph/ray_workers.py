@@ -156,13 +156,12 @@ class Actors:
                 self._forget_ended()
             for actor, _ in self._work.values():
                 actor.drain.remote()
-            await asyncio.wait(self._work, timeout=_GRACE)
+            await self._all_ended()
             self._forget_ended()
         finally:
             for _, work in self._work.values():
                 ray.cancel(work)
-            if self._work:
-                await asyncio.wait(self._work, timeout=_GRACE)
+            await self._all_ended()
             for actor, _ in self._work.values():
                 ray.kill(actor)
 
@@ -179,6 +178,9 @@ class Actors:
         elif now - self._busy > _SPARE:
             [*_, (newest, _)] = self._work.values()
             newest.drain.remote()
+
+    async def _all_ended(self) -> None:
+        await asyncio.wait([asyncio.gather(*self._work, return_exceptions=True)], timeout=_GRACE)
 
     def _forget_ended(self) -> None:
         for ended in [work for work in self._work if work.done()]:
