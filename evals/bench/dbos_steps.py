@@ -28,8 +28,8 @@ def main(url: str, body: str, runs: int, steps: int, threads: int) -> float:
         for _ in range(steps):
             step()
 
-    queue = dbos.Queue("runs")
     app.launch()
+    queue = app.register_queue("runs")
     began = time.process_time()
     for handle in [queue.enqueue(work) for _ in range(runs)]:
         handle.get_result()
