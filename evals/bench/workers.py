@@ -86,8 +86,12 @@ def main(
             for item in store.queue.items():
                 if item.error:
                     print(f"{item.id}: {item.error}", file=sys.stderr)
-            keys = Counter(event.key for row in store.runs() for event in store.events(row.run_id))
+            events = [event for row in store.runs() for event in store.events(row.run_id)]
+        keys, times = Counter(event.key for event in events), [event.time for event in events]
         figures["completed"] = len(completed)
+        # What the generators need at least, if all are busy from the first event to the last.
+        optimum = runs * rounds * batch_seconds / workers
+        figures["optimum_ratio"] = (max(times) - min(times)).total_seconds() / optimum
         figures["lost"] = runs - figures["completed"]
         figures["doubled"] = keys.total() - len(keys)
         if compare:
