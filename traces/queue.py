@@ -24,7 +24,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from .database import lock
-from .schema import meta, queue
+from .schema import events, meta, queue
 
 #: How an entry stands: queued → running → done, failed or back; what is queued or runs may be cancelled, and what
 #: failed or was cancelled queued again. What was only claimed and never queued has no state.
@@ -300,7 +300,10 @@ class Queue:
             connection.execute(update(queue).where(queue.c.owner == owner).values(owner=None, expires=None))
 
     def reap(self) -> None:
-        """Queue again what dead workers held; what ended several of them has failed."""
+        """Queue again what dead workers held; what ended several of them has failed.
+
+        A run that got on meanwhile did not end its worker: it shared it with one that did.
+        """
         running = queue.c.state == "running"
         with self._read() as connection:
             owners = set(connection.scalars(select(queue.c.owner).where(running).distinct()))
@@ -309,14 +312,20 @@ class Queue:
             )
             if connection.scalar(select(queue.c.number).where(running, lost).limit(1)) is None:
                 return
-        free = {"owner": None, "expires": None, "changed": time.time()}
-        died = f"its worker died {ATTEMPTS} times"
+        columns = queue.c.number, queue.c.id, queue.c.attempts, queue.c.changed
         with self._write() as connection:
-            worn = queue.c.attempts >= ATTEMPTS
-            connection.execute(
-                update(queue).where(running, lost, worn).values(state="failed", error=died, **free)
-            )
-            connection.execute(update(queue).where(running, lost).values(state="queued", **free))
+            query = select(*columns).where(running, lost).with_for_update(skip_locked=True)
+            found = connection.execute(query).all()
+            told = select(events.c.run_id, func.max(events.c.time)).group_by(events.c.run_id)
+            told = told.where(events.c.run_id.in_([it.id for it in found]))
+            latest = dict(connection.execute(told).tuples().all())
+            for number, id, attempts, taken in found:
+                attempts -= id in latest and latest[id].timestamp() > taken
+                worn = attempts >= ATTEMPTS
+                values: dict[str, Any] = {"state": "failed" if worn else "queued", "attempts": attempts}
+                values |= {"owner": None, "expires": None, "changed": time.time()}
+                values["error"] = f"its worker died {ATTEMPTS} times" if worn else None
+                connection.execute(update(queue).where(queue.c.number == number).values(values))
 
     def cancel(self, ids: Sequence[str] = (), *, batch: str | None = None) -> int:
         """Cancel what is queued, and what runs: its worker sees that at the next renewal and stops.

@@ -86,6 +86,20 @@ def test_a_dead_workers_entry_is_taken_over_but_not_for_ever(jobs):
     assert "died" in jobs.items(["a"])[0].error
 
 
+def test_a_run_that_gets_on_is_not_blamed_for_what_ends_its_workers(jobs, store):
+    jobs.add("run", {"a": {}})
+    target = EmotionTarget(valence=1.0)
+    for number in range(2 * module.ATTEMPTS):
+        assert jobs.take(GONE).id == "a"
+        store.append(RunStarted(run_id="a", index=number, prompt="a dog", target=target, seed=1))
+        jobs.reap()
+    assert state(jobs, "a") == "queued"
+    for _ in range(module.ATTEMPTS):
+        assert jobs.take(GONE).id == "a"
+        jobs.reap()
+    assert state(jobs, "a") == "failed"
+
+
 def test_renewal_tells_what_is_no_more_ones_own(jobs):
     jobs.add("run", {"a": {}, "b": {}})
     jobs.take("me", seconds=-1), jobs.take("me")
