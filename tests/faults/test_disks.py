@@ -26,7 +26,7 @@ def make(home, painter=None, **options):
 
 
 class Filling(Painter):
-    """Has the disk filled when it has painted its second batch, so that pictures are what finds no room."""
+    """Has the disk filled when it has painted its fifth picture, in round 1: it finds no room."""
 
     def __init__(self, fill):
         super().__init__()
@@ -35,7 +35,7 @@ class Filling(Painter):
     async def generate(self, requests):
         made = await super().generate(requests)
         self._calls += 1
-        if self._calls == 2:
+        if self._calls == 5:
             self._fill()
         return made
 
