@@ -11,7 +11,7 @@ from emoloop.events import RunStarted
 from emoloop.settings import Settings
 from emoloop.traces import queue as module
 from emoloop.traces.queue import Control, owner_name
-from emoloop.traces.schema import events, meta, metadata, queue
+from emoloop.traces.schema import events, meta, metadata, queue, runs
 from emoloop.traces.store import open_store
 from sqlalchemy import text, update
 
@@ -25,7 +25,7 @@ def store(request, tmp_path):
     with open_store(Settings(home=tmp_path / "home", traces=traces)) as store:
         yield store
         with store._write() as connection:
-            for table in (queue, events, meta):
+            for table in (queue, events, runs, meta):
                 keep = table.c.key != "tables_version" if table is meta else text("1 = 1")
                 connection.execute(table.delete().where(keep))
 
