@@ -20,7 +20,7 @@ from .documents import Listing, RunDocument, RunPage, Shot
 from .errors import NotFound
 from .images import picture, thumbnail
 from .reading import document
-from .templates import STATIC, Links, differences, render
+from .templates import STATIC, Links, Side, differences, render
 
 
 class _Files(Links):
@@ -95,7 +95,8 @@ def write_bundle(store: TraceStore, run_ids: Sequence[str], out: Path, metadata:
     page = RunPage(items=[run.run for run in runs], next=None, total=len(runs))
     write(links.home, "runs.html.jinja", page=page, wanted=Listing(), pair=len(runs) == 2)
     if len(runs) == 2:
-        write(links.compare(), "compare.html.jinja", runs=runs, differences=differences(*runs))
+        sides = [Side(run) for run in runs]
+        write(links.compare(), "compare.html.jinja", sides=sides, differences=differences(*sides))
     return len(runs)
 
 

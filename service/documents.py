@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..domain import Critique, Draft, Emotion, EmotionTarget, Missing, Score
-from ..events import Event, Sha256
+from ..events import Event, Label, Sha256
 from ..traces.rows import RunRow
 
 #: How a run stands, as a person asks it. `waiting`: for a review. `stopped`: nobody works on it, and it can be resumed.
@@ -37,11 +37,12 @@ class Problem(BaseModel):
 
 
 class RunSummary(RunRow):
-    """One run of the list."""
+    """One run of the list; `labels` are those of the run and of its pictures, ♥ among them for a favourite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     state: State
+    labels: list[str] = Field(default=[])
 
 
 class RunPage(Document):
@@ -74,11 +75,14 @@ class Feedback(Document):
         valence: What the picture really makes one feel; distillation may prefer it to the critic's reading.
         arousal: The same.
         favourite: Keep it, or (false) no longer.
+        labels: All that the picture, or the run, shall have from now on.
         comment: Words.
     """
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"sha256": "0" * 64, "rating": 4, "valence": 1.5, "comment": "warm"}]}
+        json_schema_extra={
+            "examples": [{"sha256": "0" * 64, "rating": 4, "labels": ["keep"], "comment": "warm"}]
+        }
     )
 
     sha256: Sha256 | None = None
@@ -86,6 +90,7 @@ class Feedback(Document):
     valence: Score | None = None
     arousal: Score | None = None
     favourite: bool | None = None
+    labels: Annotated[list[Label], Field(max_length=20)] | None = None
     comment: Text = ""
 
 
@@ -141,9 +146,18 @@ class Shot(Document):
         return next((said.favourite for said in reversed(self.feedback) if said.favourite is not None), False)
 
     @property
+    def labels(self) -> list[str]:
+        """Its labels."""
+        return _labels(self.feedback)
+
+    @property
     def rating(self) -> float | None:
         """The last rating."""
         return next((said.rating for said in reversed(self.feedback) if said.rating is not None), None)
+
+
+def _labels(feedback: list[Said]) -> list[str]:
+    return next((said.labels for said in reversed(feedback) if said.labels is not None), [])
 
 
 class Proposal(Document):
@@ -208,6 +222,11 @@ class RunDocument(Document):
     def state(self) -> State:
         """How it stands."""
         return self.run.state
+
+    @property
+    def labels(self) -> list[str]:
+        """Those of the run as a whole."""
+        return _labels(self.feedback)
 
     def standing(self, state: State, **changes: Any) -> RunDocument:
         """The same run in another state."""
@@ -318,6 +337,12 @@ class Listing(Document):
     )
     category: Emotion | None = None
     model: Annotated[str, Field(max_length=500, pattern=r"^[^\x00]*$")] | None = None
+    adapter: Annotated[str, Field(max_length=64, pattern=r"^[0-9a-z]*$")] | None = Field(
+        default=None, description='Content hash, or its beginning; "none" is the bare model.'
+    )
+    label: Annotated[str, Field(max_length=60, pattern=r"^[^\x00]*$")] | None = Field(
+        default=None, description="Of the run or one of its pictures; ♥ has the favourites."
+    )
     min_gain: float | None = Field(default=None, allow_inf_nan=False)
     sort: Literal["newest", "oldest", "reward", "gain", "updated"] = "newest"
     after: Annotated[str, Field(max_length=400, pattern=r"^[\w=-]*$")] = Field(

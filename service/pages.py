@@ -26,10 +26,10 @@ from ..evals.suites import shipped
 from ..traces.queue import ENDED
 from .access import COOKIE, session
 from .api import Name, Of, RunId
-from .documents import Answer, Feedback, Listing, Play, RunRequest
+from .documents import Answer, Feedback, Listing, Play, RunDocument, RunRequest
 from .errors import NotFound
 from .jobs import JobRequest
-from .templates import Links, curves, differences, render
+from .templates import Links, Side, curves, differences, render
 from .work import Service, watched
 
 #: Seconds between two pictures of a page that changes.
@@ -62,19 +62,40 @@ async def _form(request: Request) -> dict[str, Any]:
 @router.get("/")
 async def runs(service: Of, request: Request) -> str:
     """The list."""
-    wanted = _read(Listing, request.query_params)
+    given = dict(request.query_params)
+    like = await service.run(given.pop("like")) if given.get("like") else None
+    wanted = _read(Listing, given)
     page = await service.page(wanted)
-    kept = {key: value for key, value in request.query_params.items() if value and key != "after"}
+    kept = {key: value for key, value in given.items() if value and key != "after"}
     return render(
         "runs.html.jinja",
         page=page,
         wanted=wanted,
-        loop_settings=service.settings.loop,
+        labels=await service.labels(),
+        asked=_asked(service, like),
         key=secrets.token_hex(8),
         here_url=f"/?{urlencode(kept)}",
         first_url=f"/?{urlencode(kept)}",
         next_url=f"/?{urlencode({**kept, 'after': page.next})}",
     )
+
+
+def _asked(service: Service, like: RunDocument | None) -> dict[str, Any]:
+    """What the form for a new run begins with: the settings, or another run's request."""
+    if like is None:
+        loop = service.settings.loop.model_dump(include={"rounds", "images", "review"})
+        return {
+            "prompt": "",
+            "valence": 2,
+            "arousal": -1,
+            "category": None,
+            "seed": None,
+            "proposals": None,
+            **loop,
+        }
+    kept = like.settings.get("loop", {})
+    loop = {key: kept.get(key) for key in ("rounds", "images", "review", "proposals")}
+    return {**like.run.model_dump(include={"prompt", "valence", "arousal", "category", "seed"}), **loop}
 
 
 @router.get("/live")
@@ -174,8 +195,10 @@ async def shot(service: Of, run_id: RunId, number: int, index: int, request: Req
 async def feedback(service: Of, run_id: RunId, number: int, index: int, request: Request) -> Response:
     """Take what a person says of a candidate."""
     run = await service.run(run_id)
-    sha256 = next((it.sha256 for it in run.shots if (it.round, it.index) == (number, index)), None)
-    await service.say(run_id, _read(Feedback, {**await _form(request), "sha256": sha256}))
+    shot = next((it for it in run.shots if (it.round, it.index) == (number, index)), None)
+    if shot is None or shot.sha256 is None:
+        raise NotFound(f"run {run_id!r} has no picture {index} in round {number}")
+    await service.say(run_id, _said(await _form(request), shot.labels, sha256=shot.sha256))
     if not _by_htmx(request):
         return RedirectResponse(f"{_links.run(run_id)}/{number}/{index}", 303)
     return HTMLResponse(
@@ -183,14 +206,36 @@ async def feedback(service: Of, run_id: RunId, number: int, index: int, request:
     )
 
 
+@router.post("/runs/{run_id}/feedback")
+async def run_feedback(service: Of, run_id: RunId, request: Request) -> Response:
+    """Take what a person says of the run."""
+    run = await service.run(run_id)
+    await service.say(run_id, _said(await _form(request), run.labels))
+    return RedirectResponse(_links.run(run_id), 303)
+
+
+def _said(form: dict[str, Any], labels: list[str], **about: Any) -> Feedback:
+    """A form as feedback. Labels stand between commas: those that are there already are not said again."""
+    given = form.pop("labels", None)
+    if given is not None:
+        given = list(dict.fromkeys(filter(None, map(str.strip, given.split(",")))))
+    return _read(Feedback, {**form, **about, "labels": None if given == labels else given})
+
+
 @router.get("/compare")
 async def compare(service: Of, request: Request) -> str:
-    """Two runs side by side."""
+    """Two runs side by side, or two rounds: `run` is a run's id, or that and a round's number (`ID/1`)."""
     names = request.query_params.getlist("run")
     if len(names) != 2:
         raise UserError("choose two runs to compare")
-    chosen = [await service.run(name) for name in names]
-    return render("compare.html.jinja", runs=chosen, differences=differences(*chosen))
+    sides = []
+    for name in names:
+        run_id, slash, number = name.partition("/")
+        run = await service.run(run_id)
+        if slash and number not in [str(it.number) for it in run.rounds]:
+            raise NotFound(f"run {run_id!r} has no round {number!r}")
+        sides.append(Side(run, int(number) if slash else None))
+    return render("compare.html.jinja", sides=sides, differences=differences(*sides))
 
 
 @router.get("/playground")

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..domain import PROTOTYPES, Emotion
 from ..evals.wording import number, target_words
-from .documents import RunDocument, Shot
+from .documents import RoundDocument, RunDocument, Shot
 from .jobs import CollectJob, DistillJob, EvalJob, JobDocument, TrainJob
 
 HERE = Path(__file__).parent
@@ -112,16 +112,49 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def differences(*runs: RunDocument) -> list[tuple[str, list[Any]]]:
-    """In what runs differ: what they were asked for and made with; what is alike is left out."""
-    about = [
-        flat({
-            **run.run.model_dump(mode="json", include=_ASKED),
-            "settings": run.settings,
-            "versions": next((it.recipe.get("versions") for it in run.shots if it.recipe), None) or {},
-        })
-        for run in runs
-    ]  # fmt: skip
+@dataclass(frozen=True)
+class Side:
+    """What is compared: a run, or one round of it."""
+
+    run: RunDocument
+    number: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As an address names it."""
+        return self.run.run.run_id + ("" if self.number is None else f"/{self.number}")
+
+    @property
+    def title(self) -> str:
+        """As a person reads it."""
+        return self.run.run.run_id + ("" if self.number is None else f", round {self.number}")
+
+    @property
+    def rounds(self) -> list[RoundDocument]:
+        """Its rounds."""
+        return [it for it in self.run.rounds if self.number in (None, it.number)]
+
+    @property
+    def best(self) -> Shot | None:
+        """The picture that stands for it."""
+        rewarded = [it for it in self.run.shots if self.number in (None, it.round) and it.reward is not None]
+        return max(rewarded, key=lambda it: (it.best, it.reward), default=None)
+
+
+def differences(*sides: Side) -> list[tuple[str, list[Any]]]:
+    """In what runs or rounds differ: what they were asked for, and how the best of each was made and read."""
+    about: list[dict[str, Any]] = []
+    for side in sides:
+        asked: dict[str, Any] = {
+            "wanted": side.run.run.model_dump(mode="json", include=_ASKED),
+            "settings": side.run.settings,
+        }
+        if best := side.best:
+            read = (
+                best.reading.model_dump(include={"valence", "arousal", "alignment"}) if best.reading else {}
+            )
+            asked |= {"prompt": best.prompt, **best.recipe, "reward": best.reward, "read": read}
+        about.append(flat(asked))
     names = dict.fromkeys(name for each in about for name in each)
     rows = [(name, [each.get(name) for each in about]) for name in names]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]

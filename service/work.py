@@ -172,6 +172,10 @@ class Service:
             return run.standing("waiting", question=question)
         return run.standing("stopped", problem=self.problems.get(run_id))
 
+    async def labels(self) -> list[str]:
+        """All labels of the log."""
+        return await asyncio.to_thread(reading.labels, self.store)
+
     async def events(self, run_id: str) -> list[Event]:
         """All events of a run.
 
@@ -273,7 +277,7 @@ class Service:
         """
         given = feedback.model_dump(exclude_none=True, exclude_defaults=True)
         if not set(given) - {"sha256"}:
-            raise UserError("feedback has a rating, valence, arousal, favourite or comment")
+            raise UserError("feedback has a rating, valence, arousal, favourite, labels or a comment")
         events = await self.events(run_id)
         round_ = 0
         if feedback.sha256 is not None:

@@ -136,10 +136,19 @@ async def test_feedback_is_an_event(client):
     [best] = [it for it in shots if it["best"]]
     assert [it["rating"] for it in best["feedback"]] == [4, 2, None, None]
     assert [it["comment"] for it in run["feedback"]] == ["all in all"]
+    for labels in (["keep", " too dark "], ["keep"]):
+        assert (await client.post(url, json={"sha256": sha256, "labels": labels})).status_code == 201
+    assert (await client.post(url, json={"labels": ["for the talk"]})).status_code == 201
+    for wanted, count in (("keep", 1), ("for the talk", 1), ("♥", 1), ("too dark", 0)):
+        listed = (await client.get(f"{API}/runs", params={"label": wanted})).json()
+        assert listed["total"] == count
+    assert (await client.get(f"{API}/runs")).json()["items"][0]["labels"] == ["for the talk", "keep", "♥"]
+    for wrong in (["a,b"], ["♥"], [" "], ["a" * 61]):
+        assert (await client.post(url, json={"labels": wrong})).status_code == 422
     assert (await client.post(url, json={"sha256": "0" * 64, "rating": 3})).status_code == 404
     assert (await client.post(url, json={"sha256": sha256})).status_code == 422
     events = (await client.get(f"{API}/runs/{run_id}/events")).json()["items"]
-    assert [it["type"] for it in events].count("human_feedback") == 5
+    assert [it["type"] for it in events].count("human_feedback") == 8
 
 
 async def test_pictures_keep_for_a_year(client):
