@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.responses import HTMLResponse
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from . import images
 from .documents import (
+    Again,
     Answer,
     EventPage,
     Feedback,
@@ -31,6 +33,9 @@ from .work import Service, watched
 
 #: Seconds that a client may take for a message before it is given up, and between signs of life.
 _SLOW, _PING = 30, 15
+
+#: What a report may do: its style and pictures are in it, and nothing else is.
+_REPORT = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; sandbox"
 
 #: Events of a page.
 _EVENTS = 1000
@@ -163,9 +168,15 @@ async def give_feedback(service: Of, run_id: RunId, feedback: Feedback) -> Said:
     return await service.say(run_id, feedback)
 
 
+@router.post("/runs/{run_id}/images/{sha256}/again", tags=["images"])
+async def make_again(service: Of, run_id: RunId, sha256: Address) -> Again:
+    """Make a picture of a run again from its recipe, and say whether the pixels agree; nothing is logged."""
+    return await service.again(run_id, sha256)
+
+
 @router.post("/playground", tags=["playground"])
 async def play(service: Of, wanted: Play) -> list[Played]:
-    """One pass of the distilled model and one of its base, side by side; nothing is logged."""
+    """One pass of the distilled model and one of its base, or of another one, side by side; nothing is logged."""
     return await service.play(wanted)
 
 
@@ -248,6 +259,13 @@ async def watch_job(
 async def get_metrics(service: Of, job_id: Name) -> list[dict[str, float]]:
     """Figures of a training, a step each."""
     return await asyncio.to_thread(service.jobs.metrics, job_id)
+
+
+@router.get("/jobs/{job_id}/report", tags=["jobs"], response_class=HTMLResponse)
+async def get_report(service: Of, job_id: Name) -> Response:
+    """The report of an evaluation: one page, whole in itself."""
+    page = await asyncio.to_thread(service.jobs.report, job_id)
+    return HTMLResponse(page, headers={"Content-Security-Policy": _REPORT})
 
 
 _PNG: dict[int | str, dict[str, Any]] = {

@@ -17,6 +17,9 @@ from ..traces.rows import RunRow
 #: How a run stands, as a person asks it. `waiting`: for a review. `stopped`: nobody works on it, and it can be resumed.
 State = Literal["running", "waiting", "stopped", "completed", "failed"]
 
+#: Name of a job.
+JobId = Annotated[str, Field(pattern=r"^j-[0-9a-f]{20}$")]
+
 #: Plain text of one line or several: what a person types.
 Text = Annotated[str, Field(max_length=4000, pattern=r"^[^\x00]*$")]
 
@@ -298,6 +301,8 @@ class Play(Document):
         prompt: The neutral prompt.
         target: The wanted emotion.
         scale: Strength of the adapter: 0 is the base model.
+        adapter: A finished training (a job) whose artifact answers; by default the server's own adapter.
+        beside: Another one, which answers in place of the base.
         seed: Of both pictures' noise.
         read: Have the critic read both.
     """
@@ -313,17 +318,42 @@ class Play(Document):
     prompt: Text
     target: EmotionTarget
     scale: float = Field(default=1.0, ge=0, le=2)
+    adapter: JobId | None = None
+    beside: JobId | None = None
     seed: int = Field(default=0, ge=0, lt=2**31)
     read: bool = True
 
 
 class Played(Document):
-    """One pass of a model: the picture as a data URI, what it took, and what the critic read."""
+    """One pass of a model: the picture as a data URI, what it took, and what the critic read.
 
-    name: Literal["base", "distilled"]
+    `base` is the bare model, `distilled` the adapter that was asked, `other` the one that was to stand beside it.
+    """
+
+    name: Literal["base", "distilled", "other"]
     image: str
     seconds: float | None = None
     reading: Critique | Missing | None = None
+
+
+class Again(Document):
+    """A picture that was made again.
+
+    Attributes:
+        image: It, as a data URI.
+        same: Whether all pixels agree with the first one's.
+        difference: Largest difference of a channel, 0 to 255; None where the sizes differ.
+        pixels: Share of pixels that differ.
+        changed: What is another now than then: model, adapter, sampling, versions of libraries.
+        seconds: What it took.
+    """
+
+    image: str
+    same: bool
+    difference: int | None
+    pixels: float
+    changed: list[str]
+    seconds: float
 
 
 class Listing(Document):

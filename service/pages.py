@@ -11,7 +11,7 @@ import secrets
 from asyncio import to_thread
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 from urllib.parse import urlencode
 
 from anyio import sleep
@@ -26,9 +26,9 @@ from ..evals.suites import shipped
 from ..traces.queue import ENDED
 from .access import COOKIE, session
 from .api import Name, Of, RunId
-from .documents import Answer, Feedback, Listing, Play, RunDocument, RunRequest
+from .documents import Answer, Feedback, Listing, Play, RunDocument, RunRequest, Shot
 from .errors import NotFound
-from .jobs import JobRequest
+from .jobs import DistillJob, JobRequest, adapters
 from .templates import Links, Side, curves, differences, render
 from .work import Service, watched
 
@@ -169,16 +169,16 @@ async def review(service: Of, run_id: RunId, request: Request) -> Response:
 
 async def _shot(service: Service, run_id: str, number: int, index: int, whole: bool) -> str:
     run = await service.run(run_id)
-    shots = run.shots
-    place = next((n for n, it in enumerate(shots) if (it.round, it.index) == (number, index)), None)
-    if place is None:
-        raise NotFound(f"run {run_id!r} has no picture {index} in round {number}")
-    return render(
-        "shot.html.jinja" if whole else "_shot.html.jinja",
-        run=run,
-        shot=shots[place],
-        **run.beside(place),
-    )
+    shot, page = _found(run, number, index), "shot.html.jinja" if whole else "_shot.html.jinja"
+    return render(page, run=run, shot=shot, **run.beside(run.shots.index(shot)))
+
+
+def _found(run: RunDocument, number: int, index: int) -> Shot:
+    """A candidate of a run."""
+    for shot in run.shots:
+        if (shot.round, shot.index) == (number, index):
+            return shot
+    raise NotFound(f"run {run.run.run_id!r} has no picture {index} in round {number}")
 
 
 def _by_htmx(request: Request) -> bool:
@@ -191,13 +191,20 @@ async def shot(service: Of, run_id: RunId, number: int, index: int, request: Req
     return await _shot(service, run_id, number, index, not _by_htmx(request))
 
 
+@router.post("/runs/{run_id}/{number}/{index}/again")
+async def again(service: Of, run_id: RunId, number: int, index: int, request: Request) -> str:
+    """Make a candidate's picture again, and show both."""
+    run = await service.run(run_id)
+    shot = _found(run, number, index)
+    made = await service.again(run_id, shot.sha256 or "")
+    page = "_again.html.jinja" if _by_htmx(request) else "again.html.jinja"
+    return render(page, run=run, shot=shot, made=made)
+
+
 @router.post("/runs/{run_id}/{number}/{index}/feedback")
 async def feedback(service: Of, run_id: RunId, number: int, index: int, request: Request) -> Response:
     """Take what a person says of a candidate."""
-    run = await service.run(run_id)
-    shot = next((it for it in run.shots if (it.round, it.index) == (number, index)), None)
-    if shot is None or shot.sha256 is None:
-        raise NotFound(f"run {run_id!r} has no picture {index} in round {number}")
+    shot = _found(await service.run(run_id), number, index)
     await service.say(run_id, _said(await _form(request), shot.labels, sha256=shot.sha256))
     if not _by_htmx(request):
         return RedirectResponse(f"{_links.run(run_id)}/{number}/{index}", 303)
@@ -239,9 +246,10 @@ async def compare(service: Of, request: Request) -> str:
 
 
 @router.get("/playground")
-async def playground(service: Of) -> str:
+async def playground(service: Of, adapter: str = "") -> str:
     """A prompt and a point of the plane, answered in one pass."""
-    return render("playground.html.jinja", adapter=service.playground.adapter)
+    jobs = adapters(await to_thread(service.jobs.list))
+    return render("playground.html.jinja", own=service.playground.adapter, jobs=jobs, chosen=adapter)
 
 
 @router.post("/playground")
@@ -257,7 +265,14 @@ async def play(service: Of, request: Request) -> str:
 async def jobs(service: Of) -> str:
     """The jobs."""
     found = await to_thread(service.jobs.list)
-    return render("jobs.html.jinja", jobs=found, suites=shipped(), key=secrets.token_hex(8))
+    return render(
+        "jobs.html.jinja",
+        jobs=found,
+        adapters=adapters(found),
+        objectives=get_args(DistillJob.model_fields["objective"].annotation),
+        suites=shipped(),
+        key=secrets.token_hex(8),
+    )
 
 
 @router.post("/jobs")
@@ -265,8 +280,13 @@ async def start_job(service: Of, request: Request) -> Response:
     """Start a job and show it."""
     given = await _form(request)
     key = given.pop("key", None)
-    where = [it.strip() for it in given.pop("where", "").split(",") if it.strip()]
-    wanted = _read(JobRequest, {**given, "where": where} if where else given)
+    if where := [it.strip() for it in given.pop("where", "").split(",") if it.strip()]:
+        given["where"] = where
+    if "prompts" in given:
+        target = {axis: given.pop(axis, "") for axis in ("valence", "arousal")}
+        prompts = filter(None, map(str.strip, given.pop("prompts").splitlines()))
+        given["lines"] = [{"prompt": prompt, "target": target} for prompt in prompts]
+    wanted = _read(JobRequest, given)
     job = await to_thread(service.jobs.start, wanted, key)
     return RedirectResponse(f"/jobs/{job.id}", 303)
 

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..domain import PROTOTYPES, Emotion
 from ..evals.wording import number, target_words
 from .documents import RoundDocument, RunDocument, Shot
-from .jobs import CollectJob, DistillJob, EvalJob, JobDocument, TrainJob
+from .jobs import CollectJob, DistillJob, EvalJob, FlowGrpoJob, JobDocument, TrainJob
 
 HERE = Path(__file__).parent
 
@@ -200,6 +200,8 @@ def task(job: JobDocument) -> str:
             return f"collect {len(lines)} runs"
         case TrainJob(stage=stage, data=data):
             return f"train {stage} on {data}"
+        case FlowGrpoJob(steps=steps):
+            return "train flow-grpo" + (f", {steps} steps" if steps else "")
 
 
 def _environment() -> Environment:

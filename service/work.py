@@ -16,17 +16,21 @@ from typing import Any
 from sqlalchemy import select
 
 from ..agents.ask import one_line
+from ..agents.remake import remake_by
 from ..domain import Failure, RunStatus, UserError
 from ..events import Event, HumanFeedback
 from ..graph.loop import Loop, open_loop
 from ..graph.state import new_run_id
 from ..settings import Settings
+from ..tools.lvlm.chat import image_url
 from ..traces.fold import Fold
 from ..traces.queue import is_gone
+from ..traces.recipe import find
 from ..traces.schema import queue, runs
 from ..traces.store import TraceStore, open_store
-from . import reading
+from . import images, reading
 from .documents import (
+    Again,
     Answer,
     Feedback,
     Listing,
@@ -43,7 +47,7 @@ from .errors import Busy, Conflict, NotFound, Unavailable
 from .feed import Feed
 from .jobs import Jobs
 from .metrics import Metrics
-from .playground import Playground
+from .playground import Playground, as_png
 
 logger = logging.getLogger(__name__)
 
@@ -290,13 +294,35 @@ class Service:
         return Said.model_construct(**stands.model_dump(include=set(Said.model_fields)))
 
     async def play(self, wanted: Play) -> list[Played]:
-        """One pass of the distilled model and one of its base.
+        """One pass of the distilled model and one of its base, or of another one.
 
         Raises:
             UserError: The prompt is none.
+            NotFound: There is no such job.
+            Conflict: The job has no adapter.
             Unavailable: There are no models, no adapter, or no pipeline in this process.
         """
-        return await self.playground.play(await self.loop(), wanted)
+        loop, names = await self.loop(), (wanted.adapter, wanted.beside)
+        folders = [await asyncio.to_thread(self.jobs.artifact, name) if name else None for name in names]
+        return await self.playground.play(loop, wanted, *folders)
+
+    async def again(self, run_id: str, sha256: str) -> Again:
+        """Make a picture again from its recipe, by this server's generator as it is set.
+
+        Raises:
+            NotFound: The run has no such picture, or it has no recipe.
+            Unavailable: The models are not there.
+            Failure: No picture could be made.
+        """
+        loop = await self.loop()
+        found = await asyncio.to_thread(find, self.store, sha256, run_id)
+        if found is None:
+            raise NotFound(f"run {run_id!r} has no picture {sha256} with a recipe")
+        original = await asyncio.to_thread(images.original, self.store, sha256)
+        made = await remake_by(loop.parts.generator, found[0], original)
+        png = await asyncio.to_thread(as_png, made.image)
+        told = {name: getattr(made, name) for name in ("same", "difference", "pixels", "changed", "seconds")}
+        return Again(image=image_url(png), **told)
 
     def _work(self, run_id: str, events: AsyncGenerator[Event]) -> None:
         if len(self._tasks) >= self.settings.service.runs:
