@@ -203,7 +203,7 @@ class RunDocument(Document):
         warnings: One line each.
         feedback: What was said of the run as a whole.
         settings: Those that it began with, without secrets.
-        seconds: Spent on `images`, `critiques` and `rewrites`, added up; and `wall`, from beginning to last event.
+        seconds: Spent on `images`, `critiques` and `rewrites`, added up; and `wall`, from beginning to end.
         tokens: `input` and `output` of the LVLM, where it says.
         cursor: Of the last event; what comes after it is new.
         question: What a person is asked, while the run waits for a review.

@@ -182,7 +182,7 @@ class JobDocument(Document):
         created: When it was asked for.
         changed: When its state changed last.
         held: Whether its process is there; a cancelled one may take a while to save what it has.
-        figures: The last line of its training's metrics.
+        figures: The last value of each of its training's metrics.
         samples: Steps of which there is a sheet of pictures.
         report: Whether there is a report to read.
     """
@@ -366,7 +366,7 @@ class Jobs:
             created=datetime.fromtimestamp(item.created, UTC),
             changed=datetime.fromtimestamp(item.changed, UTC),
             held=item.held,
-            figures=next(reversed(_metrics(folder, _LOG)), {}),
+            figures={key: value for line in _metrics(folder, _LOG) for key, value in line.items()},
             samples=[int(it.stem.removeprefix("step-")) for it in sheets],
             report=_report(folder).is_file(),
         )

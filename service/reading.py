@@ -102,7 +102,9 @@ def document(events: Sequence[Event], held: Set[str] = frozenset()) -> RunDocume
         for key, count in getattr(event, "usage", {}).items():
             if key in ("input_tokens", "output_tokens"):
                 tokens[key.removesuffix("_tokens")] += count
-    seconds["wall"] = (row["updated"] - row["started"]).total_seconds()
+    # What people say of a run later is no work on it.
+    worked = max((it.time for it in events if not isinstance(it, HumanFeedback)), default=row["started"])
+    seconds["wall"] = (worked - row["started"]).total_seconds()
     rounds: list[RoundDocument] = []
     before = fold.started.prompt
     for number in fold.numbers:

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..domain import PROTOTYPES, Emotion
 from ..evals.wording import number, target_words
-from .documents import RoundDocument, RunDocument, Shot
+from .documents import RunDocument, Shot
 from .jobs import CollectJob, DistillJob, EvalJob, FlowGrpoJob, JobDocument, TrainJob
 
 HERE = Path(__file__).parent
@@ -130,14 +130,15 @@ class Side:
         return self.run.run.run_id + ("" if self.number is None else f", round {self.number}")
 
     @property
-    def rounds(self) -> list[RoundDocument]:
-        """Its rounds."""
-        return [it for it in self.run.rounds if self.number in (None, it.number)]
+    def shown(self) -> RunDocument:
+        """The run with these rounds alone."""
+        rounds = [it for it in self.run.rounds if self.number in (None, it.number)]
+        return self.run.model_copy(update={"rounds": rounds})
 
     @property
     def best(self) -> Shot | None:
         """The picture that stands for it."""
-        rewarded = [it for it in self.run.shots if self.number in (None, it.round) and it.reward is not None]
+        rewarded = [it for it in self.shown.shots if it.reward is not None]
         return max(rewarded, key=lambda it: (it.best, it.reward), default=None)
 
 
@@ -153,7 +154,12 @@ def differences(*sides: Side) -> list[tuple[str, list[Any]]]:
             read = (
                 best.reading.model_dump(include={"valence", "arousal", "alignment"}) if best.reading else {}
             )
-            asked |= {"prompt": best.prompt, **best.recipe, "reward": best.reward, "read": read}
+            asked |= {
+                "prompt": best.prompt,
+                **best.recipe,
+                "reward": round(best.reward or 0.0, 3),
+                "read": read,
+            }
         about.append(flat(asked))
     names = dict.fromkeys(name for each in about for name in each)
     rows = [(name, [each.get(name) for each in about]) for name in names]
