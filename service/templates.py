@@ -187,7 +187,9 @@ def curves(metrics: Sequence[Mapping[str, float]]) -> list[Curve]:
                 found.setdefault(name, []).append((figures["step"], value))
     last = max((figures["step"] for figures in metrics), default=0) or 1
     made = []
-    for name, course in found.items():
+    # What is trained for first, then what watches it.
+    for name in sorted(found, key=lambda it: ("/" in it, "loss" not in it and "reward" not in it)):
+        course = found[name]
         thinned = course[:: -(-len(course) // _POINTS)]
         low, high = min(y for _, y in course), max(y for _, y in course)
         points = [(step / last, (value - low) / ((high - low) or 1)) for step, value in thinned]
@@ -224,6 +226,7 @@ def _environment() -> Environment:
         "ago": _ago,
         "duration": _duration,
         "task": task,
+        "short": lambda value: f"{value:.3g}",
         "pretty": lambda value: json.dumps(value, indent=1, ensure_ascii=False, default=str),
     }
     made.globals |= {

@@ -71,7 +71,7 @@ def hostile(settings):
             ),
             Critiqued(**place, critique=read, model=HOSTILE, prompt_version="1"),
             Rewarded(**place, name=HOSTILE, version="1", value=0.5),
-            HumanFeedback(**place, comment=HOSTILE),
+            HumanFeedback(**place, comment=HOSTILE, labels=[HOSTILE[:50]]),
             RunFinished(run_id="hostile", status="completed", stop_reason="rounds_used", warnings=[HOSTILE]),
         )
     return "hostile"
@@ -169,17 +169,32 @@ def test_a_person_starts_watches_reads_rates_and_compares(page_of, url, painter)
     page.keyboard.press("4")
     expect(sheet.locator(".said li")).to_contain_text("★4")
     sheet.get_by_label("Felt valence").fill("1.5")
+    sheet.get_by_label("Labels").fill("keep, for the talk")
     sheet.get_by_label("Comment").fill("warm")
     sheet.get_by_role("button", name="Save").click()
     expect(sheet.locator(".said li").last).to_contain_text("warm")
     page.keyboard.press("f")
     expect(sheet.locator(".said li").last).to_contain_text("favourite")
+    sheet.get_by_role("button", name="Make again").click()
+    expect(sheet.locator(".again")).to_contain_text("the same pixels")
     title = sheet.get_by_role("heading").first.text_content()
     page.keyboard.press("ArrowLeft" if "picture 1" in title else "ArrowRight")
     expect(sheet.get_by_role("heading").first).not_to_have_text(title)
     page.keyboard.press("Escape")
     expect(sheet).to_be_hidden()
     expect(page.locator(".tile.best .heart")).to_be_visible()
+    expect(page.locator(".tile.best .chip")).to_have_text(["for the talk", "keep"])
+    page.get_by_role("link", name="Compare rounds").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Two rounds")
+    expect(page.locator(".diff")).to_contain_text("prompt")
+    page.get_by_label("Left").select_option(first.rpartition("/")[2])
+    expect(page.get_by_role("heading", level=1)).to_have_text("Two runs")
+    page.goto(url)
+    page.get_by_label("Label", exact=True).select_option("keep")
+    expect(page.locator("table.runs tbody tr")).to_have_count(1)
+    page.goto(first)
+    page.get_by_role("link", name="New run like this").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a dog by the sea")
 
     second = start(page, url, "a cat on the hill")
     expect(page.locator(".badge")).to_have_text("completed")
@@ -210,7 +225,7 @@ def test_a_person_starts_watches_and_steers_a_job(page_of, url, settings):
         (folder / "log.txt").write_text(f"$ emoloop distill\n{HOSTILE}\n")
         (training / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n')
         expect(page.locator(".badge")).to_have_text("running")
-        expect(page.locator("figcaption")).to_have_text("loss 1.500")
+        expect(page.locator("figcaption")).to_have_text("loss 1.5")
         expect(page.get_by_alt_text("Pictures at step 2")).to_be_visible()
         expect(page.locator("pre.log")).to_contain_text("<script>")
         assert page.evaluate("performance.timeOrigin") == loaded, "nothing was reloaded"
@@ -297,6 +312,7 @@ def test_everybody_can_read_it(page_of, url, hostile, width, scheme):
         run,
         f"{run}/0/0",
         f"/compare?run={hostile}&run={hostile}",
+        f"/compare?run={hostile}/0&run={hostile}/0",
         "/login",
     ):
         page.goto(url + path)
