@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from . import images
+from .bundle import zipped
 from .documents import (
     Again,
     Answer,
@@ -58,6 +59,10 @@ Address = Annotated[
 ]
 Cursor = Annotated[int, Query(ge=0, lt=2**63, description="Only events after this cursor.")]
 
+_ZIP: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}}
+}
+
 router = APIRouter(prefix="/api/v1", responses=RESPONSES)
 health = APIRouter(tags=["health"], responses=RESPONSES)
 
@@ -94,6 +99,15 @@ async def list_runs(service: Of, wanted: Annotated[Listing, Query()]) -> RunPage
 async def get_run(service: Of, run_id: RunId) -> RunDocument:
     """A run with its rounds, prompts, candidates, critiques, rewards and feedback."""
     return await service.run(run_id)
+
+
+@router.get("/runs/{run_id}/bundle", tags=["runs"], responses=_ZIP, response_class=Response)
+async def get_bundle(service: Of, run_id: RunId) -> Response:
+    """The run as pages that open from disk, with its pictures inside: a ZIP file."""
+    await service.events(run_id)
+    metadata = service.settings.traces.metadata
+    data = await asyncio.to_thread(zipped, service.store, [run_id], metadata)
+    return Response(data, media_type="application/zip", headers={"Content-Disposition": "attachment"})
 
 
 @router.get("/runs/{run_id}/events", tags=["runs"])

@@ -64,13 +64,18 @@ async def runs(service: Of, request: Request) -> str:
     """The list."""
     given = dict(request.query_params)
     like = await service.run(given.pop("like")) if given.get("like") else None
+    view = given.pop("view", "")
     wanted = _read(Listing, given)
     page = await service.page(wanted)
     kept = {key: value for key, value in given.items() if value and key != "after"}
+    views = {name: f"/?{urlencode({**kept, 'view': name} if name else kept)}" for name in ("", "gallery")}
+    kept |= {"view": view} if view else {}
     return render(
         "runs.html.jinja",
         page=page,
         wanted=wanted,
+        view=view,
+        views=views,
         labels=await service.labels(),
         asked=_asked(service, like),
         key=secrets.token_hex(8),
