@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import threading
 
 import pytest
@@ -265,6 +266,20 @@ def test_the_list_is_searched_without_a_reload_and_grows_by_itself(page_of, url)
     expect(page.locator("table.runs tbody tr")).to_have_count(1)
 
 
+def test_the_list_is_a_gallery_and_a_page_is_printed(page_of, url, hostile):
+    page = page_of()
+    page.goto(url)
+    page.get_by_role("link", name="gallery").click()
+    expect(page.locator(f".gallery #run-{hostile} img").first).to_be_visible()
+    page.get_by_role("searchbox").fill(hostile)
+    expect(page.locator(".gallery li")).to_have_count(1)
+    page.goto(f"{url}/runs/{hostile}")
+    page.emulate_media(media="print")
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    expect(page.locator(".top")).to_be_hidden()
+    expect(page.get_by_role("link", name="Share")).to_be_hidden()
+
+
 def test_a_run_is_cancelled_and_resumed(page_of, url, painter):
     page = page_of()
     painter.gate.clear()
@@ -332,6 +347,14 @@ def test_a_bundle_opens_from_disk(page_of, settings, url, hostile, painter, tmp_
     page = page_of()
     run_id = start(page, url, "a dog on the hill").rpartition("/")[2]
     expect(page.locator(".badge")).to_have_text("completed")
+    with page.expect_download() as shared:
+        page.get_by_role("link", name="Share").click()
+    shutil.unpack_archive(shared.value.path(), tmp_path / "shared", "zip")
+    page = page_of()
+    page.goto((tmp_path / "shared" / run_id / "index.html").as_uri())
+    page.get_by_role("link", name="a dog on the hill").click()
+    expect(page.locator(".tile")).to_have_count(4)
+    assert page.evaluate("[...document.images].every(it => it.naturalWidth > 0)")
     with open_store(settings, read_only=True) as store:
         assert write_bundle(store, [run_id, hostile], tmp_path / "bundle") == 2
     page = page_of()
