@@ -8,15 +8,14 @@ comparable.
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import resource
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +82,19 @@ def _fill(store: TraceStore, runs: int, rounds: int, images: int, seed: int) -> 
     return shas
 
 
-def _serve(settings: Settings, pipe: Connection) -> None:
-    """The server's process: tells its port; then for each word its processor seconds and its largest size in MB."""
+def serve() -> None:
+    """The server's process: prints its port; then for each line its processor seconds and its largest size in MB."""
+    settings = Settings.model_validate_json(sys.argv[1])
     loop = open_loop(settings, generator=FakeGenerator(_IMAGES), lvlm=FakeLVLM(seconds=_LVLM))
     server = uvicorn.Server(config_of(Service(settings, loop=loop)))
 
     def answer() -> None:
         while not server.started:
             time.sleep(0.05)
-        pipe.send(server.servers[0].sockets[0].getsockname()[1])
-        while pipe.recv():
+        print(server.servers[0].sockets[0].getsockname()[1], flush=True)
+        for _ in sys.stdin:
             size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            pipe.send((time.process_time(), size))
+            print(time.process_time(), size, flush=True)
         server.should_exit = True
 
     threading.Thread(target=answer, daemon=True).start()
@@ -105,23 +105,26 @@ class _Server:
     """A server on a log; to be entered."""
 
     def __init__(self, settings: Settings) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(settings, child), daemon=True)
+        code = f"from {__name__} import serve; serve()"
+        line = [sys.executable, "-c", code, settings.model_dump_json()]
+        self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout
 
     def __enter__(self) -> _Server:
-        self._process.start()
-        self.port: int = self._pipe.recv()
+        self.port = int(self._out.readline())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pipe.send(False)
-        self._process.join(30)
+        self._in.close()
+        self._process.wait(60)
+        self._out.close()
 
     def used(self) -> tuple[float, float]:
         """Processor seconds until now, and MB at most."""
-        self._pipe.send(True)
-        return self._pipe.recv()
+        print(file=self._in, flush=True)
+        cpu, size = self._out.readline().split()
+        return float(cpu), float(size)
 
 
 async def _ask(

@@ -362,7 +362,7 @@ async def watched(
     """A run's events after a cursor and how it stands, until it has ended.
 
     Yields:
-        New events, perhaps none; and the state, at first and where it has changed.
+        New events, perhaps none; and the state, at first and where it has changed, an end after all events.
 
     Raises:
         NotFound: There is no such run.
@@ -371,9 +371,12 @@ async def watched(
     async with aclosing(service.feed.follow(after, run_id)) as batches:
         events: list[Event] = []
         while True:
-            yield events, run.state if run.state != told else None
-            told = run.state
-            if run.state in ("completed", "failed") and run.cursor <= after:
+            ended = run.state in ("completed", "failed")
+            # That it has ended is the last word: nobody who stops there misses an event.
+            state = None if run.state == told or (ended and run.cursor > after) else run.state
+            yield events, state
+            told = state or told
+            if ended and run.cursor <= after:
                 return
             events = await anext(batches)
             after = events[-1].cursor if events else after

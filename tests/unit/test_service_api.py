@@ -65,7 +65,11 @@ async def test_a_run_is_started_watched_and_read(client):
 
 async def test_watching_goes_on_after_the_last_event_seen(client):
     run_id = (await client.post(f"{API}/runs", json=REQUEST)).json()["run_id"]
-    whole = [it for it in await ended(client, run_id) if "id" in it]
+    await ended(client, run_id)
+    said = await ended(client, run_id)
+    # A run that has ended says so last, whoever comes when.
+    assert [it["event"] for it in said].count("state") == 1 and said[-1]["data"] == "completed"
+    whole = [it for it in said if "id" in it]
     url, half = f"{API}/runs/{run_id}/watch", whole[len(whole) // 2]["id"]
     rest = await client.get(url, headers={"Last-Event-ID": half})
     ids = [line[4:] for line in rest.text.splitlines() if line.startswith("id: ")]
