@@ -262,6 +262,7 @@ def test_the_list_is_searched_without_a_reload_and_grows_by_itself(page_of, url)
     page.keyboard.press("/")
     page.keyboard.type("lighthouse")
     expect(page.locator("#list")).to_contain_text("No run is like that")
+    expect(page).to_have_url(re.compile("q=lighthouse"))  # to be kept, sent, gone back to
     start(other, url, "a lighthouse")
     expect(page.locator("table.runs tbody tr")).to_have_count(1)
 
