@@ -212,7 +212,7 @@ def test_a_person_starts_watches_and_steers_a_job(page_of, url, settings):
     page = page_of()
     page.goto(f"{url}/jobs")
     page.get_by_text("New distillation").click()
-    page.get_by_label("Steps").fill("7")
+    page.get_by_role("spinbutton", name="Steps").fill("7")
     page.get_by_role("button", name="Start").first.click()
     page.wait_for_url(re.compile("/jobs/j-"))
     expect(page.locator(".badge")).to_have_text("queued")
@@ -300,7 +300,8 @@ def test_the_playground_answers_beside_the_base(page_of, url):
     page.get_by_label("Adapter’s strength").fill("0.5")
     expect(page.locator("output")).to_have_text("0.5")
     page.get_by_role("button", name="Paint").click()
-    expect(page.locator(".answers img")).to_have_count(2)
+    expect(page.locator(".answers > figure > img")).to_have_count(2)
+    expect(page.locator(".answers .wipe img")).to_have_count(2)
     expect(page.locator(".answers")).to_contain_text("distilled at 0.5")
     expect(page.locator(".answers")).to_contain_text("read as")
 
