@@ -10,12 +10,18 @@ import hashlib
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, model_validator
 
 from .domain import Critique, Draft, EmotionTarget, Missing, RunStatus, StopReason
 
 #: A content address becomes a file's name, so that nothing else may stand there.
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+#: Stands for a favourite among the labels.
+FAVOURITE = "♥"
+
+#: A word or two of a person's; a comma stands between two labels.
+Label = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^\x00-\x1f,♥]{1,60}$")]
 
 #: Raised when an event's fields change; `traces.migrate` knows the way up from older ones.
 SCHEMA_VERSION = 1
@@ -168,6 +174,7 @@ class Rewritten(_Event):
 class HumanFeedback(_Event):
     """A person rated or marked a candidate, or commented on one or on the run.
 
+    The last word on each axis stands; `labels` are all that the picture or the run has from then on, perhaps none.
     What tells several apart is `index`; without it the time of a rating and the words of a comment, so that
     nothing is lost and a node that runs again says a comment once.
     """
@@ -179,6 +186,7 @@ class HumanFeedback(_Event):
     arousal: float | None = None
     rating: float | None = None
     favourite: bool | None = None
+    labels: list[Label] | None = None
     comment: str = ""
 
     @model_validator(mode="before")
@@ -188,7 +196,9 @@ class HumanFeedback(_Event):
         if not isinstance(data, dict) or "node" in data:
             return data
         data = {"time": datetime.now(UTC), **data}
-        rated = any(data.get(axis) is not None for axis in ("valence", "arousal", "rating", "favourite"))
+        rated = any(
+            data.get(axis) is not None for axis in ("valence", "arousal", "rating", "favourite", "labels")
+        )
         parts = ["human", "rating" if rated else "comment", data.get("sha256")]
         if "index" not in data:
             comment = hashlib.sha256(str(data.get("comment", "")).encode()).hexdigest()[:12]

@@ -210,6 +210,9 @@ class ServiceSettings(_Section):
     runs: int = Field(default=16, ge=1)
     #: Jobs (distillation, evaluation, collection, training) at a time; 0 leaves them to other servers.
     jobs: int = Field(default=1, ge=0)
+    #: Requests a minute of one client from elsewhere, and its answers at a time, streams among them; 0 is no limit.
+    client_requests: int = Field(default=1200, ge=0)
+    client_answers: int = Field(default=100, ge=0)
     #: Bytes of a request's body.
     body_bytes: int = Field(default=1_000_000, ge=1000)
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ..domain import Failure, UserError, first_line
 from ..settings import GeneratorSettings, explain
-from ..tools.images.base import GenerationError, ImageRequest
+from ..tools.images.base import GenerationError, Generator, ImageRequest
 from ..tools.images.load import load_generator
 from ..traces.recipe import Recipe
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _LARGEST_BATCH = 256
 
 
+#: What a generator says of itself beside the versions.
+_MADE_BY = ("model", "revision", "adapter", "steps", "guidance")
+
+
 @dataclass(frozen=True)
 class Remade:
     """A picture that was made again.
@@ -31,7 +35,7 @@ class Remade:
         image: The picture, RGB.
         difference: Largest difference of a channel from the first picture, 0 to 255; None where the sizes differ.
         pixels: Share of pixels that differ, 0 to 1.
-        changed: What is another now: revision, adapter, versions of libraries.
+        changed: What is another now: model, revision, adapter, sampling, versions of libraries.
         seconds: What it took, without loading.
     """
 
@@ -90,18 +94,33 @@ async def remake(recipe: Recipe, original: Image, settings: GeneratorSettings) -
     """
     generator = load_generator(settings)
     try:
-        request = ImageRequest(recipe.prompt, recipe.seed, recipe.target, recipe.negative_prompt)
-        began = time.perf_counter()
-        [made] = await generator.generate([request])
-        seconds = time.perf_counter() - began
-    except GenerationError as error:
-        raise Failure(f"no picture could be made: {first_line(error.__cause__ or error)}") from error
+        return await remake_by(generator, recipe, original)
     finally:
         await generator.aclose()
+
+
+async def remake_by(generator: Generator, recipe: Recipe, original: Image) -> Remade:
+    """Make a picture again by a generator that is there.
+
+    Args:
+        generator: As it is set: `changed` says where that is not as the recipe has it.
+        recipe: How it was made.
+        original: The picture that there is, RGB.
+
+    Raises:
+        Failure: The generator made no picture.
+    """
+    request = ImageRequest(recipe.prompt, recipe.seed, recipe.target, recipe.negative_prompt)
+    began = time.perf_counter()
+    try:
+        [made] = await generator.generate([request])
+    except GenerationError as error:
+        raise Failure(f"no picture could be made: {first_line(error.__cause__ or error)}") from error
+    seconds = time.perf_counter() - began
     image, about = made.image.convert("RGB"), made.provenance
     then, now = recipe.versions, about.get("versions", {})
     pairs = {
-        "revision": (recipe.revision, about.get("revision")), "adapter": (recipe.adapter, about.get("adapter")),
+        **{name: (getattr(recipe, name), about.get(name)) for name in _MADE_BY},
         **{name: (then.get(name), now.get(name)) for name in sorted({*then, *now})},
     }  # fmt: skip
     changed = [f"{name} {was} then, {now_is} now" for name, (was, now_is) in pairs.items() if was != now_is]

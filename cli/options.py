@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 #: Conditions of `--where`.
 CONDITIONS = (
-    "run", "status", "category", "emotion", "valence", "arousal", "gain", "prompt", "model", "adapter", "since",
-    "limit",
+    "run", "status", "category", "emotion", "valence", "arousal", "gain", "prompt", "model", "adapter", "label",
+    "since", "limit",
 )  # fmt: skip
 
 #: Conditions whose field of `RunFilter` has another name.

@@ -14,9 +14,6 @@ from . import options as opt
 if TYPE_CHECKING:
     from ..settings import ServiceSettings
 
-#: Seconds that open connections get when the server stops.
-_GRACE = 3
-
 
 def serve(
     context: typer.Context,
@@ -41,7 +38,7 @@ def serve(
     try:
         import uvicorn
 
-        from ..service.app import create_app
+        from ..service.server import config_of
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("emoloop"):
             raise
@@ -55,19 +52,7 @@ def serve(
     settings = load_settings(merged(opt.overrides(context.params), service))
     check(settings.service)
     logging.basicConfig(level=logging.WARNING, format="emoloop: %(message)s")
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(Service(settings, models=models)),
-            host=settings.service.host,
-            port=settings.service.port,
-            log_level="warning",
-            timeout_graceful_shutdown=_GRACE,
-            timeout_keep_alive=15,
-            # Whose word about the client is taken: the declared proxy's, and nobody's else.
-            proxy_headers=settings.service.behind_proxy,
-            server_header=False,
-        )
-    )
+    server = uvicorn.Server(config_of(Service(settings, models=models)))
     _tell(server, settings.service)
     server.run()
     if not server.started:

@@ -7,9 +7,12 @@ of its own at this server).
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import socket
+import time
+from collections import Counter
 from http.cookies import SimpleCookie
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -29,6 +32,15 @@ COOKIE = "emoloop"
 
 #: What is shown to everybody: whether the server lives, and what the login page needs.
 _OPEN = ("/healthz", "/readyz", "/login", "/static/")
+
+#: Seconds that a body's next piece may take.
+_BODY = 30.0
+
+#: Clients whose requests are counted.
+_REMEMBERED = 10_000
+
+#: What a refusal says beside its status.
+_TOLD = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}}
 
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
@@ -75,6 +87,7 @@ class Access:
         self._settings = settings
         named = (name.strip().lower() for name in settings.hosts.split(","))
         own = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower(), settings.host.lower()}
+        self._clients = _Clients(settings)
         self._hosts = own | {name for name in named if name}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,18 +101,20 @@ class Access:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
-                    headers[name] = value
+                    headers.setdefault(name, value)
                 headers.setdefault("Cache-Control", "no-cache")
             await send(message)
 
-        refusal = self._refusal(request)
+        refusal = self._refusal(request) or self._clients.enter(request)
         if refusal is None:
-            await self.app(scope, self._bounded(request, receive), guarded)
+            try:
+                await self.app(scope, self._bounded(request, receive), guarded)
+            finally:
+                self._clients.leave(request)
         elif refusal[0] == 401 and for_browser(request):
             await RedirectResponse("/login", 303)(scope, receive, guarded)
         else:
-            headers = {"WWW-Authenticate": "Bearer"} if refusal[0] == 401 else None
-            await answer(request, *refusal, headers)(scope, receive, guarded)
+            await answer(request, *refusal, _TOLD.get(refusal[0]))(scope, receive, guarded)
 
     def _refusal(self, request: Request) -> tuple[int, str] | None:
         headers, settings = request.headers, self._settings
@@ -134,18 +149,66 @@ class Access:
         return cookie is not None and hmac.compare_digest(cookie.value.encode(), session(token).encode())
 
     def _bounded(self, request: Request, receive: Receive) -> Receive:
-        """What is received, up to the limit, whatever the header said."""
-        received = 0
+        """What is received, up to the limit, whatever the header said; a body that does not come is not waited for."""
+        received, whole = 0, False
 
         async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole
+            try:
+                async with asyncio.timeout(None if whole else _BODY):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408, "the request's body did not come") from error
             received += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if received > self._settings.body_bytes:
                 raise HTTPException(413, f"a body has {self._settings.body_bytes} bytes at most")
             return message
 
         return bounded
+
+
+class _Clients:
+    """What each client from elsewhere asks: so many answers at a time, so many requests a minute."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._rate, self._most = settings.client_requests, settings.client_answers
+        self._open: Counter[str] = Counter()
+        # How many requests each may make now, and of when that is; the one that asked last is last.
+        self._left: dict[str, tuple[float, float]] = {}
+
+    def enter(self, request: Request) -> tuple[int, str] | None:
+        """Why a request is refused; None where it is let in, and `leave` is to be called."""
+        host = self._host(request)
+        if self._most and self._open[host] >= self._most:
+            return (
+                429,
+                f"{self._most} requests of yours are being answered: service.client_answers allows no more",
+            )
+        if self._rate and host:
+            now = time.monotonic()
+            left, then = self._left.pop(host, (float(self._rate), now))
+            left = min(self._rate, left + (now - then) * self._rate / 60)
+            self._left[host] = max(left - 1, 0.0), now
+            if len(self._left) > _REMEMBERED:
+                del self._left[next(iter(self._left))]
+            if left < 1:
+                return 429, f"service.client_requests allows {self._rate} requests a minute"
+        if host:
+            self._open[host] += 1
+        return None
+
+    def leave(self, request: Request) -> None:
+        """A request is answered."""
+        if host := self._host(request):
+            self._open[host] -= 1
+            if not self._open[host]:
+                del self._open[host]
+
+    def _host(self, request: Request) -> str:
+        """The client; nothing for this machine's own."""
+        host = request.client.host if request.client else ""
+        return "" if _is_loopback(host) else host
 
 
 def _same_origin(headers: Headers) -> bool:

@@ -8,10 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.responses import HTMLResponse
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from . import images
+from .bundle import zipped
 from .documents import (
+    Again,
     Answer,
     EventPage,
     Feedback,
@@ -31,6 +34,9 @@ from .work import Service, watched
 
 #: Seconds that a client may take for a message before it is given up, and between signs of life.
 _SLOW, _PING = 30, 15
+
+#: What a report may do: its style and pictures are in it, and nothing else is.
+_REPORT = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; sandbox"
 
 #: Events of a page.
 _EVENTS = 1000
@@ -52,6 +58,10 @@ Address = Annotated[
     str, Path(pattern="^[0-9a-f]{64}$", description="SHA-256 of the picture.", examples=["0" * 64])
 ]
 Cursor = Annotated[int, Query(ge=0, lt=2**63, description="Only events after this cursor.")]
+
+_ZIP: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}}
+}
 
 router = APIRouter(prefix="/api/v1", responses=RESPONSES)
 health = APIRouter(tags=["health"], responses=RESPONSES)
@@ -91,6 +101,15 @@ async def get_run(service: Of, run_id: RunId) -> RunDocument:
     return await service.run(run_id)
 
 
+@router.get("/runs/{run_id}/bundle", tags=["runs"], responses=_ZIP, response_class=Response)
+async def get_bundle(service: Of, run_id: RunId) -> Response:
+    """The run as pages that open from disk, with its pictures inside: a ZIP file."""
+    await service.events(run_id)
+    metadata = service.settings.traces.metadata
+    data = await asyncio.to_thread(zipped, service.store, [run_id], metadata)
+    return Response(data, media_type="application/zip", headers={"Content-Disposition": "attachment"})
+
+
 @router.get("/runs/{run_id}/events", tags=["runs"])
 async def list_events(service: Of, run_id: RunId, after: Cursor = 0) -> EventPage:
     """The run's raw events, in the order of commits."""
@@ -126,12 +145,13 @@ async def watch_run(
     if last_event_id is not None and run.state in ("completed", "failed") and run.cursor <= seen:
         return Response(status_code=204)
 
-    async def messages() -> AsyncIterator[ServerSentEvent]:
+    async def messages() -> AsyncIterator[bytes]:
         async for events, state in watched(service, run_id, seen):
-            for event in events:
-                yield ServerSentEvent(event.model_dump_json(), event=event.type, id=str(event.cursor))
+            said = [ServerSentEvent(it.model_dump_json(), event=it.type, id=str(it.cursor)) for it in events]
             if state is not None:
-                yield ServerSentEvent(state, event="state")
+                said.append(ServerSentEvent(state, event="state"))
+            if said:  # at once: with many watchers most of the time goes into sending
+                yield b"".join(it.encode() for it in said)
 
     return EventSourceResponse(messages(), ping=_PING, send_timeout=_SLOW)
 
@@ -163,9 +183,15 @@ async def give_feedback(service: Of, run_id: RunId, feedback: Feedback) -> Said:
     return await service.say(run_id, feedback)
 
 
+@router.post("/runs/{run_id}/images/{sha256}/again", tags=["images"])
+async def make_again(service: Of, run_id: RunId, sha256: Address) -> Again:
+    """Make a picture of a run again from its recipe, and say whether the pixels agree; nothing is logged."""
+    return await service.again(run_id, sha256)
+
+
 @router.post("/playground", tags=["playground"])
 async def play(service: Of, wanted: Play) -> list[Played]:
-    """One pass of the distilled model and one of its base, side by side; nothing is logged."""
+    """One pass of the distilled model and one of its base, or of another one, side by side; nothing is logged."""
     return await service.play(wanted)
 
 
@@ -248,6 +274,13 @@ async def watch_job(
 async def get_metrics(service: Of, job_id: Name) -> list[dict[str, float]]:
     """Figures of a training, a step each."""
     return await asyncio.to_thread(service.jobs.metrics, job_id)
+
+
+@router.get("/jobs/{job_id}/report", tags=["jobs"], response_class=HTMLResponse)
+async def get_report(service: Of, job_id: Name) -> Response:
+    """The report of an evaluation: one page, whole in itself."""
+    page = await asyncio.to_thread(service.jobs.report, job_id)
+    return HTMLResponse(page, headers={"Content-Security-Policy": _REPORT})
 
 
 _PNG: dict[int | str, dict[str, Any]] = {

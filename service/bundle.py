@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from .documents import Listing, RunDocument, RunPage, Shot
 from .errors import NotFound
 from .images import picture, thumbnail
 from .reading import document
-from .templates import STATIC, Links, differences, render
+from .templates import STATIC, Links, Side, differences, render
 
 
 class _Files(Links):
@@ -93,10 +94,19 @@ def write_bundle(store: TraceStore, run_ids: Sequence[str], out: Path, metadata:
             write(links.shot(run_id, shot), "shot.html.jinja", run=run, shot=shot, **run.beside(place))
         _pictures(store, run, links, out, metadata)
     page = RunPage(items=[run.run for run in runs], next=None, total=len(runs))
-    write(links.home, "runs.html.jinja", page=page, wanted=Listing(), pair=len(runs) == 2)
+    write(links.home, "runs.html.jinja", page=page, wanted=Listing(), view="", pair=len(runs) == 2)
     if len(runs) == 2:
-        write(links.compare(), "compare.html.jinja", runs=runs, differences=differences(*runs))
+        sides = [Side(run) for run in runs]
+        write(links.compare(), "compare.html.jinja", sides=sides, differences=differences(*sides))
     return len(runs)
+
+
+def zipped(store: TraceStore, run_ids: Sequence[str], metadata: Metadata) -> bytes:
+    """A bundle as a ZIP file, with a folder named after its first run in it."""
+    with tempfile.TemporaryDirectory(prefix="emoloop-bundle-") as folder:
+        name = _plain(run_ids[0])
+        write_bundle(store, run_ids, Path(folder) / "in" / name, metadata)
+        return Path(shutil.make_archive(f"{folder}/out", "zip", f"{folder}/in", name)).read_bytes()
 
 
 def _pictures(store: TraceStore, run: RunDocument, links: Links, out: Path, metadata: Metadata) -> None:

@@ -11,11 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..domain import Critique, Draft, Emotion, EmotionTarget, Missing, Score
-from ..events import Event, Sha256
+from ..events import Event, Label, Sha256
 from ..traces.rows import RunRow
 
 #: How a run stands, as a person asks it. `waiting`: for a review. `stopped`: nobody works on it, and it can be resumed.
 State = Literal["running", "waiting", "stopped", "completed", "failed"]
+
+#: Name of a job.
+JobId = Annotated[str, Field(pattern=r"^j-[0-9a-f]{20}$")]
 
 #: Plain text of one line or several: what a person types.
 Text = Annotated[str, Field(max_length=4000, pattern=r"^[^\x00]*$")]
@@ -37,11 +40,12 @@ class Problem(BaseModel):
 
 
 class RunSummary(RunRow):
-    """One run of the list."""
+    """One run of the list; `labels` are those of the run and of its pictures, ♥ among them for a favourite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     state: State
+    labels: list[str] = Field(default=[])
 
 
 class RunPage(Document):
@@ -74,11 +78,14 @@ class Feedback(Document):
         valence: What the picture really makes one feel; distillation may prefer it to the critic's reading.
         arousal: The same.
         favourite: Keep it, or (false) no longer.
+        labels: All that the picture, or the run, shall have from now on.
         comment: Words.
     """
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"sha256": "0" * 64, "rating": 4, "valence": 1.5, "comment": "warm"}]}
+        json_schema_extra={
+            "examples": [{"sha256": "0" * 64, "rating": 4, "labels": ["keep"], "comment": "warm"}]
+        }
     )
 
     sha256: Sha256 | None = None
@@ -86,6 +93,7 @@ class Feedback(Document):
     valence: Score | None = None
     arousal: Score | None = None
     favourite: bool | None = None
+    labels: Annotated[list[Label], Field(max_length=20)] | None = None
     comment: Text = ""
 
 
@@ -141,9 +149,18 @@ class Shot(Document):
         return next((said.favourite for said in reversed(self.feedback) if said.favourite is not None), False)
 
     @property
+    def labels(self) -> list[str]:
+        """Its labels."""
+        return _labels(self.feedback)
+
+    @property
     def rating(self) -> float | None:
         """The last rating."""
         return next((said.rating for said in reversed(self.feedback) if said.rating is not None), None)
+
+
+def _labels(feedback: list[Said]) -> list[str]:
+    return next((said.labels for said in reversed(feedback) if said.labels is not None), [])
 
 
 class Proposal(Document):
@@ -186,7 +203,7 @@ class RunDocument(Document):
         warnings: One line each.
         feedback: What was said of the run as a whole.
         settings: Those that it began with, without secrets.
-        seconds: Spent on `images`, `critiques` and `rewrites`, added up; and `wall`, from beginning to last event.
+        seconds: Spent on `images`, `critiques` and `rewrites`, added up; and `wall`, from beginning to end.
         tokens: `input` and `output` of the LVLM, where it says.
         cursor: Of the last event; what comes after it is new.
         question: What a person is asked, while the run waits for a review.
@@ -208,6 +225,11 @@ class RunDocument(Document):
     def state(self) -> State:
         """How it stands."""
         return self.run.state
+
+    @property
+    def labels(self) -> list[str]:
+        """Those of the run as a whole."""
+        return _labels(self.feedback)
 
     def standing(self, state: State, **changes: Any) -> RunDocument:
         """The same run in another state."""
@@ -279,6 +301,8 @@ class Play(Document):
         prompt: The neutral prompt.
         target: The wanted emotion.
         scale: Strength of the adapter: 0 is the base model.
+        adapter: A finished training (a job) whose artifact answers; by default the server's own adapter.
+        beside: Another one, which answers in place of the base.
         seed: Of both pictures' noise.
         read: Have the critic read both.
     """
@@ -294,17 +318,42 @@ class Play(Document):
     prompt: Text
     target: EmotionTarget
     scale: float = Field(default=1.0, ge=0, le=2)
+    adapter: JobId | None = None
+    beside: JobId | None = None
     seed: int = Field(default=0, ge=0, lt=2**31)
     read: bool = True
 
 
 class Played(Document):
-    """One pass of a model: the picture as a data URI, what it took, and what the critic read."""
+    """One pass of a model: the picture as a data URI, what it took, and what the critic read.
 
-    name: Literal["base", "distilled"]
+    `base` is the bare model, `distilled` the adapter that was asked, `other` the one that was to stand beside it.
+    """
+
+    name: Literal["base", "distilled", "other"]
     image: str
     seconds: float | None = None
     reading: Critique | Missing | None = None
+
+
+class Again(Document):
+    """A picture that was made again.
+
+    Attributes:
+        image: It, as a data URI.
+        same: Whether all pixels agree with the first one's.
+        difference: Largest difference of a channel, 0 to 255; None where the sizes differ.
+        pixels: Share of pixels that differ.
+        changed: What is another now than then: model, adapter, sampling, versions of libraries.
+        seconds: What it took.
+    """
+
+    image: str
+    same: bool
+    difference: int | None
+    pixels: float
+    changed: list[str]
+    seconds: float
 
 
 class Listing(Document):
@@ -318,6 +367,12 @@ class Listing(Document):
     )
     category: Emotion | None = None
     model: Annotated[str, Field(max_length=500, pattern=r"^[^\x00]*$")] | None = None
+    adapter: Annotated[str, Field(max_length=64, pattern=r"^[0-9a-z]*$")] | None = Field(
+        default=None, description='Content hash, or its beginning; "none" is the bare model.'
+    )
+    label: Annotated[str, Field(max_length=60, pattern=r"^[^\x00]*$")] | None = Field(
+        default=None, description="Of the run or one of its pictures; ♥ has the favourites."
+    )
     min_gain: float | None = Field(default=None, allow_inf_nan=False)
     sort: Literal["newest", "oldest", "reward", "gain", "updated"] = "newest"
     after: Annotated[str, Field(max_length=400, pattern=r"^[\w=-]*$")] = Field(

@@ -18,6 +18,9 @@ from ..traces.store import TraceStore
 #: Seconds between two looks at what other processes wrote; commits of this one are told at once.
 _POLL = 0.5
 
+#: Seconds that commits are gathered.
+_GATHER = 0.03
+
 #: Events that wait for a slow watcher, and that are read at once.
 _WAITING = 1000
 
@@ -131,6 +134,8 @@ class Feed:
                     await self._news.wait()
             except TimeoutError:
                 pass
+            # What is committed in the same moment is told together.
+            await asyncio.sleep(_GATHER)
             self._news.clear()
             while events := await asyncio.to_thread(self._store.tail, self.cursor, _WAITING):
                 self.cursor = events[-1].cursor

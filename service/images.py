@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from ..domain import UserError
 from ..traces.blobs import BlobStore
 from ..traces.recipe import Metadata, dressed
 from ..traces.store import TraceStore
 from .errors import NotFound
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 #: Pixels of a picture that is made smaller: a picture may claim more than memory holds.
 _MOST_PIXELS = 50_000_000
@@ -23,6 +27,18 @@ def picture(store: TraceStore, sha256: str, metadata: Metadata) -> bytes:
     """
     try:
         return dressed(store, sha256, metadata)
+    except OSError as error:
+        raise NotFound(f"no picture {sha256}") from error
+
+
+def original(store: TraceStore, sha256: str) -> Image:
+    """A picture as it is in the log.
+
+    Raises:
+        NotFound: There is no such picture, or it is damaged.
+    """
+    try:
+        return store.blobs.get_image(sha256)
     except OSError as error:
         raise NotFound(f"no picture {sha256}") from error
 

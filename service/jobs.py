@@ -1,4 +1,4 @@
-"""Jobs: distillation, evaluation, collection and the critic's training, a process each.
+"""Jobs: distillation, evaluation, collection and the online trainings, a process each.
 
 A job is an entry of the log's queue and a folder of the home. This server starts what waits and supervises nothing:
 each job has a supervisor of its own (`supervise`), which outlives the server, holds the job's lease and writes how it
@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..settings import Settings
 from ..traces.database import StoreError
 from ..traces.queue import ENDED, Item, State
 from ..traces.store import TraceStore
-from .documents import Document, Text
+from .documents import Document, JobId, Text
 from .errors import Conflict, NotFound
 
 #: Seconds between two looks at what waits, and at a log that grows.
@@ -44,7 +44,6 @@ _LOG = 64_000
 _TAIL = 8_000
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
-JobId = Annotated[str, Field(pattern=r"^j-[0-9a-f]{20}$")]
 #: A condition on runs, as `emoloop distill --where` takes it.
 Condition = Annotated[str, Field(max_length=300, pattern=r"^[a-z]+=[^\x00-\x1f]*$")]
 Steps = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -137,8 +136,30 @@ class TrainJob(Document):
         ]  # fmt: skip
 
 
-AnyJob = Annotated[DistillJob | EvalJob | CollectJob | TrainJob, Field(discriminator="kind")]
-KINDS = ("distill", "eval", "collect", "train")
+class FlowGrpoJob(Document):
+    """Teach the generator by the critic's word on pictures that it makes meanwhile."""
+
+    kind: Literal["flow-grpo"] = "flow-grpo"
+    where: list[Condition] = Field(
+        default=[], max_length=20, description="Whose prompts; all runs by default."
+    )
+    start: JobId | None = Field(default=None, description="A training whose artifact is trained on.")
+    preset: Name | None = None
+    steps: Steps | None = None
+
+    def words(self, folder: Path, home: Path) -> list[str]:
+        """The command line."""
+        return [
+            "train", "flow-grpo", f"--out={folder / 'out'}", "--resume", "--json",
+            *(f"--where={it}" for it in self.where),
+            *([f"--from={home / 'jobs' / self.start / 'out'}"] if self.start else []),
+            *([f"--preset={self.preset}"] if self.preset else []),
+            *([f"--set=train.steps={self.steps}"] if self.steps else []),
+        ]  # fmt: skip
+
+
+AnyJob = Annotated[DistillJob | EvalJob | CollectJob | TrainJob | FlowGrpoJob, Field(discriminator="kind")]
+KINDS = ("distill", "eval", "collect", "train", "flow-grpo")
 
 
 class JobRequest(RootModel[AnyJob]):
@@ -161,8 +182,9 @@ class JobDocument(Document):
         created: When it was asked for.
         changed: When its state changed last.
         held: Whether its process is there; a cancelled one may take a while to save what it has.
-        figures: The last line of its training's metrics.
+        figures: The last value of each of its training's metrics.
         samples: Steps of which there is a sheet of pictures.
+        report: Whether there is a report to read.
     """
 
     id: JobId
@@ -175,6 +197,7 @@ class JobDocument(Document):
     held: bool
     figures: dict[str, float] = Field(default={})
     samples: list[int] = Field(default=[])
+    report: bool = False
 
 
 class Jobs:
@@ -281,6 +304,29 @@ class Jobs:
         except FileNotFoundError as error:
             raise NotFound(f"job {job_id!r} has no samples of step {step}") from error
 
+    def report(self, job_id: str) -> str:
+        """The report of an evaluation, HTML that is whole in itself.
+
+        Raises:
+            NotFound: There is none.
+        """
+        self.get(job_id)
+        try:
+            return _report(self.folder(job_id)).read_text()
+        except FileNotFoundError as error:
+            raise NotFound(f"job {job_id!r} has no report") from error
+
+    def artifact(self, job_id: str) -> Path:
+        """What a training made that is done.
+
+        Raises:
+            NotFound: There is no such job.
+            Conflict: It is not done, or trains no generator.
+        """
+        if not adapters([job := self.get(job_id)]):
+            raise Conflict(f"job {job_id} is {job.state} and has no adapter to sample with")
+        return self.folder(job_id) / "out"
+
     def tail(self, job_id: str) -> str:
         """The end of what a job said."""
         path = self.folder(job_id) / "log.txt"
@@ -320,8 +366,9 @@ class Jobs:
             created=datetime.fromtimestamp(item.created, UTC),
             changed=datetime.fromtimestamp(item.changed, UTC),
             held=item.held,
-            figures=next(iter(_metrics(folder)[-1:]), {}),
+            figures={key: value for line in _metrics(folder, _LOG) for key, value in line.items()},
             samples=[int(it.stem.removeprefix("step-")) for it in sheets],
+            report=_report(folder).is_file(),
         )
 
     # ---- starting
@@ -359,6 +406,11 @@ class Jobs:
             )
 
 
+def adapters(jobs: Sequence[JobDocument]) -> list[JobDocument]:
+    """Those whose artifact can be sampled from."""
+    return [it for it in jobs if it.state == "done" and it.request.root.kind in ("distill", "flow-grpo")]
+
+
 def environment(settings: Settings) -> dict[str, str]:
     """Settings as the variables that give a child the same ones."""
     found = {"EMOLOOP_HOME": str(settings.home)}
@@ -375,14 +427,20 @@ def _training(folder: Path) -> Path:
     return folder / "out" / "training"
 
 
-def _metrics(folder: Path) -> list[dict[str, float]]:
+def _report(folder: Path) -> Path:
+    return folder / "out" / "report.html"
+
+
+def _metrics(folder: Path, last: int | None = None) -> list[dict[str, float]]:
+    """Figures of a training's steps; of those in the last bytes of the file."""
+    path = _training(folder) / "metrics.jsonl"
     try:
-        lines = (_training(folder) / "metrics.jsonl").read_text().splitlines()
+        text = path.read_bytes() if last is None else _read(path, max(0, path.stat().st_size - last))
     except FileNotFoundError:
         return []
     found = []
-    for line in lines:
-        with suppress(ValueError):  # a line that is being written
+    for line in text.splitlines():
+        with suppress(ValueError):  # a line that is being written, or of which only the end was read
             figures = json.loads(line).items()
             # JSON knows no infinity, and a loss may be one.
             found.append({key: float(value) for key, value in figures if math.isfinite(value)})

@@ -11,7 +11,7 @@ import secrets
 from asyncio import to_thread
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 from urllib.parse import urlencode
 
 from anyio import sleep
@@ -26,10 +26,10 @@ from ..evals.suites import shipped
 from ..traces.queue import ENDED
 from .access import COOKIE, session
 from .api import Name, Of, RunId
-from .documents import Answer, Feedback, Listing, Play, RunRequest
+from .documents import Answer, Feedback, Listing, Play, RunDocument, RunRequest, Shot
 from .errors import NotFound
-from .jobs import JobRequest
-from .templates import Links, curves, differences, render
+from .jobs import DistillJob, JobRequest, adapters
+from .templates import Links, Side, curves, differences, render
 from .work import Service, watched
 
 #: Seconds between two pictures of a page that changes.
@@ -62,19 +62,45 @@ async def _form(request: Request) -> dict[str, Any]:
 @router.get("/")
 async def runs(service: Of, request: Request) -> str:
     """The list."""
-    wanted = _read(Listing, request.query_params)
+    given = dict(request.query_params)
+    like = await service.run(given.pop("like")) if given.get("like") else None
+    view = given.pop("view", "")
+    wanted = _read(Listing, given)
     page = await service.page(wanted)
-    kept = {key: value for key, value in request.query_params.items() if value and key != "after"}
+    kept = {key: value for key, value in given.items() if value and key != "after"}
+    views = {name: f"/?{urlencode({**kept, 'view': name} if name else kept)}" for name in ("", "gallery")}
+    kept |= {"view": view} if view else {}
     return render(
         "runs.html.jinja",
         page=page,
         wanted=wanted,
-        loop_settings=service.settings.loop,
+        view=view,
+        views=views,
+        labels=await service.labels(),
+        asked=_asked(service, like),
         key=secrets.token_hex(8),
         here_url=f"/?{urlencode(kept)}",
         first_url=f"/?{urlencode(kept)}",
         next_url=f"/?{urlencode({**kept, 'after': page.next})}",
     )
+
+
+def _asked(service: Service, like: RunDocument | None) -> dict[str, Any]:
+    """What the form for a new run begins with: the settings, or another run's request."""
+    if like is None:
+        loop = service.settings.loop.model_dump(include={"rounds", "images", "review"})
+        return {
+            "prompt": "",
+            "valence": 2,
+            "arousal": -1,
+            "category": None,
+            "seed": None,
+            "proposals": None,
+            **loop,
+        }
+    kept = like.settings.get("loop", {})
+    loop = {key: kept.get(key) for key in ("rounds", "images", "review", "proposals")}
+    return {**like.run.model_dump(include={"prompt", "valence", "arousal", "category", "seed"}), **loop}
 
 
 @router.get("/live")
@@ -148,16 +174,16 @@ async def review(service: Of, run_id: RunId, request: Request) -> Response:
 
 async def _shot(service: Service, run_id: str, number: int, index: int, whole: bool) -> str:
     run = await service.run(run_id)
-    shots = run.shots
-    place = next((n for n, it in enumerate(shots) if (it.round, it.index) == (number, index)), None)
-    if place is None:
-        raise NotFound(f"run {run_id!r} has no picture {index} in round {number}")
-    return render(
-        "shot.html.jinja" if whole else "_shot.html.jinja",
-        run=run,
-        shot=shots[place],
-        **run.beside(place),
-    )
+    shot, page = _found(run, number, index), "shot.html.jinja" if whole else "_shot.html.jinja"
+    return render(page, run=run, shot=shot, **run.beside(run.shots.index(shot)))
+
+
+def _found(run: RunDocument, number: int, index: int) -> Shot:
+    """A candidate of a run."""
+    for shot in run.shots:
+        if (shot.round, shot.index) == (number, index):
+            return shot
+    raise NotFound(f"run {run.run.run_id!r} has no picture {index} in round {number}")
 
 
 def _by_htmx(request: Request) -> bool:
@@ -170,12 +196,21 @@ async def shot(service: Of, run_id: RunId, number: int, index: int, request: Req
     return await _shot(service, run_id, number, index, not _by_htmx(request))
 
 
+@router.post("/runs/{run_id}/{number}/{index}/again")
+async def again(service: Of, run_id: RunId, number: int, index: int, request: Request) -> str:
+    """Make a candidate's picture again, and show both."""
+    run = await service.run(run_id)
+    shot = _found(run, number, index)
+    made = await service.again(run_id, shot.sha256 or "")
+    page = "_again.html.jinja" if _by_htmx(request) else "again.html.jinja"
+    return render(page, run=run, shot=shot, made=made)
+
+
 @router.post("/runs/{run_id}/{number}/{index}/feedback")
 async def feedback(service: Of, run_id: RunId, number: int, index: int, request: Request) -> Response:
     """Take what a person says of a candidate."""
-    run = await service.run(run_id)
-    sha256 = next((it.sha256 for it in run.shots if (it.round, it.index) == (number, index)), None)
-    await service.say(run_id, _read(Feedback, {**await _form(request), "sha256": sha256}))
+    shot = _found(await service.run(run_id), number, index)
+    await service.say(run_id, _said(await _form(request), shot.labels, sha256=shot.sha256))
     if not _by_htmx(request):
         return RedirectResponse(f"{_links.run(run_id)}/{number}/{index}", 303)
     return HTMLResponse(
@@ -183,20 +218,43 @@ async def feedback(service: Of, run_id: RunId, number: int, index: int, request:
     )
 
 
+@router.post("/runs/{run_id}/feedback")
+async def run_feedback(service: Of, run_id: RunId, request: Request) -> Response:
+    """Take what a person says of the run."""
+    run = await service.run(run_id)
+    await service.say(run_id, _said(await _form(request), run.labels))
+    return RedirectResponse(_links.run(run_id), 303)
+
+
+def _said(form: dict[str, Any], labels: list[str], **about: Any) -> Feedback:
+    """A form as feedback. Labels stand between commas: those that are there already are not said again."""
+    given = form.pop("labels", None)
+    if given is not None:
+        given = list(dict.fromkeys(filter(None, map(str.strip, given.split(",")))))
+    return _read(Feedback, {**form, **about, "labels": None if given == labels else given})
+
+
 @router.get("/compare")
 async def compare(service: Of, request: Request) -> str:
-    """Two runs side by side."""
+    """Two runs side by side, or two rounds: `run` is a run's id, or that and a round's number (`ID/1`)."""
     names = request.query_params.getlist("run")
     if len(names) != 2:
         raise UserError("choose two runs to compare")
-    chosen = [await service.run(name) for name in names]
-    return render("compare.html.jinja", runs=chosen, differences=differences(*chosen))
+    sides = []
+    for name in names:
+        run_id, slash, number = name.partition("/")
+        run = await service.run(run_id)
+        if slash and number not in [str(it.number) for it in run.rounds]:
+            raise NotFound(f"run {run_id!r} has no round {number!r}")
+        sides.append(Side(run, int(number) if slash else None))
+    return render("compare.html.jinja", sides=sides, differences=differences(*sides))
 
 
 @router.get("/playground")
-async def playground(service: Of) -> str:
+async def playground(service: Of, adapter: str = "") -> str:
     """A prompt and a point of the plane, answered in one pass."""
-    return render("playground.html.jinja", adapter=service.playground.adapter)
+    jobs = adapters(await to_thread(service.jobs.list))
+    return render("playground.html.jinja", own=service.playground.adapter, jobs=jobs, chosen=adapter)
 
 
 @router.post("/playground")
@@ -212,7 +270,14 @@ async def play(service: Of, request: Request) -> str:
 async def jobs(service: Of) -> str:
     """The jobs."""
     found = await to_thread(service.jobs.list)
-    return render("jobs.html.jinja", jobs=found, suites=shipped(), key=secrets.token_hex(8))
+    return render(
+        "jobs.html.jinja",
+        jobs=found,
+        adapters=adapters(found),
+        objectives=get_args(DistillJob.model_fields["objective"].annotation),
+        suites=shipped(),
+        key=secrets.token_hex(8),
+    )
 
 
 @router.post("/jobs")
@@ -220,8 +285,13 @@ async def start_job(service: Of, request: Request) -> Response:
     """Start a job and show it."""
     given = await _form(request)
     key = given.pop("key", None)
-    where = [it.strip() for it in given.pop("where", "").split(",") if it.strip()]
-    wanted = _read(JobRequest, {**given, "where": where} if where else given)
+    if where := [it.strip() for it in given.pop("where", "").split(",") if it.strip()]:
+        given["where"] = where
+    if "prompts" in given:
+        target = {axis: given.pop(axis, "") for axis in ("valence", "arousal")}
+        prompts = filter(None, map(str.strip, given.pop("prompts").splitlines()))
+        given["lines"] = [{"prompt": prompt, "target": target} for prompt in prompts]
+    wanted = _read(JobRequest, given)
     job = await to_thread(service.jobs.start, wanted, key)
     return RedirectResponse(f"/jobs/{job.id}", 303)
 

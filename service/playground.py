@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..graph.loop import Loop
 from ..graph.parts import check_request
 from ..settings import GeneratorSettings
-from ..tools.images.base import Generator, ImageRequest
+from ..tools.images.base import GeneratedImage, Generator, ImageRequest
 from ..tools.images.load import load_generator
 from ..tools.lvlm.chat import image_url
 from .documents import Play, Played
@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 _SHIPPED = Path(__file__).parents[1] / "miniature" / "adapters" / "opd"
 
 
+#: Models that are kept: the base and two adapters.
+_KEPT = 3
+
+
 class Playground:
-    """Loads the distilled model when it is first asked, and keeps it.
+    """Loads distilled models when they are first asked, and keeps the last ones.
 
     Attributes:
         adapter: The distilled artifact: the settings' own, or the one that ships with the embedded models.
@@ -44,25 +48,36 @@ class Playground:
         # One pass at a time: the strength is the pipeline's, not the request's.
         self._lock = asyncio.Lock()
 
-    async def play(self, loop: Loop, wanted: Play) -> list[Played]:
-        """Both pictures from the same prompt, target and noise.
+    async def play(
+        self, loop: Loop, wanted: Play, adapter: Path | None = None, beside: Path | None = None
+    ) -> list[Played]:
+        """Two pictures from the same prompt, target and noise.
+
+        Args:
+            loop: Its critic reads them.
+            wanted: What is asked for.
+            adapter: The artifact; by default the server's own.
+            beside: Another artifact; by default the base.
 
         Raises:
-            UserError: The prompt is none.
+            UserError: The prompt is none, or an artifact does not fit the model.
             Unavailable: There is no adapter, or no pipeline in this process.
         """
         prompt, target = check_request(loop.parts, wanted.prompt, wanted.target)
-        if self.adapter is None:
+        chosen = str(adapter) if adapter else self.adapter
+        if chosen is None:
             raise Unavailable("no distilled adapter: start the server with --adapter FOLDER")
         request = ImageRequest(prompt=prompt, seed=wanted.seed, target=target)
+        made: list[GeneratedImage] = []
         async with self._lock:
-            base = await self._base(loop)
-            distilled = await self._load(self.adapter)
-            await asyncio.to_thread(_rescale, distilled, wanted.scale)
-            made = [(await it.generate([request]))[0] for it in (base, distilled)]
+            for folder in (str(beside) if beside else None, chosen):
+                model = await (self._base(loop) if folder is None else self._load(folder))
+                if folder is not None:
+                    await asyncio.to_thread(_rescale, model, wanted.scale)
+                made += await model.generate([request])
         played: list[Played] = []
-        for name, it in zip(("base", "distilled"), made, strict=True):
-            png, reading = await asyncio.to_thread(_png, it.image), None
+        for name, it in zip(("other" if beside else "base", "distilled"), made, strict=True):
+            png, reading = await asyncio.to_thread(as_png, it.image), None
             if wanted.read:
                 reading = (await loop.parts.critic.read(png, prompt, target, seed=wanted.seed)).critique
             played.append(
@@ -76,13 +91,16 @@ class Playground:
         return own if hasattr(own, "pipe") and self._settings.adapter is None else await self._load(None)
 
     async def _load(self, adapter: str | None) -> Any:
-        if adapter not in self._loaded:
+        generator = self._loaded.pop(adapter, None)
+        if generator is None:
             settings = self._settings.model_copy(update={"adapter": adapter, "adapter_scale": 1.0})
             generator = await asyncio.to_thread(load_generator, settings)
             if not hasattr(generator, "pipe"):
                 raise Unavailable("the playground needs a diffusers pipeline in this process")
-            self._loaded[adapter] = generator
-        return self._loaded[adapter]
+        self._loaded[adapter] = generator  # the most recently used last
+        while len(self._loaded) > _KEPT:
+            await self._loaded.pop(next(iter(self._loaded))).aclose()
+        return generator
 
     async def aclose(self) -> None:
         """Let go of the models."""
@@ -96,7 +114,8 @@ def _rescale(generator: Any, scale: float) -> None:
     generator.adapter = rescale(generator.pipe, generator.adapter, scale)
 
 
-def _png(image: Image) -> bytes:
+def as_png(image: Image) -> bytes:
+    """Encode quickly."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -17,6 +17,7 @@ from ..domain import Critique, RunStatus, UserError
 from ..events import Critiqued, Event, HumanFeedback, ImageGenerated, PersonaAnswered, Rewritten
 from ..traces.fold import Fold, Tried
 from ..traces.rows import RunFilter, RunRow
+from ..traces.schema import labels as table
 from ..traces.schema import runs
 from ..traces.store import TraceStore
 from .documents import Listing, Proposal, RoundDocument, RunDocument, RunPage, RunSummary, Said, Shot, State
@@ -50,14 +51,17 @@ _LOWEST = -1e9
 Piece = tuple[Literal["=", "+", "-"], str]
 
 
-def summary(row: RunRow, held: Set[str]) -> RunSummary:
+def summary(row: RunRow, held: Set[str], labels: Sequence[str] = ()) -> RunSummary:
     """A row of the list.
 
     Args:
         row: As the store has it.
         held: Runs that somebody works on.
+        labels: Its own and its pictures'.
     """
-    return RunSummary(**row.model_dump(), state=_state(row.status, row.run_id in held))
+    return RunSummary(
+        **row.model_dump(), state=_state(row.status, row.run_id in held), labels=sorted(set(labels))
+    )
 
 
 def _state(status: RunStatus, held: bool) -> State:
@@ -98,7 +102,9 @@ def document(events: Sequence[Event], held: Set[str] = frozenset()) -> RunDocume
         for key, count in getattr(event, "usage", {}).items():
             if key in ("input_tokens", "output_tokens"):
                 tokens[key.removesuffix("_tokens")] += count
-    seconds["wall"] = (row["updated"] - row["started"]).total_seconds()
+    # What people say of a run later is no work on it.
+    worked = max((it.time for it in events if not isinstance(it, HumanFeedback)), default=row["started"])
+    seconds["wall"] = (worked - row["started"]).total_seconds()
     rounds: list[RoundDocument] = []
     before = fold.started.prompt
     for number in fold.numbers:
@@ -111,7 +117,7 @@ def document(events: Sequence[Event], held: Set[str] = frozenset()) -> RunDocume
         before = max(rewarded, key=lambda it: it.reward or 0.0).prompt if rewarded else fold.prompt(number)
     state = _state(fold.status, fold.run_id in held)
     return RunDocument(
-        run=RunSummary(**row, state=state),
+        run=RunSummary(**row, state=state, labels=sorted(set().union(*fold.labels.held.values()))),
         rounds=rounds,
         warnings=fold.finished.warnings if fold.finished else fold.warnings(),
         feedback=said[None],
@@ -203,7 +209,7 @@ def page(store: TraceStore, wanted: Listing, held: Set[str]) -> RunPage:
         "gain": (func.coalesce(runs.c.gain, _LOWEST), True),
     }
     column, descending = columns[wanted.sort]
-    words = RunFilter(category=wanted.category, model=wanted.model, min_gain=wanted.min_gain)
+    words = RunFilter(**wanted.model_dump(include={"category", "model", "adapter", "label", "min_gain"}))
     chosen = words.apply(select(runs)).order_by(None)
     if wanted.q:
         by_id = runs.c.run_id.startswith(wanted.q, autoescape=True)
@@ -225,12 +231,23 @@ def page(store: TraceStore, wanted: Listing, held: Set[str]) -> RunPage:
     with store.read() as connection:
         total = connection.execute(select(func.count()).select_from(chosen.subquery())).scalar_one()
         rows = [RunRow.model_validate(dict(row)) for row in connection.execute(query).mappings()]
+        ids = [row.run_id for row in rows]
+        called: defaultdict[str, list[str]] = defaultdict(list)
+        query = select(table.c.run_id, table.c.label)
+        for run_id, label in connection.execute(query.where(table.c.run_id.in_(ids))):
+            called[run_id].append(label)
     further, rows = len(rows) > wanted.limit, rows[: wanted.limit]
     return RunPage(
-        items=[summary(row, held) for row in rows],
+        items=[summary(row, held, called[row.run_id]) for row in rows],
         next=_token(wanted, rows[-1]) if further else None,
         total=total,
     )
+
+
+def labels(store: TraceStore) -> list[str]:
+    """All labels of the log."""
+    with store.read() as connection:
+        return list(connection.scalars(select(table.c.label).distinct().order_by(table.c.label)))
 
 
 def _token(wanted: Listing, row: RunRow) -> str:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..domain import PROTOTYPES, Emotion
 from ..evals.wording import number, target_words
 from .documents import RunDocument, Shot
-from .jobs import CollectJob, DistillJob, EvalJob, JobDocument, TrainJob
+from .jobs import CollectJob, DistillJob, EvalJob, FlowGrpoJob, JobDocument, TrainJob
 
 HERE = Path(__file__).parent
 
@@ -112,16 +112,55 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def differences(*runs: RunDocument) -> list[tuple[str, list[Any]]]:
-    """In what runs differ: what they were asked for and made with; what is alike is left out."""
-    about = [
-        flat({
-            **run.run.model_dump(mode="json", include=_ASKED),
-            "settings": run.settings,
-            "versions": next((it.recipe.get("versions") for it in run.shots if it.recipe), None) or {},
-        })
-        for run in runs
-    ]  # fmt: skip
+@dataclass(frozen=True)
+class Side:
+    """What is compared: a run, or one round of it."""
+
+    run: RunDocument
+    number: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As an address names it."""
+        return self.run.run.run_id + ("" if self.number is None else f"/{self.number}")
+
+    @property
+    def title(self) -> str:
+        """As a person reads it."""
+        return self.run.run.run_id + ("" if self.number is None else f", round {self.number}")
+
+    @property
+    def shown(self) -> RunDocument:
+        """The run with these rounds alone."""
+        rounds = [it for it in self.run.rounds if self.number in (None, it.number)]
+        return self.run.model_copy(update={"rounds": rounds})
+
+    @property
+    def best(self) -> Shot | None:
+        """The picture that stands for it."""
+        rewarded = [it for it in self.shown.shots if it.reward is not None]
+        return max(rewarded, key=lambda it: (it.best, it.reward), default=None)
+
+
+def differences(*sides: Side) -> list[tuple[str, list[Any]]]:
+    """In what runs or rounds differ: what they were asked for, and how the best of each was made and read."""
+    about: list[dict[str, Any]] = []
+    for side in sides:
+        asked: dict[str, Any] = {
+            "wanted": side.run.run.model_dump(mode="json", include=_ASKED),
+            "settings": side.run.settings,
+        }
+        if best := side.best:
+            read = (
+                best.reading.model_dump(include={"valence", "arousal", "alignment"}) if best.reading else {}
+            )
+            asked |= {
+                "prompt": best.prompt,
+                **best.recipe,
+                "reward": round(best.reward or 0.0, 3),
+                "read": read,
+            }
+        about.append(flat(asked))
     names = dict.fromkeys(name for each in about for name in each)
     rows = [(name, [each.get(name) for each in about]) for name in names]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
@@ -148,7 +187,9 @@ def curves(metrics: Sequence[Mapping[str, float]]) -> list[Curve]:
                 found.setdefault(name, []).append((figures["step"], value))
     last = max((figures["step"] for figures in metrics), default=0) or 1
     made = []
-    for name, course in found.items():
+    # What is trained for first, then what watches it.
+    for name in sorted(found, key=lambda it: ("/" in it, "loss" not in it and "reward" not in it)):
+        course = found[name]
         thinned = course[:: -(-len(course) // _POINTS)]
         low, high = min(y for _, y in course), max(y for _, y in course)
         points = [(step / last, (value - low) / ((high - low) or 1)) for step, value in thinned]
@@ -167,6 +208,8 @@ def task(job: JobDocument) -> str:
             return f"collect {len(lines)} runs"
         case TrainJob(stage=stage, data=data):
             return f"train {stage} on {data}"
+        case FlowGrpoJob(steps=steps):
+            return "train flow-grpo" + (f", {steps} steps" if steps else "")
 
 
 def _environment() -> Environment:
@@ -183,6 +226,7 @@ def _environment() -> Environment:
         "ago": _ago,
         "duration": _duration,
         "task": task,
+        "short": lambda value: f"{value:.3g}",
         "pretty": lambda value: json.dumps(value, indent=1, ensure_ascii=False, default=str),
     }
     made.globals |= {

@@ -16,17 +16,21 @@ from typing import Any
 from sqlalchemy import select
 
 from ..agents.ask import one_line
+from ..agents.remake import remake_by
 from ..domain import Failure, RunStatus, UserError
 from ..events import Event, HumanFeedback
 from ..graph.loop import Loop, open_loop
 from ..graph.state import new_run_id
 from ..settings import Settings
+from ..tools.lvlm.chat import image_url
 from ..traces.fold import Fold
 from ..traces.queue import is_gone
+from ..traces.recipe import find
 from ..traces.schema import queue, runs
 from ..traces.store import TraceStore, open_store
-from . import reading
+from . import images, reading
 from .documents import (
+    Again,
     Answer,
     Feedback,
     Listing,
@@ -43,7 +47,7 @@ from .errors import Busy, Conflict, NotFound, Unavailable
 from .feed import Feed
 from .jobs import Jobs
 from .metrics import Metrics
-from .playground import Playground
+from .playground import Playground, as_png
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +176,10 @@ class Service:
             return run.standing("waiting", question=question)
         return run.standing("stopped", problem=self.problems.get(run_id))
 
+    async def labels(self) -> list[str]:
+        """All labels of the log."""
+        return await asyncio.to_thread(reading.labels, self.store)
+
     async def events(self, run_id: str) -> list[Event]:
         """All events of a run.
 
@@ -273,7 +281,7 @@ class Service:
         """
         given = feedback.model_dump(exclude_none=True, exclude_defaults=True)
         if not set(given) - {"sha256"}:
-            raise UserError("feedback has a rating, valence, arousal, favourite or comment")
+            raise UserError("feedback has a rating, valence, arousal, favourite, labels or a comment")
         events = await self.events(run_id)
         round_ = 0
         if feedback.sha256 is not None:
@@ -286,13 +294,35 @@ class Service:
         return Said.model_construct(**stands.model_dump(include=set(Said.model_fields)))
 
     async def play(self, wanted: Play) -> list[Played]:
-        """One pass of the distilled model and one of its base.
+        """One pass of the distilled model and one of its base, or of another one.
 
         Raises:
             UserError: The prompt is none.
+            NotFound: There is no such job.
+            Conflict: The job has no adapter.
             Unavailable: There are no models, no adapter, or no pipeline in this process.
         """
-        return await self.playground.play(await self.loop(), wanted)
+        loop, names = await self.loop(), (wanted.adapter, wanted.beside)
+        folders = [await asyncio.to_thread(self.jobs.artifact, name) if name else None for name in names]
+        return await self.playground.play(loop, wanted, *folders)
+
+    async def again(self, run_id: str, sha256: str) -> Again:
+        """Make a picture again from its recipe, by this server's generator as it is set.
+
+        Raises:
+            NotFound: The run has no such picture, or it has no recipe.
+            Unavailable: The models are not there.
+            Failure: No picture could be made.
+        """
+        loop = await self.loop()
+        found = await asyncio.to_thread(find, self.store, sha256, run_id)
+        if found is None:
+            raise NotFound(f"run {run_id!r} has no picture {sha256} with a recipe")
+        original = await asyncio.to_thread(images.original, self.store, sha256)
+        made = await remake_by(loop.parts.generator, found[0], original)
+        png = await asyncio.to_thread(as_png, made.image)
+        told = {name: getattr(made, name) for name in ("same", "difference", "pixels", "changed", "seconds")}
+        return Again(image=image_url(png), **told)
 
     def _work(self, run_id: str, events: AsyncGenerator[Event]) -> None:
         if len(self._tasks) >= self.settings.service.runs:
@@ -332,7 +362,7 @@ async def watched(
     """A run's events after a cursor and how it stands, until it has ended.
 
     Yields:
-        New events, perhaps none; and the state, at first and where it has changed.
+        New events, perhaps none; and the state, at first and where it has changed, an end after all events.
 
     Raises:
         NotFound: There is no such run.
@@ -341,9 +371,12 @@ async def watched(
     async with aclosing(service.feed.follow(after, run_id)) as batches:
         events: list[Event] = []
         while True:
-            yield events, run.state if run.state != told else None
-            told = run.state
-            if run.state in ("completed", "failed") and run.cursor <= after:
+            ended = run.state in ("completed", "failed")
+            # That it has ended is the last word: nobody who stops there misses an event.
+            state = None if run.state == told or (ended and run.cursor > after) else run.state
+            yield events, state
+            told = state or told
+            if ended and run.cursor <= after:
                 return
             events = await anext(batches)
             after = events[-1].cursor if events else after

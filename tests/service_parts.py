@@ -14,6 +14,7 @@ import httpx
 import uvicorn
 from emoloop.graph.loop import open_loop
 from emoloop.service.app import create_app
+from emoloop.service.server import config_of
 from emoloop.service.work import Service
 from emoloop.settings import Settings, load_settings
 from emoloop.tools.images.base import GeneratedImage, ImageRequest
@@ -63,7 +64,8 @@ async def ended(client: httpx.AsyncClient, run_id: str) -> list[dict[str, Any]]:
 @contextmanager
 def serving(service: Service) -> Generator[str]:
     """A real server on a free port, in a thread; gives its address."""
-    config = uvicorn.Config(create_app(service), port=0, log_level="warning", timeout_graceful_shutdown=1)
+    config = config_of(service)
+    config.port, config.timeout_graceful_shutdown = 0, 1
     server, started = uvicorn.Server(config), threading.Event()
     startup = server.startup
 

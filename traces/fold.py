@@ -22,6 +22,7 @@ from ..events import (
     Critiqued,
     Event,
     GenerationFailed,
+    HumanFeedback,
     ImageGenerated,
     PersonaAnswered,
     Rewarded,
@@ -30,20 +31,12 @@ from ..events import (
     RunStarted,
 )
 from . import final
+from .labels import Labels
 
 #: Columns of `candidates` that an `image_generated` fills.
 _RECIPE = (
-    "negative_prompt",
-    "sha256",
-    "latents",
-    "model",
-    "revision",
-    "adapter",
-    "steps",
-    "guidance",
-    "height",
-    "width",
-)
+    "negative_prompt", "sha256", "latents", "model", "revision", "adapter", "steps", "guidance", "height", "width",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -88,6 +81,7 @@ class Fold:
         calls: How often the LVLM was asked, as far as its answers tell.
         best: (round, index) of the highest reward, the earliest of several; None where nothing was rewarded. After a
             final round, of the finalist whose pictures were rewarded most in the mean.
+        labels: What people call the run and its pictures.
         updated: Time of the last event.
     """
 
@@ -101,6 +95,7 @@ class Fold:
         self.drafts: dict[int, dict[int, PersonaAnswered]] = {}
         self.tried: dict[tuple[int, int], Tried] = {}
         self.best: tuple[int, int] | None = None
+        self.labels = Labels()
         self.updated: datetime | None = None
         self.images = self.calls = 0
         self._rounds: dict[int, dict[int, Tried]] = {}
@@ -153,6 +148,8 @@ class Fold:
                     row.clear()
                 if not any(it.model == "human" for it in row.values()):
                     row.setdefault(event.index, event)
+            case HumanFeedback():
+                self.labels.apply(event)
             case RunFinished():
                 self.finished = event
                 self.failures += event.status is not RunStatus.COMPLETED

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import groupby
 
 from sqlalchemy import Connection, MetaData, Table, insert, inspect, select, text
 
 from ..domain import UserError
 from ..events import EVENT, SCHEMA_VERSION, Event
 from .fold import Fold
-from .schema import TABLES_VERSION, Upsert, candidates, events, meta, metadata, runs
+from .schema import TABLES_VERSION, Upsert, candidates, events, labels, meta, metadata, runs
 
 
 def version(connection: Connection) -> int | None:
@@ -55,7 +56,7 @@ def refuse_newer(found: int | None) -> None:
 
 def rebuild(connection: Connection) -> None:
     """Make the derived tables again from the events."""
-    for table in (candidates, runs):
+    for table in (candidates, runs, labels):
         connection.execute(table.delete())
     upsert_runs, upsert_candidates = (Upsert(connection.dialect, table) for table in (runs, candidates))
     run_ids = connection.scalars(select(events.c.run_id).distinct().order_by(events.c.run_id)).all()
@@ -65,6 +66,7 @@ def rebuild(connection: Connection) -> None:
         if row := whole.run_row():
             upsert_runs(connection, [row])
         upsert_candidates(connection, map(whole.candidate_row, whole.tried))
+        whole.labels.write(connection, run_id)
 
 
 def _from_0(connection: Connection) -> None:
@@ -95,13 +97,13 @@ def _from_1(connection: Connection) -> None:
 
 
 def _from_2(connection: Connection) -> None:
-    # Version 2 had `leases (run_id, owner, expires)`, good for a minute; `queue` holds them as well.
+    # Version 2 had `leases (run_id, owner, expires)`, good for a minute; `queue` holds them as well. Version 3 knew
+    # no `persona_answered`, version 4 no labels: the favourites of before become rows.
     metadata.create_all(connection)
-
-
-def _from_3(connection: Connection) -> None:
-    # Version 3 knew no `persona_answered`: nothing to lift, but an older emoloop could not read what comes.
-    metadata.create_all(connection)
+    query = select(events.c.run_id, events.c.body).where(events.c.type == "human_feedback")
+    rows = connection.execute(query.order_by(events.c.run_id, events.c.seq)).all()
+    for run_id, said in groupby(rows, key=lambda row: row.run_id):
+        Fold(run_id, (EVENT.validate_json(row.body) for row in said)).labels.write(connection, run_id)
 
 
 def _set_aside(connection: Connection) -> Table:
@@ -132,4 +134,4 @@ def row_of(event: Event) -> dict[str, object]:
 
 
 #: From which version: what lifts its events to the tables of today.
-_STEPS: dict[int, Callable[[Connection], None]] = {0: _from_0, 1: _from_1, 2: _from_2, 3: _from_3}
+_STEPS: dict[int, Callable[[Connection], None]] = {0: _from_0, 1: _from_1, 2: _from_2, 3: _from_2, 4: _from_2}

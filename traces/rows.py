@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
-from sqlalchemy import ColumnElement, Select
+from sqlalchemy import ColumnElement, Select, select
 
 from ..domain import Emotion, EmotionTarget, RunStatus, StopReason
-from .schema import runs
+from .schema import labels, runs
 
 
 class _Row(BaseModel):
@@ -95,6 +95,7 @@ class RunFilter(BaseModel):
         prompt: Substring of the neutral prompt, in any case.
         model: Model id or folder.
         adapter: Content hash of the adapter that made the images, or its beginning; "none" is the bare model.
+        label: The run or one of its pictures has this label; ♥ is that of favourites.
         since: Started at or after.
         limit: At most so many, the newest.
     """
@@ -110,6 +111,7 @@ class RunFilter(BaseModel):
     prompt: str | None = None
     model: str | None = None
     adapter: str | None = None
+    label: str | None = None
     since: AwareDatetime | None = None
     limit: int | None = None
 
@@ -125,6 +127,7 @@ class RunFilter(BaseModel):
             None if self.prompt is None else runs.c.prompt.icontains(self.prompt, autoescape=True),
             None if self.model is None else runs.c.model == self.model,
             self._adapter(),
+            self._labelled(),
             None if self.since is None else runs.c.started >= self.since,
         ]
         query = query.where(*[condition for condition in conditions if condition is not None])
@@ -137,3 +140,8 @@ class RunFilter(BaseModel):
         if self.adapter == "none":
             return runs.c.adapter.is_(None)
         return runs.c.adapter.startswith(self.adapter, autoescape=True)
+
+    def _labelled(self) -> ColumnElement[bool] | None:
+        if self.label is None:
+            return None
+        return runs.c.run_id.in_(select(labels.c.run_id).where(labels.c.label == self.label))

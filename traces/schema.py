@@ -1,8 +1,8 @@
 """The tables, for SQLite and PostgreSQL alike.
 
-`events` is append-only and the truth. `runs` and `candidates` are what `fold.Fold` makes of it, in a shape that SQL
-can filter; they are written in the transaction of their events, so they never lag, and `TraceStore.rebuild` makes
-them again. Event bodies are JSON text: the log has to give back exactly what it was handed.
+`events` is append-only and the truth. `runs`, `candidates` and `labels` are what `fold.Fold` makes of it, in a shape
+that SQL can filter; they are written in the transaction of their events, so they never lag, and `TraceStore.rebuild`
+makes them again. Event bodies are JSON text: the log has to give back exactly what it was handed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.types import TypeEngine
 
 #: Version of the tables (events carry their own, `events.SCHEMA_VERSION`).
-TABLES_VERSION = 4
+TABLES_VERSION = 5
 
 #: The oldest whose tables are those of today, so that it can be read as it stands.
 READABLE = 3
@@ -186,6 +186,17 @@ candidates = Table(
     Index("candidates_sha256", "sha256"),
     Index("candidates_latents", "latents"),
     Index("candidates_prompt_hash", "prompt_hash"),
+)
+
+
+#: What people call a run (an empty `sha256`) and its pictures.
+labels = Table(
+    "labels",
+    metadata,
+    Column("run_id", String(128), primary_key=True),
+    Column("sha256", String(64), primary_key=True),
+    Column("label", String(64), primary_key=True),
+    Index("labels_label", "label"),
 )
 
 

@@ -27,7 +27,7 @@ from .database import WRITES, StoreError, lock, open_database, store_errors
 from .fold import Fold
 from .queue import Queue
 from .rows import CandidateRow, RunFilter, RunRow
-from .schema import Upsert, candidates, events, queue, runs
+from .schema import Upsert, candidates, events, labels, queue, runs
 
 __all__ = ["CandidateRow", "RunFilter", "RunRow", "StoreError", "TraceStore", "open_store"]
 
@@ -139,6 +139,8 @@ class TraceStore:
             changed = dict.fromkeys(event.run_id for event in fresh)
             summaries = (self._folds[run_id].fold.run_row() for run_id in changed)
             self._upsert_runs(connection, filter(None, summaries))
+            for run_id in {event.run_id for event in fresh if event.type == "human_feedback"}:
+                self._folds[run_id].fold.labels.write(connection, run_id)
         while len(self._folds) > _FOLDS:
             del self._folds[next(iter(self._folds))]
         return stand, fresh
@@ -257,7 +259,7 @@ class TraceStore:
             lock(connection, "emoloop append")
             for run_id in run_ids:
                 named = self._named(connection, run_id)
-                for table in (candidates, runs):
+                for table in (candidates, runs, labels):
                     connection.execute(delete(table).where(table.c.run_id == run_id))
                 connection.execute(delete(queue).where(queue.c.id == run_id, queue.c.owner.is_(None)))
                 gone += connection.execute(delete(events).where(events.c.run_id == run_id)).rowcount

@@ -86,13 +86,19 @@
     if (shown) shown.textContent = field.value;
   });
   document.addEventListener("htmx:after:swap", () => {
-    const sheet = at("#sheet");
-    if (sheet && !sheet.open && at("#sheet [data-shot]") && at("#sheet-body").dataset.wanted) sheet.showModal();
-    delete at("#sheet-body")?.dataset.wanted;
+    // Any part of the page may have been swapped: a live run changes while a picture's sheet is on its way.
+    const sheet = at("#sheet"), body = at("#sheet-body");
+    if (body?.dataset.wanted && at("[data-shot]", body)) {
+      delete body.dataset.wanted;
+      if (!sheet.open) sheet.showModal();
+    }
     pair();
   });
   document.addEventListener("htmx:before:request", (event) => {
-    if (event.target.closest?.("a.shot")) at("#sheet-body").dataset.wanted = "1";
+    if (!event.target.closest?.("a.shot")) return;
+    const body = at("#sheet-body");
+    body.replaceChildren();
+    body.dataset.wanted = "1";
   });
   document.addEventListener("keydown", (event) => {
     const typing = event.target.matches?.("input:not([type=radio]):not([type=checkbox]), textarea, select");

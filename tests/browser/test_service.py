@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import threading
 
 import pytest
@@ -71,7 +72,7 @@ def hostile(settings):
             ),
             Critiqued(**place, critique=read, model=HOSTILE, prompt_version="1"),
             Rewarded(**place, name=HOSTILE, version="1", value=0.5),
-            HumanFeedback(**place, comment=HOSTILE),
+            HumanFeedback(**place, comment=HOSTILE, labels=[HOSTILE[:50]]),
             RunFinished(run_id="hostile", status="completed", stop_reason="rounds_used", warnings=[HOSTILE]),
         )
     return "hostile"
@@ -169,17 +170,32 @@ def test_a_person_starts_watches_reads_rates_and_compares(page_of, url, painter)
     page.keyboard.press("4")
     expect(sheet.locator(".said li")).to_contain_text("★4")
     sheet.get_by_label("Felt valence").fill("1.5")
+    sheet.get_by_label("Labels").fill("keep, for the talk")
     sheet.get_by_label("Comment").fill("warm")
     sheet.get_by_role("button", name="Save").click()
     expect(sheet.locator(".said li").last).to_contain_text("warm")
     page.keyboard.press("f")
     expect(sheet.locator(".said li").last).to_contain_text("favourite")
+    sheet.get_by_role("button", name="Make again").click()
+    expect(sheet.locator(".again")).to_contain_text("the same pixels")
     title = sheet.get_by_role("heading").first.text_content()
     page.keyboard.press("ArrowLeft" if "picture 1" in title else "ArrowRight")
     expect(sheet.get_by_role("heading").first).not_to_have_text(title)
     page.keyboard.press("Escape")
     expect(sheet).to_be_hidden()
     expect(page.locator(".tile.best .heart")).to_be_visible()
+    expect(page.locator(".tile.best .chip")).to_have_text(["keep", "for the talk"])
+    page.get_by_role("link", name="Compare rounds").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Two rounds")
+    expect(page.locator(".diff")).to_contain_text("prompt")
+    page.get_by_label("Left").select_option(first.rpartition("/")[2])
+    expect(page.get_by_role("heading", level=1)).to_have_text("Two runs")
+    page.goto(url)
+    page.locator("select[name=label]").select_option("keep")
+    expect(page.locator("table.runs tbody tr")).to_have_count(1)
+    page.goto(first)
+    page.get_by_role("link", name="New run like this").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a dog by the sea")
 
     second = start(page, url, "a cat on the hill")
     expect(page.locator(".badge")).to_have_text("completed")
@@ -196,7 +212,7 @@ def test_a_person_starts_watches_and_steers_a_job(page_of, url, settings):
     page = page_of()
     page.goto(f"{url}/jobs")
     page.get_by_text("New distillation").click()
-    page.get_by_label("Steps").fill("7")
+    page.get_by_role("spinbutton", name="Steps").fill("7")
     page.get_by_role("button", name="Start").first.click()
     page.wait_for_url(re.compile("/jobs/j-"))
     expect(page.locator(".badge")).to_have_text("queued")
@@ -210,7 +226,7 @@ def test_a_person_starts_watches_and_steers_a_job(page_of, url, settings):
         (folder / "log.txt").write_text(f"$ emoloop distill\n{HOSTILE}\n")
         (training / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n')
         expect(page.locator(".badge")).to_have_text("running")
-        expect(page.locator("figcaption")).to_have_text("loss 1.500")
+        expect(page.locator("figcaption")).to_have_text("loss 1.5")
         expect(page.get_by_alt_text("Pictures at step 2")).to_be_visible()
         expect(page.locator("pre.log")).to_contain_text("<script>")
         assert page.evaluate("performance.timeOrigin") == loaded, "nothing was reloaded"
@@ -246,8 +262,23 @@ def test_the_list_is_searched_without_a_reload_and_grows_by_itself(page_of, url)
     page.keyboard.press("/")
     page.keyboard.type("lighthouse")
     expect(page.locator("#list")).to_contain_text("No run is like that")
+    expect(page).to_have_url(re.compile("q=lighthouse"))  # to be kept, sent, gone back to
     start(other, url, "a lighthouse")
     expect(page.locator("table.runs tbody tr")).to_have_count(1)
+
+
+def test_the_list_is_a_gallery_and_a_page_is_printed(page_of, url, hostile):
+    page = page_of()
+    page.goto(url)
+    page.get_by_role("link", name="gallery").click()
+    expect(page.locator(f".gallery #run-{hostile} img").first).to_be_visible()
+    page.get_by_role("searchbox").fill(hostile)
+    expect(page.locator(".gallery li")).to_have_count(1)
+    page.goto(f"{url}/runs/{hostile}")
+    page.emulate_media(media="print")
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    expect(page.locator(".top")).to_be_hidden()
+    expect(page.get_by_role("link", name="Share")).to_be_hidden()
 
 
 def test_a_run_is_cancelled_and_resumed(page_of, url, painter):
@@ -269,7 +300,8 @@ def test_the_playground_answers_beside_the_base(page_of, url):
     page.get_by_label("Adapter’s strength").fill("0.5")
     expect(page.locator("output")).to_have_text("0.5")
     page.get_by_role("button", name="Paint").click()
-    expect(page.locator(".answers img")).to_have_count(2)
+    expect(page.locator(".answers > figure > img")).to_have_count(2)
+    expect(page.locator(".answers .wipe img")).to_have_count(2)
     expect(page.locator(".answers")).to_contain_text("distilled at 0.5")
     expect(page.locator(".answers")).to_contain_text("read as")
 
@@ -297,6 +329,7 @@ def test_everybody_can_read_it(page_of, url, hostile, width, scheme):
         run,
         f"{run}/0/0",
         f"/compare?run={hostile}&run={hostile}",
+        f"/compare?run={hostile}/0&run={hostile}/0",
         "/login",
     ):
         page.goto(url + path)
@@ -316,6 +349,14 @@ def test_a_bundle_opens_from_disk(page_of, settings, url, hostile, painter, tmp_
     page = page_of()
     run_id = start(page, url, "a dog on the hill").rpartition("/")[2]
     expect(page.locator(".badge")).to_have_text("completed")
+    with page.expect_download() as shared:
+        page.get_by_role("link", name="Share").click()
+    shutil.unpack_archive(shared.value.path(), tmp_path / "shared", "zip")
+    page = page_of()
+    page.goto((tmp_path / "shared" / run_id / "index.html").as_uri())
+    page.get_by_role("link", name="a dog on the hill").click()
+    expect(page.locator(".tile")).to_have_count(4)
+    assert page.evaluate("[...document.images].every(it => it.naturalWidth > 0)")
     with open_store(settings, read_only=True) as store:
         assert write_bundle(store, [run_id, hostile], tmp_path / "bundle") == 2
     page = page_of()

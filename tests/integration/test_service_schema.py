@@ -9,6 +9,7 @@ pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from hypothesis.stateful import run_state_machine_as_test
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -47,3 +48,22 @@ def test_each_operation_keeps_its_word(document):
             case.call_and_validate(checks=CHECKS, timeout=60)
 
         asked()
+
+
+def test_each_operation_keeps_its_word_after_others(document):
+    """Sequences: what an answer names is asked for, steered and judged; streams aside, which may last."""
+
+    class Sequences(document.exclude(path_regex="/(watch|log)$").as_state_machine()):
+        def validate_response(self, response, case, additional_checks=(), **keywords):
+            case.validate_response(response, checks=CHECKS)
+
+    run_state_machine_as_test(
+        Sequences,
+        settings=settings(
+            max_examples=15,
+            stateful_step_count=8,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

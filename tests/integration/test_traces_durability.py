@@ -195,10 +195,14 @@ def test_a_log_of_version_1_gives_the_same_results(tmp_path):
 def test_a_log_of_version_3_is_read_as_it_stands_and_lifted_when_it_grows(tmp_path):
     settings = Settings(home=tmp_path)
     with open_store(settings) as store:
-        store.append(RunStarted(run_id="one", prompt="p", target=EmotionTarget(category="awe"), seed=1))
+        store.append(
+            RunStarted(run_id="one", prompt="p", target=EmotionTarget(category="awe"), seed=1),
+            HumanFeedback(run_id="one", sha256="a" * 64, favourite=True),
+        )
     database = sqlite3.connect(tmp_path / "events.db")
     with database:
         database.execute("UPDATE meta SET value = '3'")
+        database.execute("DROP TABLE labels")
     with open_store(settings, read_only=True) as store:
         assert store.run("one").prompt == "p"
     draft = Draft(persona="monk", said={"emotion": "awe"}, prompt="p in fog")
@@ -210,7 +214,9 @@ def test_a_log_of_version_3_is_read_as_it_stands_and_lifted_when_it_grows(tmp_pa
             Rewritten(run_id="one", round=1, prompt="p in fog", model="m", prompt_version="mc_agent")
         )
         assert store.run("one").rounds[1].drafts == [draft]
-    assert database.execute("SELECT value FROM meta").fetchone() == ("4",)
+        # The favourites of before are found as such.
+        assert [row.run_id for row in store.runs(RunFilter(label="♥"))] == ["one"]
+    assert database.execute("SELECT value FROM meta").fetchone() == ("5",)
     database.close()
 
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import socket
 
+import httpx
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
+import painter
 from emoloop.domain import EmotionTarget, UserError
 from emoloop.events import ImageGenerated, RunStarted
-from emoloop.service.access import check, session
+from emoloop.service.access import _Clients, check, session
 from emoloop.service.work import Service, watched
 from emoloop.settings import ServiceSettings, load_settings
 from emoloop.traces.store import open_store
 from painter import Painter
 from PIL import Image
-from service_parts import API, REQUEST, client_of, ended, fake_playground, service_of, settings_of
+from service_parts import API, REQUEST, client_of, ended, fake_playground, service_of, serving, settings_of
+from starlette.requests import Request
 
 
 @pytest.fixture
@@ -61,7 +65,11 @@ async def test_a_run_is_started_watched_and_read(client):
 
 async def test_watching_goes_on_after_the_last_event_seen(client):
     run_id = (await client.post(f"{API}/runs", json=REQUEST)).json()["run_id"]
-    whole = [it for it in await ended(client, run_id) if "id" in it]
+    await ended(client, run_id)
+    said = await ended(client, run_id)
+    # A run that has ended says so last, whoever comes when.
+    assert [it["event"] for it in said].count("state") == 1 and said[-1]["data"] == "completed"
+    whole = [it for it in said if "id" in it]
     url, half = f"{API}/runs/{run_id}/watch", whole[len(whole) // 2]["id"]
     rest = await client.get(url, headers={"Last-Event-ID": half})
     ids = [line[4:] for line in rest.text.splitlines() if line.startswith("id: ")]
@@ -136,10 +144,19 @@ async def test_feedback_is_an_event(client):
     [best] = [it for it in shots if it["best"]]
     assert [it["rating"] for it in best["feedback"]] == [4, 2, None, None]
     assert [it["comment"] for it in run["feedback"]] == ["all in all"]
+    for labels in (["keep", " too dark "], ["keep"]):
+        assert (await client.post(url, json={"sha256": sha256, "labels": labels})).status_code == 201
+    assert (await client.post(url, json={"labels": ["for the talk"]})).status_code == 201
+    for wanted, count in (("keep", 1), ("for the talk", 1), ("♥", 1), ("too dark", 0)):
+        listed = (await client.get(f"{API}/runs", params={"label": wanted})).json()
+        assert listed["total"] == count
+    assert (await client.get(f"{API}/runs")).json()["items"][0]["labels"] == ["for the talk", "keep", "♥"]
+    for wrong in (["a,b"], ["♥"], [" "], ["a" * 61]):
+        assert (await client.post(url, json={"labels": wrong})).status_code == 422
     assert (await client.post(url, json={"sha256": "0" * 64, "rating": 3})).status_code == 404
     assert (await client.post(url, json={"sha256": sha256})).status_code == 422
     events = (await client.get(f"{API}/runs/{run_id}/events")).json()["items"]
-    assert [it["type"] for it in events].count("human_feedback") == 5
+    assert [it["type"] for it in events].count("human_feedback") == 8
 
 
 async def test_pictures_keep_for_a_year(client):
@@ -233,6 +250,79 @@ async def test_the_playground_paints_with_and_without_the_adapter(client, monkey
     assert (await client.get(f"{API}/runs")).json()["total"] == 0
 
 
+async def test_the_playground_answers_by_the_artifact_of_a_job(client, service, monkeypatch):
+    fake_playground(monkeypatch)
+    job = (await client.post(f"{API}/jobs", json={"kind": "distill"})).json()["id"]
+    wanted = {**{key: REQUEST[key] for key in ("prompt", "target", "seed")}, "read": False}
+    assert (await client.post(f"{API}/playground", json={**wanted, "adapter": job})).status_code == 409
+    assert service.store.queue.take("me", kind="distill", id=job)
+    service.store.queue.settle(job, "me", "done")
+    played = (await client.post(f"{API}/playground", json={**wanted, "adapter": job, "beside": job})).json()
+    assert [it["name"] for it in played] == ["other", "distilled"] and played[0]["image"] == played[1][
+        "image"
+    ]
+    assert set(service.playground._loaded) == {str(service.jobs.folder(job) / "out")}
+    page = (await client.get(f"/playground?adapter={job}", headers={"Accept": "text/html"})).text
+    assert f'<option value="{job}" selected>' in page
+    answer = await client.post(
+        "/playground", data={"prompt": "a dog", "valence": "1", "arousal": "0", "beside": job, "adapter": job}
+    )
+    assert "another adapter" in answer.text and "data-wipe" in answer.text
+
+
+async def test_a_picture_is_made_again(client, service, monkeypatch):
+    run_id = (await client.post(f"{API}/runs", json=REQUEST)).json()["run_id"]
+    await ended(client, run_id)
+    sha256 = (await client.get(f"{API}/runs/{run_id}")).json()["run"]["best_sha256"]
+    again = (await client.post(f"{API}/runs/{run_id}/images/{sha256}/again")).json()
+    assert again["same"] and again["difference"] == 0 and again["changed"] == []
+    paint = painter._paint
+    monkeypatch.setattr(painter, "_paint", lambda it: paint(it).point(lambda shade: min(shade + 9, 255)))
+    html = {"Accept": "text/html"}
+    page = (await client.post(f"/runs/{run_id}/0/0/again", headers=html)).text
+    assert "other pixels" in page and "up to 9 of 255" in page
+    for wrong in (f"{run_id}/images/{'0' * 64}", f"nothing/images/{sha256}"):
+        assert (await client.post(f"{API}/runs/{wrong}/again")).status_code == 404
+    service.store.blobs.path(sha256).unlink()
+    assert (await client.post(f"{API}/runs/{run_id}/images/{sha256}/again")).status_code == 404
+
+
+async def test_two_rounds_are_compared(client):
+    run_id = (await client.post(f"{API}/runs", json=REQUEST)).json()["run_id"]
+    await ended(client, run_id)
+
+    async def page(*names):
+        answer = await client.get("/compare", params={"run": names}, headers={"Accept": "text/html"})
+        return answer.status_code, answer.text
+
+    status, text = await page(f"{run_id}/0", f"{run_id}/1")
+    assert status == 200 and "Two rounds" in text and text.count("<h3>Round") == 2
+    named = re.findall('<th scope="row">(.+?)</th>', text)
+    assert "prompt" in named and not {"model", "wanted.seed", "settings.loop.rounds"} & set(named)
+    assert (await page(run_id, run_id))[1].count("<h3>Round") == 4
+    assert (await page(f"{run_id}/7", run_id))[0] == 404 and (await page(run_id))[0] == 422
+
+
+async def test_a_form_sets_labels_and_begins_like_another_run(client):
+    run_id = (await client.post(f"{API}/runs", json=REQUEST)).json()["run_id"]
+    await ended(client, run_id)
+    html = {"Accept": "text/html"}
+    for _ in range(2):  # what is there already is not said again
+        await client.post(f"/runs/{run_id}/0/0/feedback", data={"labels": "keep,, too dark", "rating": "4"})
+    await client.post(f"/runs/{run_id}/feedback", data={"labels": "talk"})
+    events = (await client.get(f"{API}/runs/{run_id}/events")).json()["items"]
+    said = [it["labels"] for it in events if it["type"] == "human_feedback"]
+    assert said == [["keep", "too dark"], None, ["talk"]]
+    page = (await client.get(f"/runs/{run_id}", headers=html)).text
+    assert page.count('<span class="chip">too dark</span>') == 1 and '<span class="chip">talk</span>' in page
+    await client.post(f"/runs/{run_id}/0/0/feedback", data={"labels": ""})
+    listed = (await client.get("/?label=talk", headers=html)).text
+    assert run_id in listed and "too dark" not in listed
+    like = (await client.get(f"/?like={run_id}", headers=html)).text
+    assert 'value="a dog by the sea"' in like and 'value="3"' in like
+    assert (await client.get("/?like=nothing", headers=html)).status_code == 404
+
+
 async def test_a_playground_without_an_adapter_says_so(tmp_path):
     service = service_of(load_settings({"generator": {"model": "other"}}, settings_of(tmp_path)))
     async with client_of(service) as client:
@@ -313,6 +403,53 @@ async def test_bodies_are_bounded(tmp_path):
                 yield b"[" * 100
 
         assert (await client.post(f"{API}/runs", content=chunks())).status_code == 413
+
+
+async def test_a_client_from_elsewhere_has_limits(tmp_path):
+    token = "0123456789abcdef"
+    settings = settings_of(tmp_path, token=token, client_requests=3, client_answers=1)
+    async with client_of(Service(settings, models=False)) as client:
+        app = client._transport.app
+
+        async def asked(host, count):
+            transport = httpx.ASGITransport(app, client=(host, 1))
+            headers = {"Authorization": f"Bearer {token}"}
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://localhost", headers=headers
+            ) as it:
+                return [(await it.get(f"{API}/runs")).status_code for _ in range(count)]
+
+        assert await asked("10.0.0.7", 4) == [200, 200, 200, 429]
+        assert await asked("10.0.0.8", 1) == [200]
+        assert await asked("127.0.0.1", 5) == [200] * 5
+        clients = _Clients(settings.service)
+        [one, other] = (
+            Request({"type": "http", "client": (host, 1), "headers": []}) for host in ("10.0.0.9", "::1")
+        )
+        assert clients.enter(one) is None and clients.enter(one)[0] == 429
+        clients.leave(one)
+        assert clients.enter(one) is None
+        assert [clients.enter(other) for _ in range(9)] == [None] * 9 and set(clients._left) == {"10.0.0.9"}
+
+
+def test_a_slow_client_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("emoloop.service.server.HEAD", 0.05)
+    monkeypatch.setattr("emoloop.service.access._BODY", 0.05)
+    with serving(Service(settings_of(tmp_path), models=False)) as url:
+        place = url.removeprefix("http://").split(":")
+
+        def said(*pieces):
+            with socket.create_connection((place[0], int(place[1])), timeout=60) as it:
+                for piece in pieces:
+                    it.sendall(piece)
+                return b"".join(iter(lambda: it.recv(4096), b""))
+
+        get = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+        assert said() == said(get) == b""  # closed, though nothing was asked, or not to the end
+        answer = said(get + b"\r\n" + get)  # the first is answered, the second never ends
+        assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
+        post = b"POST /api/v1/runs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{"
+        assert said(post).startswith(b"HTTP/1.1 408")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "pictures.example"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 from urllib.parse import unquote
+from zipfile import ZipFile
 
 from emoloop.domain import EmotionTarget
 from emoloop.events import ImageGenerated, Rewarded, RunStarted
-from emoloop.service.bundle import write_bundle
+from emoloop.service.bundle import write_bundle, zipped
 from emoloop.settings import Settings
 from emoloop.traces.store import open_store
 from PIL import Image
@@ -29,6 +31,8 @@ def test_every_address_is_a_file_of_the_bundle(tmp_path):
                 ),
             )
         assert write_bundle(store, names, out) == 2
+        with ZipFile(io.BytesIO(zipped(store, names[:1], "recipe"))) as packed:
+            assert {"a_1/index.html", "a_1/a_1.html", "a_1/static/app.css"} <= set(packed.namelist())
     pages = sorted(out.glob("*.html"))
     assert len(pages) == 2 + 2 * 3
     lost = "images/" + "0" * 64

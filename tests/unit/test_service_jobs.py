@@ -7,11 +7,13 @@ import json
 import subprocess
 import sys
 import threading
+from typing import get_args
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
+from emoloop.cli.train import app as training
 from emoloop.service import jobs as module
 from emoloop.service import supervise as supervisor
 from emoloop.service.jobs import JobRequest, environment
@@ -131,6 +133,52 @@ def test_requests_become_command_lines(tmp_path):
     assert words({"kind": "collect", "lines": [line]})[:2] == ["collect", str(tmp_path / "prompts.jsonl")]
     assert json.loads((tmp_path / "prompts.jsonl").read_text())["target"] == {"valence": 1.0}
     assert str(tmp_path / "home" / "set-1") in words({"kind": "train", "data": "set-1"})
+    flow = words({"kind": "flow-grpo", "start": adapter, "steps": 3})
+    assert flow[:3] == ["train", "flow-grpo", f"--out={tmp_path}/out"]
+    assert flow[-2:] == [f"--from={tmp_path}/home/jobs/{adapter}/out", "--set=train.steps=3"]
+
+
+def test_each_verb_that_trains_is_a_job():
+    kinds = {it.model_fields["kind"].default for it in get_args(get_args(module.AnyJob)[0])}
+    verbs = {it.name or it.callback.__name__ for it in training.registered_commands if it.callback}
+    assert "critic" in verbs and kinds == set(module.KINDS)
+    assert {{"critic": "train"}.get(verb, verb) for verb in verbs} < kinds
+
+
+async def test_a_report_is_a_page_that_may_do_nothing(client, service):
+    job_id = (await client.post(f"{API}/jobs", json={"kind": "eval"})).json()["id"]
+    url = f"{API}/jobs/{job_id}/report"
+    assert (await client.get(url)).status_code == 404
+    (service.jobs.folder(job_id) / "out").mkdir()
+    (service.jobs.folder(job_id) / "out" / "report.html").write_text("<p>all well</p>")
+    report = await client.get(url)
+    assert report.text == "<p>all well</p>" and "sandbox" in report.headers["content-security-policy"]
+    assert report.headers["x-content-type-options"] == "nosniff"
+    assert (await client.get(f"{API}/jobs/{job_id}")).json()["report"]
+
+
+async def test_forms_start_each_kind_of_job(client):
+    forms = [
+        {"kind": "eval", "suite": "dev", "limit": "2", "adapter": ""},
+        {"kind": "flow-grpo", "where": "", "start": "", "steps": "5"},
+        {"kind": "train", "data": "pictures", "steps": ""},
+        {
+            "kind": "collect",
+            "prompts": "a dog\n\n a cat ",
+            "valence": "2",
+            "arousal": "-1",
+            "rounds": "",
+            "images": "2",
+        },
+    ]
+    page = (await client.get("/jobs", headers={"Accept": "text/html"})).text
+    for form in forms:
+        assert f'name="kind" value="{form["kind"]}"' in page
+        answer = await client.post("/jobs", data=form, headers={"Accept": "text/html"})
+        assert answer.status_code == 303, answer.text
+    jobs = [it["request"] for it in (await client.get(f"{API}/jobs")).json()][::-1]
+    assert [it["kind"] for it in jobs] == [it["kind"] for it in forms]
+    assert [it["prompt"] for it in jobs[-1]["lines"]] == ["a dog", "a cat"] and jobs[-1]["images"] == 2
 
 
 async def test_a_job_runs_and_its_log_is_read_as_it_grows(client, service):

@@ -272,6 +272,14 @@ def test_filters(store):
     assert found(run_ids=("aaa1",)) == ["aaa1"]
     assert found(model="tiny") == ["bbb3", "aaa2", "aaa1"]
     assert {row.run_id for row in store.candidates(where=RunFilter(limit=2))} == {"aaa2", "bbb3"}
+    said = {"run_id": "aaa1", "sha256": store.run("aaa1").best.sha256}
+    store.append(HumanFeedback(**said, labels=["keep", "dim"]), HumanFeedback(run_id="bbb3", labels=["keep"]))
+    store.append(HumanFeedback(**said, favourite=True), HumanFeedback(**said, labels=["dim"]))
+    for _ in range(2):
+        assert (found(label="keep"), found(label="dim"), found(label="♥")) == (["bbb3"], ["aaa1"], ["aaa1"])
+        store.rebuild()
+    store.append(HumanFeedback(**said, favourite=False))
+    assert found(label="♥") == []
     assert found(min_gain=0.0) == ["bbb3", "aaa2", "aaa1"]
     with pytest.raises(ValueError):
         RunFilter(stauts="running")  # pyright: ignore[reportCallIssue]
