@@ -13,7 +13,7 @@ import torch
 from emoloop.domain import EmotionTarget, UserError
 from emoloop.miniature import codec
 from emoloop.settings import GeneratorSettings
-from emoloop.tools.diffusion.adapter import LORA_FILE, save_artifact
+from emoloop.tools.diffusion.adapter import LORA_FILE, adapters_on, save_artifact
 from emoloop.tools.diffusion.conditioners import EmotionConditioner
 from emoloop.tools.diffusion.families import family_of
 from emoloop.tools.images.base import ImageRequest
@@ -144,6 +144,38 @@ def test_a_lora_of_the_users_own_stays_and_all_that_is_bound_is_logged(tmp_path:
     assert np.array_equal(stock(pipe, "sd3"), theirs)
 
 
+def test_diffusers_own_switches_move_lora_and_target_together(name: str, artifact: Path):
+    pipe = tiny.build(name)
+    base = stock(pipe, name)
+    emotion = emoloop.apply(pipe, artifact, GLAD)
+    bound, glad = adapters_on(pipe), stock(pipe, name)
+    pipe.set_adapters(emotion.adapter.name, 0.7)
+    weaker = stock(pipe, name)
+    assert adapters_on(pipe) == bound.replace("{", "@0.7{")
+    pipe.set_adapters(emotion.adapter.name, 0.0)
+    assert np.array_equal(stock(pipe, name), base) and adapters_on(pipe) is None
+    pipe.set_adapters(emotion.adapter.name)
+    pipe.disable_lora()
+    assert np.array_equal(stock(pipe, name), base) and adapters_on(pipe) is None
+    pipe.enable_lora()
+    assert np.array_equal(stock(pipe, name), glad) and adapters_on(pipe) == bound
+    pipe.unload_lora_weights()
+    assert np.array_equal(stock(pipe, name), base) and adapters_on(pipe) is None
+    own = save(name, artifact.parent / "own", seed=3) / LORA_FILE
+    pipe.load_lora_weights(str(own), adapter_name="own")
+    theirs = stock(pipe, name)
+    emotion.remove()
+    assert np.array_equal(stock(pipe, name), theirs) and pipe.get_active_adapters() == ["own"]
+    pipe.unload_lora_weights()
+    with emoloop.apply(pipe, artifact, GLAD, scale=0.7):
+        assert np.array_equal(stock(pipe, name), weaker)
+    assert np.array_equal(stock(pipe, name), base)
+    emoloop.apply(pipe, artifact, GLAD)
+    pipe.fuse_lora()
+    # Only nearly: weights are rounded when a LoRA is added to them.
+    assert np.abs(stock(pipe, name).astype(int) - glad).max() <= 1
+
+
 def test_a_loop_over_such_a_pipeline_draws_what_the_pipeline_draws(name: str, artifact: Path):
     pipe = tiny.build(name)
     with emoloop.apply(pipe, artifact, GLAD):
@@ -164,16 +196,66 @@ def test_what_does_not_fit_leaves_the_pipeline_alone(tmp_path: Path):
     shipped = ROOT / "miniature/adapters/opd"
     with pytest.raises(UserError, match=r"another model, miniature \(StableDiffusion3Pipeline\), than this"):
         emoloop.apply(pipe, shipped, GLAD)
+    with pytest.raises(UserError, match="its scale is a number, not nan"):
+        emoloop.apply(pipe, save("sd15", tmp_path / "1"), GLAD, scale=float("nan"))
     with emoloop.apply(pipe, save("sd15", tmp_path / "1"), GLAD, scale=0):
         assert type(pipe) is kind
     assert type(pipe) is kind and set(pipe.__dict__) == attributes
 
 
-def test_an_applied_pipeline_is_saved_as_what_it_is(tmp_path: Path):
+def test_an_applied_pipeline_is_what_it_was_and_is_saved_without_the_adapter_alone(tmp_path: Path):
     pipe = tiny.build("sd15")
-    with emoloop.apply(pipe, save("sd15", tmp_path / "a"), GLAD):
+    base = stock(pipe, "sd15")
+    with emoloop.apply(pipe, save("sd15", tmp_path / "a"), GLAD) as applied:
         assert isinstance(pipe, diffusers.StableDiffusionPipeline)
         assert type(pipe).__name__ == "StableDiffusionPipeline"
+        assert repr(applied).startswith(
+            f"Applied({tmp_path / 'a'} on StableDiffusionPipeline, EmotionTarget("
+        )
+        with pytest.raises(UserError, match="remove it first"):
+            pipe.save_pretrained(tmp_path / "saved")
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(stock(loaded, "sd15"), base)
+
+
+def test_a_pipeline_stays_what_it_is_to_its_user(name: str, artifact: Path):
+    """Another scheduler, callbacks, no guidance, a negative prompt, half precision, weights offloaded."""
+    pipe = tiny.build(name)
+    emotion = emoloop.apply(pipe, artifact, dict(valence=2.5, arousal=-1.5))
+    glad = stock(pipe, name)
+    seen: list[str] = []
+
+    def look(_: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.extend(tensors)
+        return {}
+
+    watched = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    assert np.array_equal(stock(pipe, name, **watched), glad) and seen == ["prompt_embeds"] * 2
+    for how in ({"guidance_scale": 1.0}, {"negative_prompt": "dark", "true_cfg_scale": 2.0}):
+        if name != "flux":
+            how.pop("true_cfg_scale", None)
+        emotion.target = None
+        without = stock(pipe, name, **how)
+        emotion.target = {"valence": 2.5, "arousal": -1.5}
+        assert not np.array_equal(stock(pipe, name, **how), without)
+    kind = type(pipe.scheduler)
+    other = "EulerDiscrete" if name.startswith("sd") and name != "sd3" else "FlowMatchLCM"
+    scheduler, pipe.scheduler = (
+        pipe.scheduler,
+        getattr(diffusers, f"{other}Scheduler").from_config(pipe.scheduler.config),
+    )
+    assert not np.array_equal(stock(pipe, name), glad)
+    pipe.scheduler = kind.from_config(scheduler.config)
+    assert np.array_equal(stock(pipe, name), glad)
+    # With the hooks of a real offload, though to the same device.
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert np.array_equal(stock(pipe, name), glad)
+    pipe.remove_all_hooks()
+    pipe.to(torch.bfloat16)
+    # Of these images a difference of one bit in a weight is seen nearly everywhere.
+    assert np.abs(stock(pipe, name).astype(int) - glad).mean() < 16
 
 
 async def test_weights_that_wait_elsewhere_compute_where_the_pipeline_says(name: str, artifact: Path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -16,6 +18,35 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MEGABYTES = 40
+
+
+#: What somebody with a stock pipeline writes, then: the run's pictures, the base again, and that both differ.
+STOCK = """
+import json, sys
+import numpy, torch
+from PIL import Image
+from emoloop.miniature import codec
+from emoloop.tools.presets import resolve
+
+candidates = json.load(open("run.json"))["rounds"][0]["candidates"]
+
+def draw():
+    noise = [torch.Generator("cpu").manual_seed(it["seed"]) for it in candidates]
+    how = dict(num_inference_steps=14, height=96, width=96, max_sequence_length=0, num_images_per_prompt=len(noise))
+    drawn = pipe("a dog by the sea", generator=noise, guidance_scale=emotion.adapter.guidance, **how).images
+    return [numpy.asarray(it) for it in drawn]
+
+import diffusers, emoloop
+absent = {"text_encoder_3": None, "tokenizer_3": None}
+pipe = diffusers.DiffusionPipeline.from_pretrained(resolve("miniature"), dtype=torch.float32, **absent)
+emotion = emoloop.apply(pipe, sys.argv[1], emoloop.EmotionTarget(valence=2, arousal=-1))
+told = draw()
+emotion.remove()
+base = draw()
+pipe = diffusers.DiffusionPipeline.from_pretrained(resolve("miniature"), dtype=torch.float32, **absent)
+print(numpy.array_equal(told, [numpy.asarray(Image.open(it["image"])) for it in candidates]))
+print(numpy.array_equal(base, draw()), numpy.array_equal(told, base))
+"""
 
 
 def call(*words: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
@@ -68,7 +99,16 @@ def test_it_is_small_and_holds_the_package_alone(wheel):
         f"emoloop-{PROJECT['project']['version']}.dist-info",
     }
     assert not [name for name in names if name.startswith(("emoloop/tests", "emoloop/docs", "emoloop/.venv"))]
-    assert "emoloop/py.typed" in names
+    assert "emoloop/py.typed" in names and "emoloop/setup.py" not in names
+
+
+def test_its_description_has_no_link_that_only_the_repository_knows(wheel):
+    [name] = [it for it in zipfile.ZipFile(wheel).namelist() if it.endswith(".dist-info/METADATA")]
+    about = email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
+    assert about["Description-Content-Type"] == "text/markdown"
+    text = about.get_payload()
+    assert "## Two commands" in text and "![" not in text
+    assert not [it for it in re.findall(r"\]\(([^)]*)\)", text) if not it.startswith(("https://", "#"))]
 
 
 def test_every_module_imports(python, elsewhere, wheel):
@@ -99,3 +139,24 @@ def test_the_verbs_work(emoloop, elsewhere):
     report = json.loads(emoloop("eval", "loop", "--arms", "base", "--limit", "1", "--json"))
     assert report
     assert json.loads(emoloop("bench", "dataset", "runs=20", "phrases=0", "--json"))["figures"]["runs"] == 20
+
+
+def test_five_lines_draw_in_a_stock_pipeline_what_a_run_draws(emoloop, python, elsewhere):
+    adapter = Path(call(python, "-c", "import emoloop; print(emoloop.__path__[0])", cwd=elsewhere).strip())
+    adapter = adapter / "miniature" / "adapters" / "opd"
+    words = [
+        "--valence",
+        "2",
+        "--arousal",
+        "-1",
+        "--rounds",
+        "1",
+        "--proposals",
+        "1",
+        "--images",
+        "8",
+        "--json",
+    ]
+    run = emoloop("run", "a dog by the sea", *words, "--adapter", adapter, "--home", "adapted")
+    (elsewhere / "run.json").write_text(run)
+    assert call(python, "-c", STOCK, adapter, cwd=elsewhere).split() == ["True", "True", "False"]

@@ -7,9 +7,8 @@ import json
 import re
 import sys
 import tomllib
-from http.server import HTTPServer
 from pathlib import Path
-from threading import Thread
+from subprocess import PIPE, Popen
 from types import SimpleNamespace
 
 import pytest
@@ -56,32 +55,53 @@ def test_included_files_are_there(page):
         assert (ROOT / name).is_file(), name
 
 
-async def test_a_scorer_in_an_environment_of_its_own_answers_as_the_page_on_rewards_says(monkeypatch):
+#: Stand-ins for the packages, with the calls that the page makes: picture and prompt both count.
+PACKAGES = {
+    "ImageReward": """
+class Model:
+    def score(self, prompt, picture):
+        return picture.getpixel((0, 0))[0] + len(prompt) / 100
+
+def load(name):
+    assert name == "ImageReward-v1.0"
+    return Model()
+""",
+    "hpsv3": """
+class HPSv3RewardInferencer:
+    def __init__(self, device):
+        assert device == "cuda"
+
+    def reward(self, pictures, prompts):
+        return [(it.getpixel((0, 0))[0] + len(prompt) / 100, 0.5) for it, prompt in zip(pictures, prompts)]
+""",
+}
+
+
+@pytest.fixture(params=PACKAGES)
+def scores(request, tmp_path, monkeypatch):
+    """The page's files in the current folder, its server running there; the address is in SCORES_URL."""
     text = (DOCS / "howto" / "reward.md").read_text(encoding="utf-8")
-    code = dict(re.findall(r'```python title="(scores|remote)\.py"\n(.*?)```', text, re.DOTALL))
-    package = SimpleNamespace(score=lambda prompt, picture: picture.getpixel((0, 0))[0] + len(prompt) / 100)
-    monkeypatch.setitem(sys.modules, "ImageReward", SimpleNamespace(load=lambda name: package))
-    monkeypatch.setattr(sys, "argv", ["scores.py", "0"])
-    servers: list[HTTPServer] = []
-    with monkeypatch.context() as patched:
-        patched.setattr(HTTPServer, "serve_forever", lambda it: servers.append(it))
-        exec(code["scores"], {})
-    [server] = servers
-    Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("SCORES_URL", f"http://127.0.0.1:{server.server_port}")
-    exec(code["remote"], remote := {})
+    for name, about, code in re.findall(r'```python title="(\w+\.py)( [^"]+)?"\n(.*?)```', text, re.DOTALL):
+        if not about or request.param.lower() in about.lower():
+            (tmp_path / name).write_text(code, encoding="utf-8")
+    (tmp_path / f"{request.param}.py").write_text(PACKAGES[request.param], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with Popen([sys.executable, "scores.py", "0"], stdout=PIPE, text=True) as server:
+        assert server.stdout is not None
+        monkeypatch.setenv("SCORES_URL", server.stdout.readline().removeprefix("scores at ").strip())
+        yield
+        server.terminate()
+    sys.modules.pop("remote", None)
+
+
+async def test_a_scorer_in_a_process_of_its_own_answers_as_the_page_on_rewards_says(scores):
+    reward = load_reward("emotion + 0.2*remote:imagereward")
     critique, target = Critique(valence=0, arousal=0, alignment=1), EmotionTarget(valence=1)
     looks = [Look(critique, target, "a dog", Image.new("RGB", (4, 4), (shade, 0, 0))) for shade in (7, 200)]
-    try:
-        reward = load_reward(remote["imagereward"])
-        valued = await asyncio.gather(*(reward.values(look) for look in looks))
-        assert [(it[-1].name, it[-1].value) for it in valued] == [
-            ("imagereward", 7.05),
-            ("imagereward", 200.05),
-        ]
-    finally:
-        server.shutdown()
-        server.server_close()
+    valued = await asyncio.gather(*(reward.values(look) for look in looks))
+    told = [{it.name: it.value for it in each} for each in valued]
+    assert [it["imagereward"] for it in told] == [7.05, 200.05]
+    assert [it["emotion + 0.2*imagereward"] - it["emotion"] for it in told] == pytest.approx([1.41, 40.01])
 
 
 def test_keys_of_a_models_defaults_are_explained():

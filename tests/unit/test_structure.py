@@ -54,6 +54,7 @@ def _files() -> list[Path]:
             file
             for folder in folders
             for file in (folder.glob("*.py") if folder == ROOT else folder.rglob("*.py"))
+            if file.name != "setup.py"
         }
     )
 

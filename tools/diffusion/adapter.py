@@ -12,9 +12,11 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -147,6 +149,8 @@ def load_artifact(
         UserError: Nothing there, not a LoRA, made for another model, without the part, `name` is taken, or a second
             adapter with visual prompts.
     """
+    if not math.isfinite(scale):
+        raise UserError(f"adapter {path}: its scale is a number, not {scale}")
     path = Path(path).expanduser()
     family = family_of(pipe, call)
     taken = {taken for model in _carriers(pipe).values() for taken in model.peft_config}
@@ -236,9 +240,26 @@ def adapters_on(pipe: Any) -> str | None:
     """
     if not _carriers(pipe):
         return None
-    ours = {name: adapter.id for name, adapter in known(pipe).items()}
-    active = pipe.get_active_adapters()
-    return "+".join(ours.get(name) or f"{name}:{_weights_hash(pipe, name)}" for name in active) or None
+    ours, told = known(pipe), []
+    for name in pipe.get_active_adapters():
+        if name in ours:
+            told.append(ours[name].id)
+        elif strength(pipe, name):
+            told.append(f"{name}:{_weights_hash(pipe, name)}")
+    return "+".join(filter(None, told)) or None
+
+
+def strength(pipe: Any, name: str) -> float:
+    """An adapter's scale as diffusers has it now (the mean over layers); 0 where it is switched off or gone."""
+    units = [
+        layer.scaling[name]
+        * (layer.r[name] ** (0.5 if layer.use_rslora[name] else 1))
+        / layer.lora_alpha[name]
+        for layer in _layers(pipe, name)
+        if name in layer.active_adapters and not layer.disable_adapters
+    ]
+    # Rounded, so that what was set to .7 is .7.
+    return round(fmean(units), 6) if units else 0.0
 
 
 def _weights_hash(pipe: Any, name: str) -> str:

@@ -8,36 +8,51 @@ keep their meaning. Outside of a call `encode_prompt` is as it was.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
-from ...domain import EmotionTarget, read_target
-from .adapter import Adapter, known, load_artifact, unload
+from ...domain import EmotionTarget, UserError, read_target
+from .adapter import Adapter, known, load_artifact, strength, unload
 from .families import Conditioning, family_of
 from .visual import VisualControl
 
 
-@dataclass
 class Applied:
     """An adapter and a target on a pipeline; a context manager that takes them off at its end.
 
     Attributes:
         pipe: The pipeline.
-        adapter: The adapter.
-        target: What the next pictures shall make people feel; may be changed, None leaves it to the LoRA.
+        adapter: The adapter as it was bound.
     """
 
-    pipe: Any
-    adapter: Adapter
-    target: EmotionTarget | None = None
+    def __init__(self, pipe: Any, adapter: Adapter, target: EmotionTarget | Mapping[str, Any] | None) -> None:
+        self.pipe, self.adapter, self.target = pipe, adapter, target
+
+    def __repr__(self) -> str:
+        return f"Applied({self.adapter.path} on {type(self.pipe).__name__}, {self.target!r})"
+
+    @property
+    def target(self) -> EmotionTarget | None:
+        """What the next pictures shall make people feel; may be changed, None leaves it to the LoRA."""
+        return self._target
+
+    @target.setter
+    def target(self, target: EmotionTarget | Mapping[str, Any] | None) -> None:
+        self._target = None if target is None else read_target(target)
+
+    @property
+    def current(self) -> Adapter:
+        """The adapter at the strength that its LoRA has now: `set_adapters`, `disable_lora` and the like move both."""
+        return replace(self.adapter, scale=strength(self.pipe, self.adapter.name))
 
     @property
     def id(self) -> str | None:
-        """For the record: the adapter's id and the target."""
+        """For the record: the adapter's id and the target; None where it is switched off."""
         told = "" if self.target is None else self.target.model_dump_json(exclude_none=True)
-        return f"{self.adapter.id}{told}"
+        adapter = self.current.id
+        return None if adapter is None else f"{adapter}{told}"
 
     def remove(self) -> None:
         """Take the adapter off; with the last one the pipeline is as it was, to the bit."""
@@ -126,6 +141,12 @@ def _emotional(base: Any) -> Any:
             # FLUX encodes its negative branch by a second call.
             return _told(self, encoded, positive=self._encodings == 1)
 
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+            # diffusers writes the layers by the names that they have under a LoRA, and draws new ones at loading.
+            raise UserError(
+                "the pipeline has an adapter on it, and would load without these layers: remove it first"
+            )
+
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(Emotional, name, getattr(base, name))
     return Emotional
@@ -140,7 +161,7 @@ def _told(pipe: Any, encoded: Any, positive: bool) -> tuple[Any, ...]:
             continue
         embeds: Conditioning = family.conditioning(named, sign)
         for it in _applied(pipe):
-            embeds = it.adapter.condition(embeds, it.target, negative=bool(sign) or not positive)
+            embeds = it.current.condition(embeds, it.target, negative=bool(sign) or not positive)
         named[f"{sign}prompt_embeds"], named[f"{sign}pooled_prompt_embeds"] = embeds.carrier, embeds.pooled
     if "text_ids" in named:
         named["text_ids"] = named["text_ids"].new_zeros(named["prompt_embeds"].shape[1], 3)
