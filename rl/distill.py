@@ -61,6 +61,7 @@ class Distilled:
         statistics: What the data held, as JSON.
         figures: Flat numbers for reports.
         notes: What a person should know before trusting the result.
+        main: Whether this process is the one that writes and tells.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class Distilled:
     statistics: dict[str, Any]
     figures: dict[str, float]
     notes: list[str]
+    main: bool = True
 
 
 def objective_of(config: DistillConfig) -> tuple[Objective, str]:
@@ -119,7 +121,7 @@ def distill(
         guards = _guards(config, policy, cache, dataset)
         statistics = dataset.statistics.model_dump(mode="json")
         notes = _notes(config, len(held_out), dataset.statistics.prompts, guards is not None)
-        for note in notes:
+        for note in notes if accelerator.is_main_process else ():
             warn(note)
         trainer = Trainer(
             config, objective, policy, train, held_out, text, cache, guards, training,
@@ -158,7 +160,7 @@ def train_into(
     watch: Watcher | None,
 ) -> Distilled:
     """Train, and write the artifact; the folder was checked."""
-    config, policy, training = trainer.config, trainer.policy, out / "training"
+    config, training = trainer.config, out / "training"
     # From here on the folder is taken: what is refused, is refused before.
     if trainer.is_main:
         write_atomic(training / _CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -166,14 +168,14 @@ def train_into(
     outcome = trainer.run(resume=resume, watch=watch)
     with trainer.averaged():
         record = _record(config, trainer.objective, origin, generator, outcome, notes)
+        parts = trainer.parts()
         if trainer.is_main and outcome.reason != "interrupted":
             about = generator.describe()
             save_artifact(
-                out, generator.pipe, adapter_name=STUDENT, emotion_tokens=policy.tokens,
-                visual_prompts=policy.visual, training=record, base_model=about["model"],
-                call=about["call"],
+                out, generator.pipe, adapter_name=STUDENT, training=record, base_model=about["model"],
+                call=about["call"], **parts,
             )  # fmt: skip
-    return Distilled(out, outcome, origin.data, record["figures"], notes)
+    return Distilled(out, outcome, origin.data, record["figures"], notes, trainer.is_main)
 
 
 def make_policy(

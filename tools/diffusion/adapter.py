@@ -259,6 +259,7 @@ def save_artifact(
     training: dict[str, Any] | None = None,
     base_model: str = "",
     call: dict[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a distilled artifact; an older one's files are replaced only when all of the new ones are whole.
 
@@ -271,6 +272,8 @@ def save_artifact(
         training: What `training.json` says: configuration, data hash, rewards, guard metrics. Plain JSON.
         base_model: The base model's id, for the card.
         call: As for `load_artifact`.
+        weights: The LoRA by diffusers' names, where the pipeline holds a share of it; its effect is then left to
+            whoever loads it.
 
     Returns:
         The folder.
@@ -287,7 +290,9 @@ def save_artifact(
         raise UserError(
             f"no module of the {family.denoiser} carries the LoRA {adapter_name!r}: nothing to save"
         )
-    _check_effect(family, directory, adapter_name, _alone(emotion_tokens, training or {}))
+    if weights is None:
+        _check_effect(family, directory, adapter_name, _alone(emotion_tokens, training or {}))
+        weights = _bound(pipe, adapter_name)
     metadata = {
         f"{family.denoiser}.{key}": sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
@@ -301,7 +306,7 @@ def save_artifact(
         # The file that the pipeline's save_lora_weights writes, but with one entry in its header: safetensors
         # puts several in random order, and the same weights must give the same bytes.
         save_file(
-            {key: value.detach().cpu().contiguous() for key, value in _bound(pipe, adapter_name).items()},
+            {key: value.detach().cpu().contiguous() for key, value in weights.items()},
             beside(LORA_FILE),
             metadata={LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, sort_keys=True)},
         )
