@@ -25,6 +25,7 @@ BENCHES: dict[str, str] = {
     "dpo-step": ".evals.bench.dpo_step:main",
     "lvlm": ".evals.bench.lvlm:main",
     "log": ".evals.bench.log:main",
+    "real": ".evals.bench.real:main",
     "overhead": ".evals.bench.overhead:main",
     "sde": ".evals.bench.sde:main",
     "serve": ".service.bench:main",

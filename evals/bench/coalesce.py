@@ -62,12 +62,12 @@ def main(
         return forward(rows, size)
 
     generator._forward = counted
-    _bare(generator, batch, batch)  # whatever is made on the first call
+    bare_cost(generator, batch, batch)  # whatever is made on the first call
     for repeat in range(repeats):
         with tempfile.TemporaryDirectory(prefix="emoloop-coalesce-") as home:
             first = seed + repeat * runs
-            ours.append(asyncio.run(_loop(generator, home, runs, images, rounds, first)))
-        bare.append(_bare(generator, count, batch))
+            ours.append(asyncio.run(loop_cost(generator, home, runs, images, rounds, first)))
+        bare.append(bare_cost(generator, count, batch))
     asyncio.run(generator.aclose())
     wall, cpu = (max(b[axis] / o[axis] for b, o in zip(bare, ours, strict=True)) for axis in (0, 1))
     figures = {
@@ -87,10 +87,13 @@ def main(
     }
 
 
-async def _loop(generator: Any, home: str, runs: int, images: int, rounds: int, seed: int) -> Cost:
+async def loop_cost(
+    generator: Any, home: str, runs: int, images: int, rounds: int, seed: int, lvlm: Any = None
+) -> Cost:
+    """What concurrent runs take that nothing ends early; `lvlm` in the place of one that answers at once."""
     options = {"rounds": rounds, "images": images, "proposals": 1, "patience": rounds, "tolerance": 0.0}
     base = load_settings({"loop": options, "lvlm": {"concurrency": runs}})
-    async with open_loop(base, generator=generator, lvlm=FakeLVLM(), home=home) as loop:
+    async with open_loop(base, generator=generator, lvlm=lvlm or FakeLVLM(), home=home) as loop:
         target = {"valence": 2.0, "arousal": -1.0}
         began = time.perf_counter(), time.process_time()
         results = await asyncio.gather(
@@ -101,7 +104,8 @@ async def _loop(generator: Any, home: str, runs: int, images: int, rounds: int, 
     return cost
 
 
-def _bare(generator: Any, count: int, batch: int) -> Cost:
+def bare_cost(generator: Any, count: int, batch: int) -> Cost:
+    """What the pipeline by itself takes for as many pictures in whole batches."""
     import torch
 
     began = time.perf_counter(), time.process_time()

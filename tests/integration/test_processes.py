@@ -124,7 +124,7 @@ def test_a_killed_training_goes_on_and_flow_grpo_samples_in_shares(
     online = ["train.batch_size=4", "train.steps=4"]
     done = script(
         task(settings, "dpo", tmp_path / "dpo", QUICK, resume=True),
-        task(homes["home-two"], "flow-grpo", tmp_path / "grpo", online, interrupt_at=2),
+        task(homes["home-two"], "flow-grpo", tmp_path / "grpo", online, interrupt_at=1),
         task(homes["home-two"], "flow-grpo", tmp_path / "grpo", online, resume=True),
     )
     assert done.returncode == 0, done.stderr
