@@ -23,6 +23,7 @@ BENCHES: dict[str, str] = {
     "dataset": ".evals.bench.dataset:main",
     "distill-study": ".evals.studies.distill_study:main",
     "dpo-step": ".evals.bench.dpo_step:main",
+    "generator": ".evals.bench.generator:main",
     "lvlm": ".evals.bench.lvlm:main",
     "log": ".evals.bench.log:main",
     "real": ".evals.bench.real:main",

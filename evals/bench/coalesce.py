@@ -19,7 +19,7 @@ from ...tools.images.load import load_generator
 from .fakes import FakeLVLM
 
 #: Neutral prompts, gone through in turn.
-_PROMPTS = ("a dog by the sea", "a cat in a meadow", "a house", "a boat in the snow", "a tree in the city")
+PROMPTS = ("a dog by the sea", "a cat in a meadow", "a house", "a boat in the snow", "a tree in the city")
 
 #: Wall and CPU seconds.
 Cost = tuple[float, float]
@@ -97,7 +97,7 @@ async def loop_cost(
         target = {"valence": 2.0, "arousal": -1.0}
         began = time.perf_counter(), time.process_time()
         results = await asyncio.gather(
-            *(loop.run(_PROMPTS[n % len(_PROMPTS)], target, seed=seed + n) for n in range(runs))
+            *(loop.run(PROMPTS[n % len(PROMPTS)], target, seed=seed + n) for n in range(runs))
         )
         cost = time.perf_counter() - began[0], time.process_time() - began[1]
     assert all(it.status is RunStatus.COMPLETED for it in results)
@@ -112,7 +112,7 @@ def bare_cost(generator: Any, count: int, batch: int) -> Cost:
     for start in range(0, count, batch):
         seeds = range(start, min(start + batch, count))
         generator.pipe(
-            [_PROMPTS[n % len(_PROMPTS)] for n in seeds],
+            [PROMPTS[n % len(PROMPTS)] for n in seeds],
             height=generator.height,
             width=generator.width,
             num_inference_steps=generator.steps,

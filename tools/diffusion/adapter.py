@@ -213,10 +213,19 @@ def rescale(pipe: Any, adapter: Adapter, scale: float) -> Adapter:
     return changed
 
 
+def fuse(pipe: Any, adapter: Adapter) -> None:
+    """Add an adapter's LoRA to the weights at its strength, until it is unloaded; then its rounding stays in them."""
+    for layer in _layers(pipe, adapter.name):
+        layer.merge(adapter_names=[adapter.name])
+
+
 def unload(pipe: Any, adapter: Adapter) -> None:
     """Take an adapter off the pipeline again; the others stay as they are."""
     if known(pipe).pop(adapter.name, None) is None:
         return
+    for layer in _layers(pipe, adapter.name):
+        if adapter.name in layer.merged_adapters:
+            layer.unmerge()
     if adapter.bridge is not None:
         adapter.bridge.remove()
     if not known(pipe):
