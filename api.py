@@ -144,7 +144,8 @@ def evaluate(
     arms: Sequence[str] | None = None,
     judge: str | None = None,
     guard: str | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
+    critic: str | Path | None = None,
     limit: int | None = None,
     allow_reward_judge: bool = False,
     home: str | Path | None = None,
@@ -161,7 +162,8 @@ def evaluate(
         arms: Names, `NAME=KEY=VALUE,…`, `NAME=ADAPTER-FOLDER` or `NAME=pkg.mod:function`; by default the suite's.
         judge: `law`, `lvlm[:MODEL]`, `clip:ENCODER,HEAD`, `human:FILE.csv` or a dotted path.
         guard: A second reader; the same words.
-        adapter: Artifact behind the arms `adapter` and `loop_on_adapter`.
+        adapter: Artifact behind the arms `adapter` and `loop_on_adapter`; or several by name.
+        critic: Model behind the arms NAME`+critic`.
         limit: Only the first so many neutral prompts.
         allow_reward_judge: Let a judge speak that gave the reward; the report says so.
         home: Evaluations keep their log in `HOME/evals`.
@@ -180,12 +182,14 @@ def evaluate(
     from .evals.document import Options
     from .evals.evaluate import evaluate as run
 
+    named = adapter if isinstance(adapter, Mapping) else {} if adapter is None else {"adapter": adapter}
     options = Options(
         suite=str(suite),
         arms=None if arms is None else list(arms),
         judge=judge,
         guard=guard,
-        adapter=None if adapter is None else Path(adapter),
+        adapters={name: Path(folder) for name, folder in named.items()},
+        critic=None if critic is None else str(critic),
         allow_reward_judge=allow_reward_judge,
         limit=limit,
         settings={"home": home, "generator": generator_settings(generator), "lvlm": lvlm_settings(lvlm)},

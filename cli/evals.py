@@ -39,7 +39,14 @@ def eval_(
     ] = None,
     guard: Annotated[str | None, typer.Option(help="Second reader; the same words.")] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="Artifact behind the arms adapter and loop_on_adapter.")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Artifact behind the arms NAME and loop_on_NAME, by default adapter; repeatable.",
+        ),
+    ] = None,
+    critic: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="LVLM behind the arms NAME+critic.")
     ] = None,
     model: opt.Model = None,
     lvlm: opt.Lvlm = None,
@@ -87,7 +94,8 @@ def eval_(
         more_arms=arm or [],
         judge=judge,
         guard=guard,
-        adapter=adapter,
+        adapters=dict(map(_named, adapter or [])),
+        critic=critic,
         allow_reward_judge=allow_reward_judge,
         limit=limit,
         again=again,
@@ -102,6 +110,11 @@ def eval_(
         print("emoloop: interrupted; what is made is kept, the same call goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
     opt.tell(document, as_json, lambda: show(document, folder))
+
+
+def _named(words: str) -> tuple[str, Path]:
+    name, given, folder = words.partition("=")
+    return (name, Path(folder)) if given else ("adapter", Path(words))
 
 
 def _processes(words: str) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import count
@@ -227,7 +227,22 @@ ARMS = {
 PARTS = ("tokens", "lora")
 
 
-def load_arm(spec: str, adapters: dict[str, Path]) -> Arm:
+#: How an arm is named that is the same but for the critic.
+TUNED = "+critic"
+
+
+def crossed(adapters: Iterable[str], critic: str | None) -> list[str]:
+    """EmoFeedback²'s ablation (arXiv 2511.19982): each generator in one pass, then under the loop with each critic.
+
+    Args:
+        adapters: What the generator may carry, beside nothing.
+        critic: The other critic, if there is one.
+    """
+    loops = ["loop", *(f"loop_on_{name}" for name in adapters)]
+    return ["base", *adapters, *loops, *(f"{loop}{TUNED}" for loop in loops if critic)]
+
+
+def load_arm(spec: str, adapters: dict[str, Path], critic: str | None = None) -> Arm:
     """An arm from how it is written on the command line or in a suite.
 
     Args:
@@ -236,8 +251,9 @@ def load_arm(spec: str, adapters: dict[str, Path]) -> Arm:
             dotted path to a function like `teacher`; any of these may be given a name of its own,
             `mine=pkg.mod:arm`. `mine=FOLDER` is an adapter, and
             `mine=KEY=VALUE,…` the loop with these settings: those of a run by their names, any other as
-            `section.key`, and `adapter=FOLDER`.
+            `section.key`, and `adapter=FOLDER`. NAME`+critic` is the same arm with the model of `critic`.
         adapters: Name → artifact folder.
+        critic: Another `lvlm.model`.
 
     Raises:
         UserError: None of these, or an adapter that is not there.
@@ -249,6 +265,11 @@ def load_arm(spec: str, adapters: dict[str, Path]) -> Arm:
         raise UserError(f"arm name {name!r}: letters, digits and . + - _ are allowed")
     on_adapter = what.removeprefix("loop_on_")
     part, _, whole = what.partition("_of_")
+    if what.endswith(TUNED):
+        if critic is None:
+            raise UserError(f"arm {what!r} needs a critic: --critic MODEL")
+        arm = load_arm(what.removesuffix(TUNED), adapters)
+        return replace(arm, name=name, models=merged(arm.models, {"lvlm": {"model": critic}}))
     if "=" in what:
         return _of_settings(name, what.split(","))
     if what in ARMS:

@@ -34,7 +34,8 @@ class Options:
         again: Read a suite that this release was read on before.
         judge: Headline judge instead of the suite's.
         guard: Guard instead of the suite's.
-        adapter: Folder behind the arms `adapter` and `loop_on_adapter`.
+        adapters: Name → folder behind the arms NAME and `loop_on_NAME`.
+        critic: Model behind the arms NAME`+critic`.
         allow_reward_judge: Let a judge that gave the reward speak, in red.
         limit: Only so many neutral prompts.
         settings: Overrides, nested by section; they win over the suite's, save for rounds and images.
@@ -44,7 +45,8 @@ class Options:
     arms: list[str] | None = None
     judge: str | None = None
     guard: str | None = None
-    adapter: Path | None = None
+    adapters: dict[str, Path] = field(default_factory=dict)
+    critic: str | None = None
     allow_reward_judge: bool = False
     limit: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -158,9 +160,10 @@ def _losses(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _command(options: Options) -> str:
-    given = {flag: getattr(options, flag) for flag in ("judge", "guard", "adapter", "limit")}
+    given = {flag: getattr(options, flag) for flag in ("judge", "guard", "critic", "limit")}
     given["arms"] = ",".join(options.arms or ()) or None
     words = [f"--{flag} {value}" for flag, value in given.items() if value is not None]
+    words += [f"--adapter {name}={folder}" for name, folder in options.adapters.items()]
     words += [f"--arm {arm}" for arm in options.more_arms]
     words += ["--allow-reward-judge"] if options.allow_reward_judge else []
     words += ["--again"] if options.again else []

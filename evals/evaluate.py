@@ -20,7 +20,7 @@ from ..graph.state import Context
 from ..settings import load_settings, merged, pruned
 from ..tools.children import GuardedProcess
 from ..tools.registry import resolve
-from .arms import load_arm, lookup, planner
+from .arms import crossed, load_arm, lookup, planner
 from .document import Options, Plan, describe
 from .judges import conflict, load_judge, reward_sources
 from .ledger import check, record, release_of
@@ -42,11 +42,12 @@ def plan(options: Options) -> Plan:
         suite = suite.limited(options.limit)
     budget = {"loop": {"rounds": suite.rounds, "images": suite.images}}
     settings = load_settings(merged(merged(suite.settings, pruned(options.settings)), budget))
-    adapters = dict(suite.adapters)
-    if options.adapter or settings.generator.adapter:
-        adapters["adapter"] = Path(options.adapter or settings.generator.adapter or "")
-    wanted = options.arms or [*suite.arms, *(arm for arm in suite.adapters if arm not in suite.arms)]
-    arms = [load_arm(spec, adapters) for spec in [*wanted, *options.more_arms]]
+    adapters = suite.adapters | {name: Path(folder) for name, folder in options.adapters.items()}
+    if settings.generator.adapter:
+        adapters.setdefault("adapter", Path(settings.generator.adapter))
+    own = crossed(adapters, options.critic) if suite.cross else [*suite.arms, *suite.adapters]
+    wanted = options.arms or list(dict.fromkeys([*suite.arms, *own]))
+    arms = [load_arm(spec, adapters, options.critic) for spec in [*wanted, *options.more_arms]]
     ours = [settings_of(settings, arm.models) for arm in arms]
     for arm, its in zip(arms, ours, strict=True):
         resolve(Context(**arm.options).over(its.loop)["rewriter"], REWRITERS, "rewriter")

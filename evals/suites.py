@@ -108,6 +108,7 @@ class Suite(_Part):
         rounds: Rounds of the loop; selecting arms get `rounds × images` images.
         arms: Arms by name, in the order of the report.
         adapters: Further arms: name → distilled artifact (path from the suite's file, or absolute).
+        cross: Whether each adapter is also an arm under the loop, and each loop also one with `--critic`'s model.
         judge: Headline judge: a name in the registry or a dotted path.
         guard: Second reader for alignment, diversity and smoothness; likewise.
         ledger: Where each reading is recorded (path from the suite's file, or absolute); a release is read once.
@@ -124,6 +125,7 @@ class Suite(_Part):
     rounds: Annotated[int, Field(ge=1, le=50)] = 3
     arms: list[str] = Field(min_length=1)
     adapters: dict[str, Path] = {}
+    cross: bool = False
     judge: str | None = None
     guard: str | None = None
     ledger: Path | None = None
@@ -153,7 +155,8 @@ class Suite(_Part):
     @cached_property
     def sha256(self) -> str:
         """Content hash of what decides the figures: everything but the words about it."""
-        kept = self.model_dump(mode="json", exclude={"about", "arms", "adapters", "ledger", "measures"})
+        words = {"about", "arms", "adapters", "cross", "ledger", "measures"}
+        kept = self.model_dump(mode="json", exclude=words)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -226,7 +229,11 @@ def load_suite(name: str | Path) -> Suite:
     if not path.is_file():
         raise UserError(f"no suite {str(name)!r}: neither one of {', '.join(shipped())} nor a YAML file")
     try:
-        suite = Suite.model_validate(read_yaml(path))
+        told = read_yaml(path)
+        if other := told.pop("requests_of", None):
+            # The other suite's seeds and budget too: its runs are then found in the log.
+            told = load_suite(other).model_dump(include={"blocks", "seed", "images", "rounds"}) | told
+        suite = Suite.model_validate(told)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "suite"

@@ -117,7 +117,9 @@ def distill(
         text = dataset.examples(source_for(TEXT, config.data)) if config.train.text_steps else None
         accelerator = make_accelerator(config, training)
         generator = load_base(settings, config, dataset.base, accelerator.device)
-        policy, cache = make_policy(settings, config, generator, store, dataset.base)
+        # What reads wishes alone may start from any adapter: nothing that another model made is learned from.
+        free = config.policy.previous is not None and objective.required_keys <= {"prompt", "text", "target"}
+        policy, cache = make_policy(settings, config, generator, store, None if free else dataset.base)
         guards = _guards(config, policy, cache, dataset)
         statistics = dataset.statistics.model_dump(mode="json")
         notes = _notes(config, len(held_out), dataset.statistics.prompts, guards is not None)

@@ -270,6 +270,14 @@ def test_a_distillation_by_direct_reward(way: str, tmp_path: Path) -> None:
     assert record["source"] == ("bests" if way == "direct_align" else "phrases")
     load_artifact(load_pipeline(folder, torch.float32), tmp_path / "out", call=tiny.DEFAULTS["sd3"]["call"])
 
+    previous = [f"policy.previous={tmp_path / 'out'}", "train.text_steps=0"]
+    config = load_config("direct", sets=[*QUICK, reward, f"objective.way={way}", *previous])
+    if way == "direct_align":
+        with pytest.raises(UserError, match="made without an adapter"):
+            distill(settings, config, tmp_path / "two")
+    else:
+        assert distill(settings, config, tmp_path / "two").outcome.reason == "finished"
+
 
 @pytest.mark.training
 def test_two_steps_of_the_real_thing(tmp_path: Path) -> None:

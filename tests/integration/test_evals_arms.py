@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 
 import emoloop
@@ -139,3 +140,29 @@ def test_lookup_needs_a_log(folder, tmp_path):
     with pytest.raises(UserError):
         plan(options)
     assert not (tmp_path / "home").exists()
+
+
+def test_an_ablation_crosses_generators_critics_and_the_loop(folder):
+    given = {"adapters": {"flow": ADAPTER}, "critic": "miniature"}
+    ready = plan(Options("emofeedback", **given))
+    assert ready.suite.requests == load_suite("test").requests
+    loops = ["loop", "loop_on_opd", "loop_on_flow"]
+    wanted = ["base", "opd", "flow", *loops, *(f"{loop}+critic" for loop in loops)]
+    assert [arm.name for arm in ready.arms] == wanted
+    with pytest.raises(UserError, match="--critic MODEL"):
+        plan(Options("dev", arms=["loop+critic"]))
+
+    where, _ = folder
+    tuned = where / "tuned"
+    shutil.copytree(ADAPTER.parents[1] / "weights" / "lvlm", tuned)
+    small = SUITE | {"name": "crossed", "cross": True, "arms": ["base"], "rounds": 1, "ledger": None}
+    (where / "crossed.yaml").write_text(yaml.safe_dump(small))
+    options = Options(
+        str(where / "crossed.yaml"), critic=str(tuned), settings={"home": where / "home"}, limit=1
+    )
+    document, _ = evaluate(options, where / "crossed")
+    arms = document["arms"]
+    assert list(arms) == ["base", "opd", "loop", "loop_on_opd", "loop+critic", "loop_on_opd+critic"]
+    assert arms["loop_on_opd+critic"]["settings"]["lvlm"] == {"model": str(tuned)}
+    # The same weights by another name: the same pictures, read anew.
+    assert document["figures"]["loop+critic_error"] == document["figures"]["loop_error"]

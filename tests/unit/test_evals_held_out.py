@@ -14,6 +14,7 @@ FROZEN = {
     "test": "49f3cfce5f12daa248e0f44adf5b4951e80c7ef5ea0af1bff3aebc5f163546df",
     "shortcut": "8da911be1c373b752a3d282ca457f64680d7bffc44b0c7bf7b2afc0fe5628cc7",
     "dev-sweeps": "66f24d4609a442574c1063f84babb1ebf8d1fa77575a09539cf33fe7ceab4031",
+    "emofeedback": "01ddf31de44c03c66309b28b7ec95815ea2fa67b44059812623c0f82743457ec",
     "test-sweeps": "ccc5e582e2d8b6a55a002092d49578a7e9abf1ded78db3440df011c90c03b748",
 }
 TRAINING = Path(world.__file__).parents[1] / "rl" / "presets" / "miniature.prompts.jsonl"

@@ -16,7 +16,7 @@ SIGNATURES = {
     "open_loop": "settings, *, generator, lvlm, reward, checkpointer, **overrides",
     "open_log": "home, *, settings, write",
     "distill": "objective, out, *, home, where, preset, config, knobs, resume, watch, settings",
-    "evaluate": "suite, out, *, arms, judge, guard, adapter, limit, allow_reward_judge, home, generator, lvlm, "
+    "evaluate": "suite, out, *, arms, judge, guard, adapter, critic, limit, allow_reward_judge, home, generator, lvlm, "
     "processes, progress",
     "load_settings": "overrides, base",
     "Loop.resume_sync": "self, run_id, answer, **options",
