@@ -1,0 +1,41 @@
+"""The bench of published sizes runs as a whole on tiny models, and its generator is what training names."""
+
+from __future__ import annotations
+
+import pytest
+from emoloop.domain import UserError
+from emoloop.evals.bench import real
+from emoloop.settings import GeneratorSettings
+
+
+@pytest.mark.parametrize("name", ["sd35-medium", "flux-dev", "sdxl", "qwen25-vl-7b"])
+def test_the_rule_of_tiny_models_leaves_real_ones_alone(name: str) -> None:
+    full, tiny = (real._entry(name, size) for size in ("full", "tiny"))
+    if name == "qwen25-vl-7b":
+        assert (full["config"]["hidden_size"], tiny["config"]["hidden_size"]) == (3584, 896)
+        assert tiny["config"]["vision_config"]["fullatt_block_indexes"] == []
+    else:
+        assert full["defaults"]["steps"] > 2 == tiny["defaults"]["steps"]
+        assert full["components"]["text_encoder"]["hidden_size"] == 768
+    with pytest.raises(UserError, match="no model 'vae'"):
+        real._entry("vae", "tiny")
+
+
+@pytest.mark.slow
+def test_pictures_and_steps_are_measured() -> None:
+    document = real.main(size="tiny", models="sd35-medium,flux-dev,sdxl", runs=2, images=4, updates=4)
+    figures = document["figures"]
+    for name in ("sd35-medium", "flux-dev", "sdxl"):
+        rates = [f"{name}.{it}_steps_per_second" for it in ("opd", "dpo")]
+        assert all(figures[it] > 0 for it in (f"{name}.images_per_second", f"{name}.efficiency", *rates))
+        shares = [value for key, value in figures.items() if key.startswith(name) and key.endswith("share")]
+        assert len(shares) == 3 + (name != "sdxl") and all(0 < value <= 1 for value in shares)
+    assert figures["flux-dev.flow_grpo_steps_per_second"] > 0
+    assert "sdxl.flow_grpo_share" not in figures
+
+
+def test_a_generator_of_a_size_is_what_settings_name() -> None:
+    made = real.sd35_medium_tiny(GeneratorSettings(device="cpu"))
+    about = made.describe()
+    assert about["model"] == "emoloop.evals.bench.real:sd35_medium_tiny"
+    assert (about["height"], about["steps"], about["pipeline"]) == (128, 2, "StableDiffusion3Pipeline")
