@@ -475,8 +475,8 @@ class Trainer:
 
     def _set_weights(self, weights: dict[str, Any], whole: bool = True) -> None:
         options = StateDictOptions(full_state_dict=True, strict=False)
-        outcome = set_model_state_dict(self.policy.trained, weights, options=options)
-        # The call above fills what is missing with what is there, and does not say so.
+        # The call renames keys of its dictionary for several processes, and fills what is missing with what is there.
+        outcome = set_model_state_dict(self.policy.trained, dict(weights), options=options)
         missing = get_model_state_dict(self.policy.trained, options=_STATE).keys() - weights if whole else ()
         lost = sorted(missing) + sorted(outcome.unexpected_keys)
         if lost:
