@@ -127,7 +127,9 @@ def train_flow_grpo(
                 config, objective, policy, rows, held_out=None, text=None, cache=cache, guards=guards,
                 folder=training, data_hash=data["data_hash"], accelerator=accelerator,
             )  # fmt: skip
-            origin = Origin(base, collector.reward, collector.critics(), "online", {**data, "name": name})
+            origin = Origin(
+                about, base, collector.reward, collector.critics(), "online", {**data, "name": name}
+            )
             return train_into(out, trainer, generator, origin, notes, resume=resume, watch=watch)
     finally:
         recorder.close()
