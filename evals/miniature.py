@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from ..agents.critic import Critic
-from ..agents.rewriters import Rewriter
+from ..agents.rewriters import Rewriter, RewriteRequest
 from ..domain import Critique, EmotionTarget
 from ..graph.parts import Parts
 from ..miniature import law, world
@@ -263,7 +263,8 @@ async def _rewriter(rewriter: Rewriter) -> dict[str, Estimate]:
         target = EmotionTarget(valence=float(valence), arousal=float(arousal))
         requests.append((world.caption(rng, scene, named), target))
     rewrites = await asyncio.gather(
-        *(rewriter.rewrite(prompt, target) for prompt, target in requests), return_exceptions=True
+        *(rewriter.rewrite(RewriteRequest(prompt, target)) for prompt, target in requests),
+        return_exceptions=True,
     )
     kept: list[float | None] = []
     toward: list[float | None] = []

@@ -21,8 +21,8 @@ from pydantic import ValidationError
 from sqlalchemy import ColumnElement, and_, select
 
 from ..agents.critic import Critic, Reading
-from ..agents.rewriters import KEPT, Rewrite, Rewriter
-from ..domain import Critique, EmotionTarget, Round
+from ..agents.rewriters import KEPT, Rewrite, Rewriter, RewriteRequest
+from ..domain import Critique, EmotionTarget
 from ..events import EVENT, Critiqued, ImageGenerated, Rewritten
 from ..graph.parts import Parts
 from ..tools.images.base import GeneratedImage, Generator, ImageRequest, UnknownWord, gather_images
@@ -243,20 +243,12 @@ class _Rewriter:
         # seed, so the run's own log is the only place to find them again.
         return getattr(self._inner, name)
 
-    async def rewrite(
-        self,
-        neutral: str,
-        target: EmotionTarget,
-        rounds: Sequence[Round] = (),
-        *,
-        comment: str = "",
-        seed: int = 0,
-    ) -> Rewrite:
-        if rounds or comment:
-            return await self._inner.rewrite(neutral, target, rounds, comment=comment, seed=seed)
+    async def rewrite(self, request: RewriteRequest) -> Rewrite:
+        if request.rounds or request.comment:
+            return await self._inner.rewrite(request)
         return await self._reuse.once(
-            ("rewrite", self.model, self.prompt_id, neutral, target),
-            lambda: self._reuse.rewrite(self._inner, neutral, target),
-            lambda: self._inner.rewrite(neutral, target, seed=seed),
+            ("rewrite", self.model, self.prompt_id, request.neutral, request.target),
+            lambda: self._reuse.rewrite(self._inner, request.neutral, request.target),
+            lambda: self._inner.rewrite(request),
             good=lambda rewrite: rewrite.refused is None,
         )

@@ -23,6 +23,7 @@ import torch
 from rich.progress import Progress
 
 from ..agents.ask import one_line
+from ..agents.rewriters import RewriteRequest
 from ..domain import Candidate, Failure, UserError
 from ..graph.knowledge import Knowledge
 from ..graph.loop import open_loop
@@ -279,7 +280,9 @@ async def measure_pace(harness: Harness, rows: Sequence[Row], kept: Kept) -> dic
             await timed(
                 "critique", (reuse.critic.read(one.image, it.prompt, it.target) for one, (it, _) in reads)
             )
-            await timed("rewrite", (rewriter.rewrite(it.prompt, it.target) for it, _ in shown))
+            await timed(
+                "rewrite", (rewriter.rewrite(RewriteRequest(it.prompt, it.target)) for it, _ in shown)
+            )
     except Exception:  # a model that fails now has been reported by the arms
         return {}
     kept.put(key, pace)

@@ -1,10 +1,8 @@
 """A rewriter of your own in one file, named by a dotted path."""
 
-from collections.abc import Sequence
-
-from emoloop import EmotionTarget, Round, open_loop
+from emoloop import EmotionTarget, open_loop
 from emoloop.agents.ask import Asker
-from emoloop.agents.rewriters import Rewrite
+from emoloop.agents.rewriters import Rewrite, RewriteRequest
 
 
 class Scenery:
@@ -25,20 +23,12 @@ class Scenery:
     def __init__(self, asker: Asker, prompt: str) -> None:
         pass
 
-    async def rewrite(
-        self,
-        neutral: str,
-        target: EmotionTarget,
-        rounds: Sequence[Round] = (),
-        *,
-        comment: str = "",
-        seed: int = 0,
-    ) -> Rewrite:
-        """The prompt of the next round; `rounds` holds what was tried and read so far."""
-        pleasant = (target.point[0] or 0) > 0
+    async def rewrite(self, request: RewriteRequest) -> Rewrite:
+        """The prompt of the next round; `request.rounds` holds what was tried and read so far."""
+        pleasant = (request.target.point[0] or 0) > 0
         words = ("in bright light", "with a rainbow") if pleasant else ("in dark light", "with a skull")
-        chosen = words[len(rounds) % len(words)]
-        return Rewrite(f"{neutral} {chosen}", changes=f"+ {chosen}", why="the target's sign")
+        chosen = words[len(request.rounds) % len(words)]
+        return Rewrite(f"{request.neutral} {chosen}", changes=f"+ {chosen}", why="the target's sign")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Knowledge:
     async def advice(
         self, fold: Fold, target: EmotionTarget, number: int, options: Mapping[str, Any], count: int
     ) -> dict[str, Any]:
-        """What `agents.rewriters.propose` may know before it asks for a round's prompts, as its keywords.
+        """What a `RewriteRequest` may carry of what is known: its `rank`, `spare` and `examples`.
 
         Args:
             fold: The run so far.

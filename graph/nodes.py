@@ -20,7 +20,7 @@ from langgraph.types import interrupt
 from ..agents.ask import one_line
 from ..agents.critic import Reading, valued
 from ..agents.generator import paint
-from ..agents.rewriters import propose
+from ..agents.rewriters import RewriteRequest, propose
 from ..domain import (
     Critique,
     EmotionTarget,
@@ -386,15 +386,15 @@ class Nodes:
             record=partial(self._record, runtime),
             again=partial(self._try_again, runtime=runtime),
         )
-        rewrites = await propose(
-            *(rewriter, state["prompt"], target),
-            fold.rounds(parts.recorder.store.blobs.path)[:number],
-            count=count,
+        request = RewriteRequest(
+            *(state["prompt"], target, fold.rounds(parts.recorder.store.blobs.path)[:number]),
             comment=state.get("comment", ""),
             seed=candidate_seed(options["seed"], number, -1),
+            count=count,
             panel=panel,
             **await parts.knowledge.advice(fold, target, number, options, count),
         )
+        rewrites = await propose(rewriter, request)
         for error in (panel.error, rewrites[0].error):
             if error is not None and self._try_again(error, runtime):
                 raise error

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..agents.rewriters import propose
+from ..agents.rewriters import RewriteRequest, propose
 from ..agents.rewriters.mc_agent.panel import Panel
 from ..domain import Draft, EmotionTarget, Proposal, read_target
 from ..settings import Settings
@@ -69,7 +69,8 @@ async def rewrite(
     async with AsyncExitStack() as stack:
         _, rewriter = await open_agents(settings, lvlm, stack)
         writer = rewriter(loop.rewriter)
-        rewrites = await propose(writer, neutral, wanted, count=count, seed=seed, panel=panel)
+        request = RewriteRequest(neutral, wanted, seed=seed, count=count, panel=panel)
+        rewrites = await propose(writer, request)
     return Rewriting(
         prompt=neutral,
         target=wanted,

@@ -56,8 +56,8 @@ class Bright:
     def __init__(self, asker, prompt):
         pass
 
-    async def rewrite(self, neutral, target, rounds=(), *, comment="", seed=0):
-        return Rewrite(f"bright {neutral}", "light")
+    async def rewrite(self, request):
+        return Rewrite(f"bright {request.neutral}", "light")
 
 
 def painter(settings):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from emoloop.agents.rewriters import Rewrite
+from emoloop.agents.rewriters import Rewrite, RewriteRequest
 from emoloop.tools.lvlm.chat import image_from_url
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
@@ -118,5 +118,5 @@ class Own:
     def says(self, neutral: str, seed: int) -> str:
         return f"{neutral} {seed % 10_000}"
 
-    async def rewrite(self, neutral, target, rounds=(), *, comment="", seed=0) -> Rewrite:
-        return Rewrite(self.says(neutral, seed), changes=str(len(rounds)))
+    async def rewrite(self, request: RewriteRequest) -> Rewrite:
+        return Rewrite(self.says(request.neutral, request.seed), changes=str(len(request.rounds)))

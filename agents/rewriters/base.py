@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ...domain import EmotionTarget, Round, UserError
+from ...domain import EmotionTarget, Example, Round, UserError
 from ...tools.registry import resolve
 from ..ask import Asker
+from .mc_agent.panel import Panel
 
 #: How the reason begins where the rewriter's own prompt was refused.
 KEPT = "kept the best prompt so far"
@@ -21,6 +22,41 @@ REWRITERS: dict[str, str] = {
     "one_shot": ".agents.rewriters.one_shot:OneShotRewriter",
     "simple": ".agents.rewriters.simple:SimpleRewriter",
 }
+
+
+#: Puts prompts in order before they are painted: their places, best first.
+Ranker = Callable[[Sequence[str]], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class RewriteRequest:
+    """What a rewriter is asked.
+
+    Attributes:
+        neutral: The neutral prompt, whose content stays.
+        target: The wanted emotion.
+        rounds: What was tried, in order; none asks for a rewrite without feedback.
+        comment: What a person said about the last round.
+        seed: For a model that samples.
+        count: How many different prompts are wanted.
+        spare: Prompts to choose from beyond `count`.
+        start: Number of the first: those before it were asked for earlier in this round.
+        rank: Chooses among them; None takes the first.
+        examples: Rewrites of other runs that came near the target.
+        panel: Who writes, where personas do.
+    """
+
+    neutral: str
+    target: EmotionTarget
+    rounds: Sequence[Round] = ()
+    comment: str = ""
+    seed: int = 0
+    count: int = 1
+    spare: int = 0
+    start: int = 0
+    rank: Ranker | None = None
+    examples: Sequence[Example] = ()
+    panel: Panel | None = None
 
 
 @dataclass(frozen=True)
@@ -56,9 +92,8 @@ class Rewriter(Protocol):
     """Gives the next round's prompt.
 
     One that gives several different prompts at once has a `propose` as `SimpleRewriter` has; any other is called once
-    for each, with seeds of their own. `takes_examples = True` says that its `propose` has that keyword, and
-    `takes_panel = True` the keyword `panel` (see `mc_agent.panel`). One whose round is one prompt by its nature sets
-    `one_prompt = True`.
+    for each, with seeds of their own. `chooses = True` says that its `propose` ranks what it writes by itself; one
+    whose round is one prompt by its nature sets `one_prompt = True`.
 
     Attributes:
         name: Its name in settings.
@@ -74,24 +109,8 @@ class Rewriter(Protocol):
     @property
     def prompt_id(self) -> str: ...  # noqa: D102
 
-    async def rewrite(
-        self,
-        neutral: str,
-        target: EmotionTarget,
-        rounds: Sequence[Round] = (),
-        *,
-        comment: str = "",
-        seed: int = 0,
-    ) -> Rewrite:
-        """The next prompt.
-
-        Args:
-            neutral: The neutral prompt, whose content stays.
-            target: The wanted emotion.
-            rounds: What was tried, in order; none asks for a rewrite without feedback.
-            comment: What a person said about the last round.
-            seed: For a model that samples.
-        """
+    async def rewrite(self, request: RewriteRequest) -> Rewrite:
+        """The next prompt, one whatever the request's `count`."""
         ...
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
-from ...domain import EmotionTarget, Round
-from .base import Rewrite
+from .base import Rewrite, RewriteRequest
 from .simple import SimpleRewriter
 
 
@@ -15,14 +13,10 @@ class DiverseRewriter(SimpleRewriter):
 
     name = "diverse"
 
-    async def rewrite(
-        self, neutral: str, target: EmotionTarget, rounds: Sequence[Round] = (), **more: Any
-    ) -> Rewrite:
+    async def rewrite(self, request: RewriteRequest) -> Rewrite:
         """See `Rewriter`."""
-        return await super().rewrite(neutral, target, (), **more)
+        return await super().rewrite(replace(request, rounds=()))
 
-    async def propose(
-        self, neutral: str, target: EmotionTarget, rounds: Sequence[Round] = (), **more: Any
-    ) -> list[Rewrite]:
+    async def propose(self, request: RewriteRequest) -> list[Rewrite]:
         """See `SimpleRewriter.propose`."""
-        return await super().propose(neutral, target, (), **more)
+        return await super().propose(replace(request, rounds=()))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ...domain import EmotionTarget, Round
-from .base import Rewrite
+from .base import Rewrite, RewriteRequest
 
 
 class KeepRewriter:
@@ -23,14 +20,6 @@ class KeepRewriter:
     def __init__(self, asker: object = None, prompt: str = "") -> None:
         pass
 
-    async def rewrite(
-        self,
-        neutral: str,
-        target: EmotionTarget,
-        rounds: Sequence[Round] = (),
-        *,
-        comment: str = "",
-        seed: int = 0,
-    ) -> Rewrite:
+    async def rewrite(self, request: RewriteRequest) -> Rewrite:
         """See `Rewriter`."""
-        return Rewrite(rounds[-1].prompt if rounds else neutral)
+        return Rewrite(request.rounds[-1].prompt if request.rounds else request.neutral)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
-from ...domain import EmotionTarget, Round
-from .base import Rewrite
+from .base import Rewrite, RewriteRequest
 from .simple import SimpleRewriter
 
 
@@ -15,16 +14,8 @@ class OneShotRewriter(SimpleRewriter):
     name = "one_shot"
     one_prompt = True
 
-    async def rewrite(
-        self,
-        neutral: str,
-        target: EmotionTarget,
-        rounds: Sequence[Round] = (),
-        *,
-        comment: str = "",
-        seed: int = 0,
-    ) -> Rewrite:
+    async def rewrite(self, request: RewriteRequest) -> Rewrite:
         """See `Rewriter`."""
-        if rounds and rounds[-1].prompt != neutral:
-            return Rewrite(rounds[-1].prompt)
-        return await super().rewrite(neutral, target, (), comment=comment, seed=seed)
+        if request.rounds and request.rounds[-1].prompt != request.neutral:
+            return Rewrite(request.rounds[-1].prompt)
+        return await super().rewrite(replace(request, rounds=()))

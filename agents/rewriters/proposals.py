@@ -9,19 +9,15 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ...domain import EmotionTarget, Example, Round
+from ...domain import Example
 from ...tools.words import addition
-from .base import Rewrite, Rewriter
-from .mc_agent.panel import Panel
+from .base import Rewrite, Rewriter, RewriteRequest
 from .simple import number_seed
-
-#: Puts prompts in order before they are painted: their places, best first.
-Ranker = Callable[[Sequence[str]], Sequence[int]]
 
 #: What stands in place of a prompt file where another run's rewrite was taken over.
 MEMORY = "memory"
@@ -30,63 +26,38 @@ MEMORY = "memory"
 _TRIES = 3
 
 
-async def propose(
-    rewriter: Rewriter,
-    neutral: str,
-    target: EmotionTarget,
-    rounds: Sequence[Round] = (),
-    *,
-    count: int,
-    comment: str = "",
-    seed: int = 0,
-    rank: Ranker | None = None,
-    spare: int = 0,
-    examples: Sequence[Example] = (),
-    panel: Panel | None = None,
-) -> list[Rewrite]:
+async def propose(rewriter: Rewriter, request: RewriteRequest) -> list[Rewrite]:
     """The next round's prompts, different from each other and from all that was tried.
 
     One prompt is asked for as ever (`Rewriter.rewrite`). Of several, near-duplicates are asked for again, a bounded
-    number of times; then there are fewer, with a note, and the round shows these more often.
+    number of times; then there are fewer, with a note, and the round shows these more often. What examples add after
+    their own neutral prompt makes up to half of the prompts, behind this one.
 
     Args:
         rewriter: Any rewriter; see `Rewriter` for what several prompts ask of it.
-        neutral: The neutral prompt.
-        target: The wanted emotion.
-        rounds: What was tried.
-        count: How many prompts are painted.
-        comment: What a person said about the last round.
-        seed: For a model that samples.
-        rank: Chooses among `count + spare` prompts; None takes the first.
-        spare: Prompts that are asked for beyond `count`.
-        examples: Rewrites of other runs that came near the target: what they add after their own neutral prompt makes
-            up to half of the prompts, behind this one, and a rewriter that `takes_examples` is shown them.
-        panel: Who writes, for a rewriter that `takes_panel`.
+        request: The request.
 
     Returns:
         At least one; a `refused` one, or one that was tried before, only where there is nothing better.
     """
-    panels = panel is not None and getattr(rewriter, "takes_panel", False)
-    if count + spare == 1 and not panels:
-        return [await rewriter.rewrite(neutral, target, rounds, comment=comment, seed=seed)]
+    count, rank, spare = request.count, request.rank, request.spare
+    chooses = getattr(rewriter, "chooses", False)
+    if count + spare == 1 and not chooses:
+        return [await rewriter.rewrite(request)]
     ask: Any = getattr(rewriter, "propose", None) or partial(_one_by_one, rewriter)
-    known = {same(neutral), *(same(it.prompt) for round in rounds for it in round.candidates)}
+    known = {same(request.neutral), *(same(it.prompt) for round in request.rounds for it in round.candidates)}
     found: list[Rewrite] = []
-    for like in filter(None, map(partial(_like, neutral), examples)):
+    for like in filter(None, map(partial(_like, request.neutral), request.examples)):
         if same(like.prompt) not in known and len(found) < (count + spare) // 2:
             found.append(like)
             known.add(same(like.prompt))
-    told: dict[str, Any] = {"panel": panel, "spare": spare} if panels else {}
-    if panels:  # its director chooses
+    if chooses:
         spare, rank = 0, None
-    told |= {"examples": examples} if examples and getattr(rewriter, "takes_examples", False) else {}
     left: list[Rewrite] = []
     asked = 0
     for _ in range(_TRIES):
         lacking = count + spare - len(found)
-        answers = await ask(
-            neutral, target, rounds, count=lacking, start=asked, comment=comment, seed=seed, **told
-        )
+        answers = await ask(replace(request, count=lacking, start=asked))
         asked += lacking
         for answer in answers:
             fresh = answer.refused is None and same(answer.prompt) not in known
@@ -117,22 +88,9 @@ def same(prompt: str) -> tuple[str, ...]:
     return tuple(sorted(re.findall(r"\w+", prompt.casefold())))
 
 
-async def _one_by_one(
-    rewriter: Rewriter,
-    neutral: str,
-    target: EmotionTarget,
-    rounds: Sequence[Round],
-    *,
-    count: int,
-    start: int,
-    comment: str,
-    seed: int,
-) -> list[Rewrite]:
-    numbers = range(start, start + count)
-    asked = (
-        rewriter.rewrite(neutral, target, rounds, comment=comment, seed=number_seed(seed, number))
-        for number in numbers
-    )
+async def _one_by_one(rewriter: Rewriter, request: RewriteRequest) -> list[Rewrite]:
+    numbers = range(request.start, request.start + request.count)
+    asked = (rewriter.rewrite(replace(request, seed=number_seed(request.seed, number))) for number in numbers)
     answers = await asyncio.gather(*asked)
     return [replace(answer, number=number) for number, answer in zip(numbers, answers, strict=True)]
 

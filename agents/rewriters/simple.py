@@ -15,7 +15,7 @@ from typing import Any
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 
-from ...domain import EmotionTarget, Example, Missing, Round
+from ...domain import Missing, Round
 from ..ask import Asker, Reply
 from ..prompt import Prompt, load_prompt
 from ..schemas import (
@@ -27,7 +27,7 @@ from ..schemas import (
     target_text,
 )
 from . import history
-from .base import KEPT, Rewrite
+from .base import KEPT, Rewrite, RewriteRequest
 
 #: Tokens that one prompt of several may take, with what was changed.
 TOKENS = 220
@@ -42,7 +42,6 @@ class SimpleRewriter:
     """
 
     name = "simple"
-    takes_examples = True
 
     def __init__(self, model: BaseChatModel | Asker, prompt: str = "rewriter"):
         self.asker = model if isinstance(model, Asker) else Asker(model)
@@ -58,72 +57,34 @@ class SimpleRewriter:
         """The model's name, for the log."""
         return self.asker.name
 
-    async def rewrite(
-        self,
-        neutral: str,
-        target: EmotionTarget,
-        rounds: Sequence[Round] = (),
-        *,
-        comment: str = "",
-        seed: int = 0,
-    ) -> Rewrite:
+    async def rewrite(self, request: RewriteRequest) -> Rewrite:
         """See `Rewriter`; an answer that cannot be used leaves the best prompt so far."""
-        messages = question(self.prompt, neutral, target, rounds, comment)
-        return await self._one(messages, neutral, rounds, seed=seed)
+        return await self._one(request, question(self.prompt, request), seed=request.seed)
 
-    async def propose(
-        self,
-        neutral: str,
-        target: EmotionTarget,
-        rounds: Sequence[Round] = (),
-        *,
-        count: int,
-        start: int = 0,
-        comment: str = "",
-        seed: int = 0,
-        examples: Sequence[Example] = (),
-    ) -> list[Rewrite]:
+    async def propose(self, request: RewriteRequest) -> list[Rewrite]:
         """Several prompts, which need not differ yet: `proposals.propose` tells them apart.
 
-        In one answer where the prompt file names one that asks so (`several`); else by sampling, each question about
-        another one of the best prompts so far, all at once, so that they share batches.
-
-        Args:
-            neutral: The neutral prompt.
-            target: The wanted emotion.
-            rounds: What was tried.
-            count: How many are wanted.
-            start: Number of the first: those before it were asked for earlier in this round.
-            comment: What a person said about the last round.
-            seed: For a model that samples.
-            examples: Rewrites of other runs that came near the target; shown where one answer gives several prompts.
+        In one answer where the prompt file names one that asks so (`several`), which is shown the examples too; else by
+        sampling, each question about another one of the best prompts so far, all at once, so that they share batches.
         """
         if self.prompt.several:
-            return await self._several(neutral, target, rounds, count, start, comment, seed, examples)
+            return await self._several(request, load_prompt(self.prompt.several))
         asked = (
             self._one(
-                question(self.prompt, neutral, target, rounds, comment, number),
-                neutral,
-                rounds,
-                seed=number_seed(seed, number),
+                request,
+                question(self.prompt, request, number),
+                seed=number_seed(request.seed, number),
                 temperature=self.asker.variety,
                 number=number,
             )
-            for number in range(start, start + count)
+            for number in range(request.start, request.start + request.count)
         )
         return list(await asyncio.gather(*asked))
 
     async def _one(
-        self,
-        messages: list[BaseMessage],
-        neutral: str,
-        rounds: Sequence[Round],
-        *,
-        seed: int,
-        number: int = 0,
-        **more: Any,
+        self, request: RewriteRequest, messages: list[BaseMessage], *, seed: int, number: int = 0, **more: Any
     ) -> Rewrite:
-        limit = prompt_limit(neutral)
+        limit = prompt_limit(request.neutral)
         reply = await self.asker.ask(
             messages, RewriterAnswer, "rewrite", rewrite_schema(limit), seed=seed, **more
         )
@@ -133,38 +94,27 @@ class SimpleRewriter:
         elif (refused := unusable(answer.prompt, limit)) is None:
             spent: dict[str, Any] = {"usage": reply.usage, "seconds": reply.seconds}
             return Rewrite(answer.prompt, answer.changes, answer.why, **spent, number=number)
-        return replace(_kept(neutral, rounds, refused, reply), number=number)
+        return replace(_kept(request, refused, reply), number=number)
 
-    async def _several(
-        self,
-        neutral: str,
-        target: EmotionTarget,
-        rounds: Sequence[Round],
-        count: int,
-        start: int,
-        comment: str,
-        seed: int,
-        examples: Sequence[Example],
-    ) -> list[Rewrite]:
-        limit, prompt = prompt_limit(neutral), load_prompt(self.prompt.several)
-        messages = question(prompt, neutral, target, rounds, comment, start, count, examples)
+    async def _several(self, request: RewriteRequest, prompt: Prompt) -> list[Rewrite]:
+        limit, count, start = prompt_limit(request.neutral), request.count, request.start
         reply = await self.asker.ask(
-            messages,
+            question(prompt, request, start, several=True),
             RewriterAnswers,
             "rewrites",
             several_schema(limit, count),
-            seed=number_seed(seed, start),
+            seed=number_seed(request.seed, start),
             temperature=self.asker.variety,
             max_tokens=TOKENS * (count + 1),
         )
         answer, told = reply.answer, {"prompt_id": prompt.id}
         if isinstance(answer, Missing):
-            return [replace(_kept(neutral, rounds, answer.reason, reply), number=start, **told)]
+            return [replace(_kept(request, answer.reason, reply), number=start, **told)]
         out: list[Rewrite] = []
         for number, one in enumerate(answer.prompts[:count], start):
             rewrite = Rewrite(one.prompt, one.changes, one.why or answer.why)
             if refused := unusable(one.prompt, limit):
-                rewrite = _kept(neutral, rounds, refused, Reply(answer))
+                rewrite = _kept(request, refused, Reply(answer))
             out.append(replace(rewrite, number=number, **told))
         # The answer is paid for once.
         return [replace(out[0], usage=reply.usage, seconds=reply.seconds), *out[1:]]
@@ -184,47 +134,37 @@ def unusable(prompt: str, limit: int) -> str | None:
     )
 
 
-def _kept(neutral: str, rounds: Sequence[Round], refused: str, reply: Reply[Any]) -> Rewrite:
-    kept = best_prompt(neutral, rounds)
+def _kept(request: RewriteRequest, refused: str, reply: Reply[Any]) -> Rewrite:
+    kept = best_prompt(request.neutral, request.rounds)
     return Rewrite(kept, "", f"{KEPT}: {refused}", refused, reply.usage, reply.seconds, reply.error)
 
 
 def question(
-    prompt: Prompt,
-    neutral: str,
-    target: EmotionTarget,
-    rounds: Sequence[Round],
-    comment: str = "",
-    number: int | None = None,
-    count: int | None = None,
-    examples: Sequence[Example] = (),
+    prompt: Prompt, request: RewriteRequest, number: int | None = None, several: bool = False
 ) -> list[BaseMessage]:
     """What the rewriter is asked, as a chat.
 
     Args:
         prompt: The prompt file.
-        neutral: The neutral prompt.
-        target: The wanted emotion.
-        rounds: What was tried.
-        comment: What a person said about the last round.
+        request: The request.
         number: Which of several questions it is; None for the only one, which is about rounds.
-        count: Prompts that one answer shall give, with a prompt file for several.
-        examples: Rewrites of other runs that came near the target, for such a prompt file.
+        several: One answer shall give all prompts, with a prompt file for that.
     """
+    neutral, rounds = request.neutral, request.rounds
     if number is None:
         told = history.by_round(rounds)
-    elif count is None:
-        told = history.lineage(neutral, rounds, number)
+    elif several:
+        told = history.telling(neutral, rounds, request.target)
     else:
-        told = history.telling(neutral, rounds, target)
+        told = history.lineage(neutral, rounds, number)
     return prompt.messages(
         prompt=neutral,
-        target=target_text(target),
+        target=target_text(request.target),
         rounds=told,
-        comment=comment,
+        comment=request.comment,
         limit=prompt_limit(neutral),
-        count=count or 1,
-        examples=[it._asdict() for it in examples],
+        count=request.count if several else 1,
+        examples=[it._asdict() for it in request.examples],
     )
 
 

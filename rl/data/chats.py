@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...agents.prompt import Prompt, load_prompt
-from ...agents.rewriters.base import KEPT
+from ...agents.rewriters.base import KEPT, RewriteRequest
 from ...agents.rewriters.simple import question
 from ...agents.schemas import signed, target_text
 from ...domain import BLIND, Critique, Round, RunResult, UserError
@@ -107,12 +107,9 @@ def rewriter_turns(run: RunResult, events: list[Event]) -> Iterator[Turn]:
     for place, answer in enumerate(answers):
         first, mean = answer[0], means[place]
         before = run.rounds[: 0 if alone else first.round]
-        about: dict[str, Any] = {"number": first.index} if several else {}
-        if _prompt(first).lists:
-            about["count"] = len(answer)
-        asked = question(
-            _prompt(first), run.prompt, run.target, before, comments.get(first.round - 1, ""), **about
-        )
+        file, comment = _prompt(first), comments.get(first.round - 1, "")
+        request = RewriteRequest(run.prompt, run.target, before, comment, count=len(answer))
+        asked = question(file, request, first.index if several else None, several=file.lists)
         known = [other for number, other in tried if number < first.round]
         said = _rewriter_answer(answer)
         good = [said] if mean is not None and all(mean > other for other in known) else []

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from emoloop.agents.rewriters import RewriteRequest, SimpleRewriter
 from emoloop.agents.rewriters.base import KEPT
-from emoloop.agents.rewriters.simple import SimpleRewriter
 from emoloop.cli import app
 from emoloop.domain import Critique, Emotion, EmotionTarget, UserError
 from emoloop.events import Critiqued, HumanFeedback, Rewarded, Rewritten
@@ -114,7 +114,7 @@ async def test_a_rewriter_teaches_what_gained_by_the_question_that_it_was_asked(
     with open_store(settings_for(home)) as store:
         result = store.run("run-0000")
     rewriter = SimpleRewriter(Recorder(messages=iter([text(rows[1]["completion"])])), "rewriter-compact")
-    await rewriter.rewrite(result.prompt, result.target, result.rounds[:4])
+    await rewriter.rewrite(RewriteRequest(result.prompt, result.target, result.rounds[:4]))
     assert text(rows[1]["prompt"]) == "".join(part["text"] if isinstance(part, dict) else part
                                               for it in asked[0] for part in it.content)  # fmt: skip
     pairs = load(home, "rewriter-preference", tmp_path / "p")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emoloop.agents.rewriters import propose
+from emoloop.agents.rewriters import RewriteRequest, propose
 from emoloop.agents.rewriters.simple import SimpleRewriter
 from emoloop.domain import EmotionTarget, Example
 from emoloop.events import ImageGenerated, Rewritten
@@ -148,7 +148,9 @@ async def test_a_general_rewriter_is_shown_them():
         Example("a cat", "bright sun over a cat", 1.9, 0.1),
         Example("a hill", "a hill, bright", 2.0, 0.0),
     ]
-    found = await propose(SimpleRewriter(model, "rewriter"), "a dog", TARGET, count=4, examples=examples)
+    found = await propose(
+        SimpleRewriter(model, "rewriter"), RewriteRequest("a dog", TARGET, count=4, examples=examples)
+    )
     said = str(model.seen[0][-1].content)
     assert (
         "a cat -> bright sun over a cat (valence +1.9 arousal +0.1)" in said and "Write 3 different" in said
@@ -157,7 +159,7 @@ async def test_a_general_rewriter_is_shown_them():
     assert [it.prompt for it in found] == ["a dog 1 bright", "a dog 1 dark", "a dog 1 red", "a dog, bright"]
     assert found[0].usage["total_tokens"] == 15 and not found[3].usage
     bare = Lister()
-    await propose(SimpleRewriter(bare, "rewriter"), "a dog", TARGET, count=4)
+    await propose(SimpleRewriter(bare, "rewriter"), RewriteRequest("a dog", TARGET, count=4))
     assert "other neutral prompts" not in str(bare.seen[0][-1].content)
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from emoloop.agents.rewriters import Rewrite, propose
+from emoloop.agents.rewriters import Rewrite, RewriteRequest, propose
 from emoloop.agents.rewriters.simple import SimpleRewriter
 from emoloop.cli.traces_view import show_run
 from emoloop.cli.view import RunView
@@ -168,11 +168,11 @@ async def test_a_kill_while_the_rewriter_is_asked_leaves_none_of_its_prompts(tmp
     class Slow(Own):
         calls = 0
 
-        async def rewrite(self, neutral, target, rounds=(), **more: Any) -> Rewrite:
+        async def rewrite(self, request: RewriteRequest) -> Rewrite:
             Slow.calls += 1
             if Slow.calls == 6:
                 raise KeyError("killed")
-            return await super().rewrite(neutral, target, rounds, **more)
+            return await super().rewrite(request)
 
     async with scripted(tmp_path) as loop:
         undisturbed = await loop.run("a dog", TARGET, seed=7)
@@ -215,7 +215,7 @@ async def test_a_run_from_before_goes_on_with_one_prompt_a_round(tmp_path):
 async def test_near_duplicates_are_asked_for_again(tmp_path):
     model = Inventive(repeats=3)
     rewriter = SimpleRewriter(model, "rewriter-compact")
-    found = await propose(rewriter, "a dog", TARGET, count=4)
+    found = await propose(rewriter, RewriteRequest("a dog", TARGET, count=4))
     assert [it.prompt for it in found] == ["a dog bright", "a dog calm 3", "a dog bright 4", "a dog dark 5"]
     assert [it.number for it in found] == [0, 3, 4, 5]
     assert sum(it.usage["input_tokens"] for it in found) == 60 and model.calls["rewriter"] == 6
@@ -234,7 +234,9 @@ async def test_too_few_different_prompts_are_shown_more_often_with_a_warning(tmp
 
 async def test_a_refused_answer_gives_way_to_the_others(tmp_path):
     fail = lambda role, number: "sorry" if role == "rewriter" and number in (0, 1) else None  # noqa: E731
-    found = await propose(SimpleRewriter(Inventive(fail=fail), "rewriter-compact"), "a dog", TARGET, count=3)
+    found = await propose(
+        SimpleRewriter(Inventive(fail=fail), "rewriter-compact"), RewriteRequest("a dog", TARGET, count=3)
+    )
     assert len({it.prompt for it in found}) == 3 and not any(it.refused for it in found)
 
 
@@ -310,7 +312,7 @@ async def test_a_ranker_chooses_what_is_painted():
         return sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
 
     rewriter = SimpleRewriter(Inventive(), "rewriter-compact")
-    found = await propose(rewriter, "a dog", TARGET, count=2, spare=4, rank=longest)
+    found = await propose(rewriter, RewriteRequest("a dog", TARGET, count=2, spare=4, rank=longest))
     assert [it.prompt for it in found] == ["a dog bright 0", "a dog bright 4"]
     assert found[0].usage["calls"] == 5, "what was asked and not painted is paid for too"
 

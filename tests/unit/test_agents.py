@@ -5,7 +5,7 @@ import pytest
 from emoloop.agents.ask import Asker, read, takes_schema
 from emoloop.agents.critic import Critic
 from emoloop.agents.prompt import load_prompt
-from emoloop.agents.rewriters import SimpleRewriter, best_prompt, load_rewriter, prompt_limit
+from emoloop.agents.rewriters import RewriteRequest, SimpleRewriter, best_prompt, load_rewriter, prompt_limit
 from emoloop.agents.schemas import (
     CRITIC_SCHEMA,
     REWRITER_SCHEMA,
@@ -179,7 +179,7 @@ async def test_the_compact_rewriter_prompt_has_the_last_two_rounds():
         Round(prompt=f"try {i}", candidates=[candidate(i, 0.5 * i, -0.04, 0.1)] if i != 1 else [])
         for i in range(4)
     ]
-    await SimpleRewriter(model, "rewriter-compact").rewrite("a dog", TARGET, rounds)
+    await SimpleRewriter(model, "rewriter-compact").rewrite(RewriteRequest("a dog", TARGET, rounds))
     [[system, user]] = model.seen
     assert system.content == "rewriter"
     assert user.content == [
@@ -196,10 +196,12 @@ async def test_the_compact_rewriter_prompt_has_the_last_two_rounds():
 async def test_the_full_prompts_show_what_was_tried():
     model = Scripted()
     await SimpleRewriter(model).rewrite(
-        "a dog",
-        TARGET,
-        [Round(prompt="one", changes="sun", candidates=[candidate(0, 1, 0, 0.3)])],
-        comment="no cats",
+        RewriteRequest(
+            "a dog",
+            TARGET,
+            [Round(prompt="one", changes="sun", candidates=[candidate(0, 1, 0, 0.3)])],
+            comment="no cats",
+        )
     )
     text = str(model.seen[0][1].content)
     for part in (
@@ -306,7 +308,7 @@ async def test_what_a_model_writes_is_cleaned():
     assert isinstance(critique, Critique)
     assert critique.analysis == "a red dog  \N{DOG FACE}"
     answer = json.dumps({"why": "w", "changes": [dirty], "prompt": dirty})
-    rewrite = await SimpleRewriter(Scripted(fail=lambda *_: answer)).rewrite("a dog", TARGET)
+    rewrite = await SimpleRewriter(Scripted(fail=lambda *_: answer)).rewrite(RewriteRequest("a dog", TARGET))
     assert (rewrite.prompt, rewrite.changes) == ("a red dog \N{DOG FACE}", "a red dog  \N{DOG FACE}")
     missing = await Critic(Scripted(fail=lambda *_: "no \x1b[31m\ud83d")).critique(PICTURE, "a dog", TARGET)
     assert isinstance(missing, Missing)
@@ -333,7 +335,7 @@ def test_who_takes_a_schema():
 
 
 async def test_a_rewrite():
-    rewrite = await SimpleRewriter(Scripted()).rewrite("a dog", TARGET)
+    rewrite = await SimpleRewriter(Scripted()).rewrite(RewriteRequest("a dog", TARGET))
     assert rewrite.prompt.startswith("a dog by the sea")
     assert (rewrite.changes, rewrite.why, rewrite.refused) == ("light", "because", None)
 
@@ -353,7 +355,9 @@ async def test_a_bad_rewrite_keeps_the_best_prompt(answer, said):
         Round(prompt="better", candidates=[candidate(1, 1, 0, 0.6, "better")]),
         Round(prompt="worse", candidates=[candidate(2, 0, 0, 0.1, "worse")]),
     ]
-    rewrite = await SimpleRewriter(Scripted(fail=lambda *_: answer)).rewrite("a dog", TARGET, rounds)
+    rewrite = await SimpleRewriter(Scripted(fail=lambda *_: answer)).rewrite(
+        RewriteRequest("a dog", TARGET, rounds)
+    )
     assert rewrite.prompt == "better"
     assert rewrite.refused is not None and said in rewrite.refused
     assert rewrite.why.startswith("kept the best prompt so far")
@@ -378,7 +382,7 @@ async def test_a_rewriter_by_name(name, prompts, calls):
     rewriter = load_rewriter(name, Asker(model))
     rounds, found = [], []
     for number in range(3):
-        rewrite = await rewriter.rewrite("a dog", TARGET, rounds)
+        rewrite = await rewriter.rewrite(RewriteRequest("a dog", TARGET, rounds))
         found.append(rewrite.prompt)
         rounds.append(Round(prompt=rewrite.prompt, candidates=[candidate(number, 0, 0, 0.1)]))
     assert sum(model.calls.values()) == calls

@@ -49,7 +49,8 @@ class Oracle:
         ]
         return Critique(valence=valence, arousal=arousal, alignment=1, suggestion=", ".join(words))
 
-    async def rewrite(self, prompt, target):
+    async def rewrite(self, request):
+        target = request.target
         light = "bright" if target.valence > 0 else "dark"
         thing = {
             (True, True): "fireworks",
@@ -58,7 +59,7 @@ class Oracle:
             (False, False): "a coffin",
         }
         wanted = thing[target.valence > 0, target.arousal > 0]
-        return Rewrite(f"{prompt} in {light} light with {wanted} nothing else")
+        return Rewrite(f"{request.neutral} in {light} light with {wanted} nothing else")
 
 
 TRUTHS = {}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cast import Cast
 from emoloop.agents.ask import Asker
-from emoloop.agents.rewriters import load_rewriter, propose
+from emoloop.agents.rewriters import RewriteRequest, load_rewriter, propose
 from emoloop.agents.rewriters.mc_agent import persona
 from emoloop.agents.rewriters.mc_agent.agent import MCAgent, as_felt, checked
 from emoloop.agents.rewriters.mc_agent.choose import choose
@@ -86,7 +86,9 @@ def test_the_choice_takes_what_differs_and_then_what_is_expected_near():
 
 async def test_personas_draft_and_the_director_hands_over_different_prompts():
     model, panel = Cast(), Panel(personas=4)
-    found = await propose(MCAgent(model), "a dog by the sea", TARGET, count=3, seed=5, panel=panel)
+    found = await propose(
+        MCAgent(model), RewriteRequest("a dog by the sea", TARGET, count=3, seed=5, panel=panel)
+    )
     assert [role for role, _ in model.asked] == ["persona"] * 4 + ["director"]
     assert len({age for role, age in model.asked if role == "persona"}) == 4
     assert len({it.prompt for it in found}) == 3 and all("seen from afar" in it.prompt for it in found)
@@ -102,9 +104,13 @@ async def test_personas_draft_and_the_director_hands_over_different_prompts():
 async def test_a_panel_asks_nothing_again_that_it_has():
     panel = Panel(personas=3)
     first, second = Cast(), Cast()
-    told = await propose(MCAgent(first), "a dog by the sea", TARGET, count=2, seed=5, panel=panel)
+    told = await propose(
+        MCAgent(first), RewriteRequest("a dog by the sea", TARGET, count=2, seed=5, panel=panel)
+    )
     del panel.answers[1]
-    again = await propose(MCAgent(second), "a dog by the sea", TARGET, count=2, seed=5, panel=panel)
+    again = await propose(
+        MCAgent(second), RewriteRequest("a dog by the sea", TARGET, count=2, seed=5, panel=panel)
+    )
     assert [role for role, _ in second.asked] == ["persona", "director"] and second.asked[0] in first.asked
     assert [it.prompt for it in again] == [it.prompt for it in told]
 
@@ -112,7 +118,9 @@ async def test_a_panel_asks_nothing_again_that_it_has():
 async def test_a_persona_that_fails_leaves_the_rest():
     model = Cast(wrong=lambda role, number: RuntimeError("gone") if number == 2 else None)
     panel = Panel(personas=3)
-    found = await propose(MCAgent(model), "a dog by the sea", TARGET, count=2, seed=5, panel=panel)
+    found = await propose(
+        MCAgent(model), RewriteRequest("a dog by the sea", TARGET, count=2, seed=5, panel=panel)
+    )
     reasons = [it.draft.reason for it in panel.answers.values()]
     assert sorted(map(str, reasons)) == ["None", "None", "RuntimeError: gone"]
     assert len(found) == 2 and found[0].refused is None
@@ -121,7 +129,7 @@ async def test_a_persona_that_fails_leaves_the_rest():
 async def test_without_a_director_the_drafts_are_taken_as_they_are():
     model = Cast(wrong=lambda role, number: "no idea" if role == "director" else None)
     found = await propose(
-        MCAgent(model), "a dog by the sea", TARGET, count=2, seed=5, panel=Panel(personas=3)
+        MCAgent(model), RewriteRequest("a dog by the sea", TARGET, count=2, seed=5, panel=Panel(personas=3))
     )
     assert len({it.prompt for it in found}) == 2 and "lamp number" in found[0].prompt
     assert "drafts are taken as they are" in found[0].notes[0] and "picked of 3 drafts" in found[1].why
@@ -130,7 +138,7 @@ async def test_without_a_director_the_drafts_are_taken_as_they_are():
 async def test_where_all_fail_the_simple_rewriter_writes_and_the_reason_is_said():
     model = Cast(wrong=lambda role, number: None if role == "simple" else "a dog, I think")
     found = await propose(
-        MCAgent(model), "a dog by the sea", TARGET, count=1, seed=5, panel=Panel(personas=2)
+        MCAgent(model), RewriteRequest("a dog by the sea", TARGET, count=1, seed=5, panel=Panel(personas=2))
     )
     assert [it.prompt for it in found] == ["a dog by the sea in fog"] and found[0].prompt_id == "proposals@1"
     assert "no persona's draft can be used (no usable answer" in found[0].notes[0]
@@ -147,7 +155,7 @@ async def test_a_model_with_a_format_of_its_own_is_asked_in_that():
     model, panel = Own(), Panel(personas=3)
     agent = load_rewriter("mc_agent", Asker(model), "rewriter-compact")
     assert agent.prompt_id == "mc_agent rewriter-compact.1"
-    found = await propose(agent, "a dog by the sea", TARGET, count=2, seed=5, panel=panel)
+    found = await propose(agent, RewriteRequest("a dog by the sea", TARGET, count=2, seed=5, panel=panel))
     assert len(found) == 2 and [role for role, _ in model.asked] == ["simple"] * 4
     told = {it.draft.persona: it.draft.said["target"] for it in panel.answers.values()}
     for name, target in told.items():
@@ -167,7 +175,7 @@ def test_a_feeling_of_ones_own_stays_within_the_scale():
 async def test_concurrent_rounds_do_not_mix():
     agent, panels = MCAgent(Cast()), [Panel(personas=3) for _ in range(4)]
     asked = [
-        agent.propose("a dog by the sea", TARGET, count=2, seed=n, panel=panel)
+        agent.propose(RewriteRequest("a dog by the sea", TARGET, count=2, seed=n, panel=panel))
         for n, panel in enumerate(panels)
     ]
     await asyncio.gather(*asked)

@@ -7,18 +7,17 @@ target as it feels it, and the director picks by expected reading and difference
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 
-from ....domain import HIGH, LOW, Draft, EmotionTarget, Missing, Round
+from ....domain import HIGH, LOW, Draft, EmotionTarget, Missing
 from ...ask import Asker, Reply
 from ...prompt import load_prompt
 from ...schemas import RewriterAnswer, RewriterAnswers, several_schema, target_text
 from .. import history
-from ..base import Rewrite
+from ..base import Rewrite, RewriteRequest
 from ..simple import TOKENS, SimpleRewriter, number_seed, prompt_limit, question, rewrite_schema, unusable
 from . import persona
 from .answer import PersonaAnswer, persona_schema
@@ -40,7 +39,7 @@ class MCAgent:
     """
 
     name = "mc_agent"
-    takes_panel = True
+    chooses = True
 
     def __init__(self, model: BaseChatModel | Asker, prompt: str = "rewriter"):
         self.asker = model if isinstance(model, Asker) else Asker(model)
@@ -59,61 +58,31 @@ class MCAgent:
         files = [self.prompt, *([self.director] if self.director else [])]
         return " ".join(["mc_agent", *(f"{it.name}.{it.version}" for it in files)])
 
-    async def rewrite(
-        self,
-        neutral: str,
-        target: EmotionTarget,
-        rounds: Sequence[Round] = (),
-        *,
-        comment: str = "",
-        seed: int = 0,
-    ) -> Rewrite:
+    async def rewrite(self, request: RewriteRequest) -> Rewrite:
         """See `Rewriter`."""
-        [first, *_] = await self.propose(neutral, target, rounds, count=1, comment=comment, seed=seed)
+        [first, *_] = await self.propose(replace(request, count=1))
         return first
 
-    async def propose(
-        self,
-        neutral: str,
-        target: EmotionTarget,
-        rounds: Sequence[Round] = (),
-        *,
-        count: int,
-        start: int = 0,
-        comment: str = "",
-        seed: int = 0,
-        spare: int = 0,
-        panel: Panel | None = None,
-    ) -> list[Rewrite]:
+    async def propose(self, request: RewriteRequest) -> list[Rewrite]:
         """Several prompts that differ; by the simple rewriter where no persona has a draft that can be used.
 
-        Args:
-            neutral: The neutral prompt.
-            target: The wanted emotion.
-            rounds: What was tried.
-            count: How many are wanted.
-            start: Number of the first: those before it were asked for earlier in this round.
-            comment: What a person said about the last round.
-            seed: Draws the personas, and for a model that samples.
-            spare: Drafts beyond `count` for a director that only picks; without any it has two for each prompt.
-            panel: Who writes, and where answers are kept.
+        A director that only picks has `spare` drafts to pick from, without any two for each prompt.
         """
-        panel = panel or Panel()
-        context = Context(self, panel, neutral, target, rounds, comment)
-        drafts = count if self.director else count + (spare or count)
+        context = Context(self, request.panel or Panel(), request)
+        count = request.count
+        drafts = count if self.director else count + (request.spare or count)
         begin: State = {
             "count": count,
-            "start": start,
-            "seed": seed,
-            "questions": max(panel.personas, drafts),
+            "start": request.start,
+            "seed": request.seed,
+            "questions": max(context.panel.personas, drafts),
         }
         done: dict[str, Any] = await MC_AGENT.ainvoke(begin, context=context)
         if done["prompts"]:
             return [Rewrite(**it) for it in done["prompts"]]
         reasons = [it["reason"] for it in done["drafts"]]
         note = f"no persona's draft can be used ({reasons[0]}): the simple rewriter wrote"
-        asked: dict[str, Any] = {"count": count, "start": start, "comment": comment, "seed": seed}
-        written = await self.simple.propose(neutral, target, rounds, **asked)
+        written = await self.simple.propose(request)
         told = (replace(it, prompt_id=it.prompt_id or self.simple.prompt_id) for it in written)
         return [
             replace(it, notes=(note, *it.notes) if place == 0 else it.notes) for place, it in enumerate(told)
@@ -121,9 +90,9 @@ class MCAgent:
 
     async def draft(self, asked: Question, context: Context) -> Answered:
         """Ask one persona, and check what it wrote."""
-        number, limit = asked["number"], prompt_limit(context.neutral)
+        request, number = context.request, asked["number"]
+        limit = prompt_limit(request.neutral)
         who = persona.load(context.panel.folder)[asked["persona"]]
-        about = context.neutral, context.target, context.rounds
         sampled: dict[str, Any] = {
             "seed": number_seed(asked["seed"], number),
             "temperature": self.asker.variety,
@@ -131,15 +100,15 @@ class MCAgent:
         reply: Reply[Any]
         said: dict[str, str] = {}
         if self.director:
-            messages = self.prompt.messages(persona=who, **_told(context), limit=limit)
+            messages = self.prompt.messages(persona=who, **_told(request), limit=limit)
             schema = persona_schema(limit)
             reply = await self.asker.ask(
                 messages, PersonaAnswer, "persona", schema, **sampled, max_tokens=_TOKENS
             )
         else:
-            felt = as_felt(context.target, who)
+            felt = as_felt(request.target, who)
             said["target"] = target_text(felt)
-            messages = question(self.prompt, about[0], felt, about[2], context.comment, number)
+            messages = question(self.prompt, replace(request, target=felt), number)
             reply = await self.asker.ask(
                 messages, RewriterAnswer, "rewrite", rewrite_schema(limit), **sampled
             )
@@ -147,7 +116,7 @@ class MCAgent:
             draft = Draft(persona=who.name, said=said, reason=answer.reason)
         else:
             own = answer.said() if self.director else {"why": answer.why, "changes": answer.changes}
-            prompt, refused, reason = checked(context.neutral, answer.prompt)
+            prompt, refused, reason = checked(request.neutral, answer.prompt)
             draft = Draft(persona=who.name, said=said | own, prompt=prompt, refused=refused, reason=reason)
         return Answered(draft, self.model, self.prompt.id, reply.usage, reply.seconds, reply.error)
 
@@ -159,8 +128,9 @@ class MCAgent:
         if usable and self.director:
             written, notes = await self._written(usable, count, state, context)
         left = [it for it in usable if it.prompt not in {one["prompt"] for one in written}]
+        about = context.request
         picked = choose(
-            [it.prompt for it in left], count - len(written), context.neutral, context.target, context.rounds
+            [it.prompt for it in left], count - len(written), about.neutral, about.target, about.rounds
         )
         for place, error in picked:
             draft = left[place]
@@ -179,9 +149,10 @@ class MCAgent:
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """What a director that writes hands over, and why not all that it wrote."""
         assert self.director is not None
-        limit = prompt_limit(context.neutral)
+        request = context.request
+        limit = prompt_limit(request.neutral)
         reply = await self.asker.ask(
-            self.director.messages(drafts=usable, **_told(context), limit=limit, count=count),
+            self.director.messages(drafts=usable, **_told(request), limit=limit, count=count),
             RewriterAnswers,
             "director",
             several_schema(limit, count),
@@ -195,7 +166,7 @@ class MCAgent:
         out: list[dict[str, Any]] = []
         notes: list[str] = []
         for one in reply.answer.prompts[:count]:
-            prompt, refused, reason = checked(context.neutral, one.prompt)
+            prompt, refused, reason = checked(request.neutral, one.prompt)
             if refused:
                 notes.append(f"of the director's words nobody can draw: {', '.join(refused)}")
             if reason:
@@ -230,11 +201,11 @@ def checked(neutral: str, prompt: str) -> tuple[str, list[str], str | None]:
     )
 
 
-def _told(context: Context) -> dict[str, Any]:
+def _told(request: RewriteRequest) -> dict[str, Any]:
     """What personas and director are told of the request and of what was tried."""
     return {
-        "prompt": context.neutral,
-        "target": target_text(context.target),
-        "rounds": history.telling(context.neutral, context.rounds, context.target),
-        "comment": context.comment,
+        "prompt": request.neutral,
+        "target": target_text(request.target),
+        "rounds": history.telling(request.neutral, request.rounds, request.target),
+        "comment": request.comment,
     }

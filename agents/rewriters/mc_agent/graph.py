@@ -8,7 +8,6 @@ off asks no persona twice.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
@@ -17,11 +16,12 @@ from langgraph.runtime import Runtime
 from langgraph.types import Send
 from typing_extensions import TypedDict
 
-from ....domain import Draft, EmotionTarget, Round
+from ....domain import Draft
 from .panel import Panel
 from .persona import draw
 
 if TYPE_CHECKING:
+    from ..base import RewriteRequest
     from .agent import MCAgent
 
 
@@ -61,10 +61,7 @@ class Context:
 
     agent: MCAgent
     panel: Panel
-    neutral: str
-    target: EmotionTarget
-    rounds: Sequence[Round]
-    comment: str
+    request: RewriteRequest
 
 
 async def cast(state: State, runtime: Runtime[Context]) -> dict[str, Any]:
