@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from emoloop.settings import GeneratorSettings
 from emoloop.tools.images import backends
 from emoloop.tools.images.base import ImageRequest
 from emoloop.tools.images.load import load_generator
+from emoloop.tools.presets import read_json
 
 #: What another batch size may change too, of 255.
 TOLERANCE = 2
@@ -77,7 +79,7 @@ def test_a_compiled_network_gives_the_same_pictures(folder: Path) -> None:
 def test_what_is_not_there_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"generator\.attention warp: .*must be one of"):
         pictures(str(folder), attention="warp")
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"onnxruntime is not installed \(pip install 'emoloop\[onnx\]'\)"):
         pictures(str(folder), backend="onnxruntime")
 
@@ -91,14 +93,8 @@ def test_a_choice_is_remembered_for_one_model_on_one_machine(
     document = bench.main(model=str(folder), batches=1, repeats=1, tune=True)
     assert document["figures"]["eager+native_max_difference"] == 0
     # Which was faster is the machine's affair: what counts is that it is taken.
-    backends.remember(*_kept(tmp_path, native))
+    [mark] = read_json(tmp_path / "emoloop" / "generators.json")
+    backends.remember(mark, native)
     assert pictures(str(folder), backend="tuned")[1]["backend"] == "eager+native"
     assert "backend" not in pictures(str(folder))[1]
     assert "backend" not in pictures(str(folder), backend="tuned", height=64)[1]
-
-
-def _kept(cache: Path, way: backends.Way) -> tuple[str, backends.Way]:
-    from emoloop.tools.presets import read_json
-
-    [mark] = read_json(cache / "emoloop" / "generators.json")
-    return mark, way
