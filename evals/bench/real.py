@@ -5,7 +5,8 @@ against the bare pipeline, then steps a second of `opd`, `dpo` and Flow-GRPO on 
 LVLM: critiques a second of our client against plain HTTP to the same vLLM server, which makes the weights up itself.
 In the first part a critic that draws its numbers from the picture's bytes takes its place: a random LVLM says nothing.
 
-`size=tiny` is the same by one rule: a quarter of each width, two of each depth.
+`size=tiny` is the same by one rule: a quarter of each width, an eighth of each length, two of each depth; and a step
+of training takes one picture or pair.
 """
 
 from __future__ import annotations
@@ -64,8 +65,12 @@ _STEPS: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 
-#: Of tiny models: fewer sampler steps, as the rule takes them elsewhere.
-_TINY = {"opd": ["objective.rollout_steps=2"], "flow-grpo": ["objective.steps=4"]}
+#: What a step of a tiny model takes instead.
+_TINY = {
+    "opd": ["train.batch_size=1", "objective.rollout_steps=2", "objective.states=1"],
+    "dpo": ["train.batch_size=1"],
+    "flow-grpo": ["train.accumulation=1", "objective.group=2", "objective.steps=4"],
+}
 
 
 def main(
@@ -135,6 +140,7 @@ def _entry(name: str, size: str) -> dict[str, Any]:
         return [it for it in map(int, loader.construct_sequence(node)) if not tiny or it < 2]
 
     Reader.add_constructor("!width", partial(number, rule=lambda value: value // 4))
+    Reader.add_constructor("!length", partial(number, rule=lambda value: value // 8))
     Reader.add_constructor("!depth", partial(number, rule=lambda value: min(value, 2)))
     Reader.add_constructor("!layers", layers)
     entries = yaml.load(Path(__file__).with_suffix(".yaml").read_text("utf-8"), Reader)
