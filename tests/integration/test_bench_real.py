@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from emoloop.domain import UserError
 from emoloop.evals.bench import real
 from emoloop.settings import GeneratorSettings
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor
 
 
 @pytest.mark.parametrize("name", ["sd35-medium", "flux-dev", "sdxl", "qwen25-vl-7b"])
@@ -39,3 +43,14 @@ def test_a_generator_of_a_size_is_what_settings_name() -> None:
     about = made.describe()
     assert about["model"] == "emoloop.evals.bench.real:sd35_medium_tiny"
     assert (about["height"], about["steps"], about["pipeline"]) == (64, 2, "StableDiffusion3Pipeline")
+
+
+def test_an_lvlm_is_a_folder_that_transformers_reads_without_weights(tmp_path: Path) -> None:
+    folder = real._lvlm_folder(tmp_path / "qwen25-vl-7b", real._entry("qwen25-vl-7b", "full")["config"])
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    assert (config.num_hidden_layers, config.num_key_value_heads, config.vocab_size) == (28, 4, 152064)
+    processor = AutoProcessor.from_pretrained(folder)
+    asked = [{"role": "user", "content": [{"type": "text", "text": "critique:"}, {"type": "image"}]}]
+    text = processor.apply_chat_template(asked, add_generation_prompt=True)
+    ids = processor(text=[text], images=[Image.new("RGB", (112, 112))])["input_ids"][0]
+    assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")) == 16
