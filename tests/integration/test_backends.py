@@ -57,6 +57,7 @@ def test_a_fused_adapter_gives_the_same_pictures_and_is_taken_out_again(folder: 
     assert np.abs(pictures(pipe)[0] - plain).max() <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not find_spec("onnxruntime") or not find_spec("onnxscript"), reason="needs the extra onnx"
 )
