@@ -221,6 +221,15 @@ class ServiceSettings(_Section):
     body_bytes: int = Field(default=1_000_000, ge=1000)
 
 
+class RaySettings(_Section):
+    """`--engine ray`: work on a Ray cluster, the one that RAY_ADDRESS names or one of this machine."""
+
+    #: Actors at a time, at most; each holds the models.
+    actors: int = Field(default=2, ge=1)
+    #: What one needs, as Ray's own options: `{"num_gpus": 1}`, `{"resources": {"a100": 1}}`.
+    options: dict[str, Any] = {}
+
+
 class Settings(BaseSettings):
     """All settings of emoloop; see the sections."""
 
@@ -238,6 +247,7 @@ class Settings(BaseSettings):
     loop: LoopSettings = LoopSettings()
     traces: TraceSettings = TraceSettings()
     service: ServiceSettings = ServiceSettings()
+    ray: RaySettings = RaySettings()
 
     @field_validator("home")
     @classmethod

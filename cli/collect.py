@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +18,8 @@ from . import options as opt
 from .run import open_models, run_async
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..settings import Settings
 
 
@@ -24,8 +29,10 @@ def collect(
         Path, typer.Argument(metavar="PROMPTS.jsonl", help="One request a line; - is standard input.")
     ],
     concurrency: Annotated[
-        int, typer.Option(min=0, help="Runs at a time in this process; 0 leaves all to `emoloop worker`.")
+        int,
+        typer.Option(min=0, help="Runs at a time in a process; 0 leaves all to `emoloop worker`."),
     ] = 8,
+    engine: opt.Engine = "local",
     targets: Annotated[
         str | None,
         typer.Option(
@@ -71,25 +78,40 @@ def collect(
     if total == 0:
         raise UserError(f"{source} has no lines: one JSON object a line is wanted")
     letters = failed if failed is not None else source.with_name(f"{source.stem}.failed.jsonl")
-    raise typer.Exit(run_async(_collect(settings, source, letters, total, seed, concurrency, as_json)))
+    if engine == "ray":
+        from ..graph.ray_workers import start_ray
+
+        if not concurrency:
+            raise UserError("--engine ray: give its actors runs, --concurrency 1 or more")
+        start_ray()  # sets its own answer to signals, so it comes first
+    how = partial(_working, settings, engine, source, letters, seed=seed, concurrency=concurrency)
+    raise typer.Exit(run_async(_collect(settings, how, letters, total, as_json)))
 
 
-async def _collect(
-    settings: Settings,
-    source: Path,
-    letters: Path,
-    total: int | None,
-    seed: int,
-    concurrency: int,
-    as_json: bool,
-) -> int:
+@asynccontextmanager
+async def _working(
+    settings: Settings, engine: str, *paths: Path, console: Console, **options: Any
+) -> AsyncIterator[Callable[..., Awaitable[None]]]:
+    """What collects, once its models are open."""
+    if engine == "ray":
+        from ..graph.ray_workers import collect_on_ray
+
+        yield partial(collect_on_ray, settings, *paths, **options)
+        return
+    from ..graph.collect import collect
+
+    async with open_models(settings, console) as loop:
+        yield partial(collect, loop, *paths, **options)
+
+
+async def _collect(settings: Settings, working: Any, letters: Path, total: int | None, as_json: bool) -> int:
     from rich.console import Console
 
-    from ..graph.collect import Outcome, collect
+    from ..graph.collect import Outcome
 
     console = Console(stderr=True)
     done = Counter({"completed": 0, "already": 0, "failed": 0, "images": 0})
-    async with open_models(settings, console) as loop:
+    async with working(console=console) as collecting:
         began = time.monotonic()
         texts = (
             opt.COUNT if total else "{task.completed}",
@@ -112,7 +134,7 @@ async def _collect(
 
         try:
             with bar:
-                await collect(loop, source, letters, seed=seed, concurrency=concurrency, on_outcome=note)
+                await collecting(on_outcome=note)
         except asyncio.CancelledError:
             opt.say(console, "stopped and saved; the same command goes on")
             raise

@@ -54,6 +54,7 @@ def eval_(
     processes: Annotated[
         str, typer.Option(help="How many processes share the work; auto is one for each GPU.")
     ] = "1",
+    engine: opt.Engine = "local",
     allow_reward_judge: Annotated[
         bool,
         typer.Option(
@@ -105,7 +106,7 @@ def eval_(
     folder = out or Path(f"eval-{Path(words[0]).stem}")
     try:
         with opt.bars(Console(stderr=True), opt.COUNT) as progress:
-            document, _ = evaluate(options, folder, progress, _processes(processes))
+            document, _ = evaluate(options, folder, progress, _processes(processes), engine=engine)
     except KeyboardInterrupt:
         print("emoloop: interrupted; what is made is kept, the same call goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None

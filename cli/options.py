@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -75,6 +75,10 @@ Strict = Annotated[bool, _loop("--strict", help="Refuse prompts with words that 
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, such as lvlm.timeout=60."),
+]
+Engine = Annotated[
+    Literal["local", "ray"],
+    typer.Option(help="Who holds the models: this process, or `ray.actors` actors of a Ray cluster."),
 ]
 # Of what trains.
 Artifact = Annotated[Path | None, typer.Option(help="Folder of the artifact; made by this run.")]

@@ -17,6 +17,9 @@ from .run import open_models, run_async
 if TYPE_CHECKING:
     from ..settings import Settings
 
+#: Failed entries that `queue` names, the newest.
+_FAILURES = 10
+
 
 def worker(
     context: typer.Context,
@@ -128,6 +131,7 @@ def queue(
         if requeue:
             store.queue.requeue()
         counts, rate = store.queue.counts(), store.queue.rate()
+        failed = store.queue.items(states=("failed",), limit=_FAILURES)
     left = sum(counts.get("run", {}).get(state, 0) for state in ("queued", "running"))
     document = {
         "entries": counts,
@@ -135,6 +139,7 @@ def queue(
         "limit": wanted.limit,
         "runs_per_minute": round(60 * rate, 2),
         "seconds_left": round(left / rate) if rate and left else None,
+        "failures": [{"id": item.id, "error": item.error} for item in failed],
     }
     opt.tell(document, as_json, lambda: _show(document))
 
@@ -160,3 +165,5 @@ def _show(document: dict[str, Any]) -> None:
         print(f"at most {document['limit']} runs under way")
     if document["seconds_left"] is not None:
         print(f"{document['runs_per_minute']:g} runs/min, {document['seconds_left'] / 60:.0f} min left")
+    for failure in document["failures"]:
+        print(f"failed {failure['id']}: {failure['error']}")

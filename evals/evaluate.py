@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .document import Options, Plan, describe
 from .judges import conflict, load_judge, reward_sources
 from .ledger import check, record, release_of
 from .lookup import Phrases
+from .ray_shares import on_ray
 from .records import Outcome
 from .report import write_report
 from .runner import run, settings_of
@@ -74,7 +76,12 @@ def plan(options: Options) -> Plan:
 
 
 def evaluate(
-    options: Options, out: Path, progress: Progress | None = None, processes: int = 1, lvlm: Any = None
+    options: Options,
+    out: Path,
+    progress: Progress | None = None,
+    processes: int = 1,
+    lvlm: Any = None,
+    engine: str = "local",
 ) -> tuple[dict[str, Any], Outcome]:
     """Run the evaluation and write `report.json`, `report.csv` and `report.html` into `out`.
 
@@ -84,6 +91,7 @@ def evaluate(
         progress: Shows how far it is.
         processes: Above 1, so many share the making, each with a GPU of its own where there are any.
         lvlm: A chat model instead of the settings' one; for a single process.
+        engine: `ray` has `ray.actors` actors of a Ray cluster do it, and opens no models here.
 
     Returns:
         The document (with `figures`) and the rows behind it.
@@ -101,11 +109,14 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from error
-    if processes > 1:
-        _make_in_processes(options, processes)
-    outcome = asyncio.run(
-        run(ready.suite, ready.settings, ready.arms, ready.judge, ready.guard, progress, lvlm=lvlm)
-    )
+    if engine == "ray":
+        outcome = on_ray(ready.settings, partial(_share, options))
+    else:
+        if processes > 1:
+            _make_in_processes(options, processes)
+        outcome = asyncio.run(
+            run(ready.suite, ready.settings, ready.arms, ready.judge, ready.guard, progress, lvlm=lvlm)
+        )
     document = describe(ready, outcome, options)
     write_report(document, outcome, out)
     if ledger and release:
@@ -137,13 +148,20 @@ def _make_in_processes(options: Options, processes: int) -> None:
         )
 
 
+def _share(options: Options, which: int, many: int) -> Outcome:
+    """Make and read one of so many shares; what is there already is only looked up."""
+    ready = plan(options)
+    return asyncio.run(
+        run(ready.suite, ready.settings, ready.arms, ready.judge, ready.guard, shard=(which, many))
+    )
+
+
 def main() -> None:
     """A child's share of `--processes`: makes and reads what its options, JSON on the command line, say."""
     given = json.loads(sys.argv[1])
-    shard = tuple(given.pop("shard"))
+    shard = given.pop("shard")
     try:
-        ready = plan(Options(**given))
-        asyncio.run(run(ready.suite, ready.settings, ready.arms, ready.judge, ready.guard, shard=shard))
+        _share(Options(**given), *shard)
     except (UserError, Failure) as error:
         raise SystemExit(f"emoloop: {error}") from None
 

@@ -23,6 +23,7 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 
 from ..domain import UserError
 from ..settings import Settings
+from ..traces import database
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ async def _postgres(url: str) -> AsyncIterator[BaseCheckpointSaver[Any]]:
         min_size=1,
         max_size=4,
         open=False,
+        timeout=database.AWAY_TIMEOUT,
         check=pools.AsyncConnectionPool.check_connection,
         kwargs={"autocommit": True, "prepare_threshold": 0, "row_factory": rows.dict_row},
     )

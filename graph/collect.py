@@ -16,14 +16,16 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
 from ..domain import EmotionTarget, RunStatus, UserError, read_target
 from ..traces.database import StoreError
 from ..traces.queue import ENDED
 from ..traces.rows import RunFilter, RunRow
+from ..traces.store import TraceStore
 from .loop import Loop
 from .state import candidate_seed, read_prompt, read_seed
 from .worker import POLL, Worker
@@ -180,15 +182,50 @@ async def collect(
         StoreError: The log is lost; all runs stop.
         OSError: The dead-letter file cannot be written any more; all runs stop.
     """
+    prints = fingerprint(loop, seed), fingerprint(loop, 0)
+    crew = partial(Worker, loop, concurrency=concurrency, needs=prints[1])
+    await collect_by(crew, loop.recorder.store, prints, source, dead_letters, seed, on_outcome)
+
+
+class Crew(Protocol):
+    """Who does what a collection has queued: a `Worker`, or several."""
+
+    async def work(self) -> None:
+        """Work until `drain` is called."""
+        ...
+
+    def drain(self) -> None:
+        """Take no more."""
+        ...
+
+    def nudge(self) -> None:
+        """Look into the queue now."""
+        ...
+
+
+async def collect_by(
+    crew: Callable[..., Crew],
+    store: TraceStore,
+    prints: tuple[str, str],
+    source: Path,
+    dead_letters: Path,
+    seed: int,
+    on_outcome: Callable[[Outcome], object],
+) -> None:
+    """As `collect`, by whoever holds the models.
+
+    Args:
+        crew: Called with `batch` and `on_done`, as for `Worker`.
+        store: The log.
+        prints: The loop's fingerprint with the seed, and with 0: what the runs need.
+        source: As for `collect`, and so are the others.
+        dead_letters: "
+        seed: "
+        on_outcome: "
+    """
     await asyncio.to_thread(_clear, dead_letters, source)
-    collection = _Collection(loop, dead_letters, seed, on_outcome)
-    worker = Worker(
-        loop,
-        concurrency=concurrency,
-        needs=fingerprint(loop, 0),
-        batch=collection.batch,
-        on_done=lambda item, error: collection.ended(item.id, error),
-    )
+    collection = _Collection(store, prints, dead_letters, seed, on_outcome)
+    worker = crew(batch=collection.batch, on_done=lambda item, error: collection.ended(item.id, error))
     parts = (collection.feed(read_lines(source), worker.nudge), worker.work(), collection.look())
     tasks = [asyncio.create_task(part) for part in parts]
     try:
@@ -201,19 +238,24 @@ async def collect(
         await asyncio.gather(*tasks, return_exceptions=True)
         # What has not begun is not begun by others either; the same command queues it again.
         with suppress(StoreError):
-            await asyncio.to_thread(loop.recorder.store.queue.cancel, batch=collection.batch)
+            await asyncio.to_thread(store.queue.cancel, batch=collection.batch)
 
 
 class _Collection:
     """The lines that are queued and not told yet, and what became of them."""
 
     def __init__(
-        self, loop: Loop, dead_letters: Path, seed: int, on_outcome: Callable[[Outcome], object]
+        self,
+        store: TraceStore,
+        prints: tuple[str, str],
+        dead_letters: Path,
+        seed: int,
+        on_outcome: Callable[[Outcome], object],
     ) -> None:
         self.batch = uuid4().hex
-        self._loop, self._store = loop, loop.recorder.store
+        self._store, self._seed = store, seed
         self._dead_letters, self._on_outcome = dead_letters, on_outcome
-        self._seed, self._print, self._needs = seed, fingerprint(loop, seed), fingerprint(loop, 0)
+        self._print, self._needs = prints
         self._waiting: dict[str, list[tuple[int, str]]] = {}
         self._queued: set[str] = set()
         self._ended: asyncio.Queue[tuple[str, str | None]] = asyncio.Queue()

@@ -363,14 +363,13 @@ class Loop:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
 
         def follow(events: Sequence[Event]) -> None:
-            if own := [event for event in events if event.run_id == run_id]:
-                loop.call_soon_threadsafe(lambda: [queue.put_nowait(event) for event in own])
+            loop.call_soon_threadsafe(lambda: [queue.put_nowait(event) for event in events])
 
         if begin is _WAIT:
             for event in await self.recorder.events(run_id):
                 yield event
             return
-        with self.recorder.subscribed(follow):
+        with self.recorder.followed(run_id, follow):
             claimed = asyncio.Event()
             work = asyncio.create_task(self._invoke(begin, run_id, context, claimed))
             self._working.add(work)

@@ -56,7 +56,7 @@ class Parts:
 
     def snapshot(self, options: dict[str, Any]) -> dict[str, Any]:
         """The settings as a run's first event holds them: resolved, without secrets."""
-        dumped = public(self.settings.model_dump(mode="json", exclude={"home", "traces", "service"}))
+        dumped = public(self.settings.model_dump(mode="json", exclude={"home", "traces", "service", "ray"}))
         dumped["loop"].update(options)
         return {**dumped, "objects": list(self.objects)} if self.objects else dumped
 

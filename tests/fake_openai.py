@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-Answer = tuple[int, dict[str, str], bytes] | None
+Answer = tuple[int, dict[str, str], bytes | Iterator[bytes]] | None
 
 #: Key and certificate of a server on this machine that nobody has signed.
 CERTIFICATE = Path(__file__).with_name("data") / "localhost.pem"
@@ -62,6 +64,13 @@ class FakeOpenAI(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         """A client that goes away, or that speaks no TLS, is no news."""
 
+    def reset(self) -> None:
+        """Break all connections off as a network does that drops them: with a reset, not an end."""
+        for connection in list(self.open):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+        self.open.clear()
+
     def kill(self) -> None:
         """Die as a killed process does: connections break, the port is free."""
         self.shutdown()
@@ -82,14 +91,15 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
+    def reply(self, status: int, headers: dict[str, str], body: bytes | Iterator[bytes]) -> None:
         self.send_response(status)
         for name, value in {"content-type": "application/json", **headers}.items():
             self.send_header(name, value)
-        if "content-length" not in headers:
+        if isinstance(body, bytes) and "content-length" not in headers:
             self.send_header("content-length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        for part in [body] if isinstance(body, bytes) else body:
+            self.wfile.write(part)
 
     def do_GET(self):
         if self.path == "/health":
@@ -151,6 +161,17 @@ def error(status: int, message: str, headers: dict[str, str] | None = None) -> A
 def hang(seconds: float) -> Answer:
     time.sleep(seconds)
     return None
+
+
+def drip() -> Answer:
+    """An answer of which a byte comes now and then, each before anybody would call it late."""
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(500):
+            time.sleep(0.02)
+            yield b" "
+
+    return 200, {"content-length": "500"}, parts()
 
 
 @contextmanager

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
+from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, func, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
-from tenacity import retry, retry_if_exception, stop_after_delay, wait_random
+from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_after_delay, wait_random
 
 from ..domain import Failure, UserError, first_line
 from ..files import check_writable
@@ -26,6 +27,9 @@ from .schema import READABLE, TABLES_VERSION
 
 #: Seconds that a writer waits for others before it gives up.
 BUSY_TIMEOUT = 60.0
+
+#: Seconds that a server may be away which was there before.
+AWAY_TIMEOUT = 60.0
 
 #: Execution option of an engine whose transactions write.
 WRITES = "emoloop_writes"
@@ -72,6 +76,8 @@ def open_database(settings: Settings, home: Path, *, read_only: bool) -> Engine:
     except BaseException:
         engine.dispose()
         raise
+    if not local:
+        _wait_for_restarts(engine)
     return engine
 
 
@@ -127,6 +133,20 @@ def _server(url: URL) -> Engine:
         raise UserError(f"setting traces.database_url: {url.drivername} is not supported") from None
     except ModuleNotFoundError as error:
         raise UserError(f"{url.drivername} needs {error.name}: pip install 'emoloop[postgres]'") from error
+
+
+def _wait_for_restarts(engine: Engine) -> None:
+    """Have a new connection tried for some time: a server that restarts or fails over costs that time alone."""
+
+    @event.listens_for(engine, "do_connect")
+    @retry(
+        retry=retry_if_exception_type(engine.dialect.loaded_dbapi.OperationalError),
+        wait=wait_random(0.1, 0.5),
+        stop=stop_after_delay(AWAY_TIMEOUT),
+        reraise=True,
+    )
+    def connect(dialect: Dialect, _: object, words: Sequence[Any], options: Mapping[str, Any]) -> Any:
+        return dialect.connect(*words, **options)
 
 
 def _sqlite(url: URL, read_only: bool) -> Engine:

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from uuid import uuid4
 
-from sqlalchemy import Connection, Row, case, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Float, Row, case, delete, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from .database import lock
-from .schema import meta, queue
+from .schema import events, meta, queue
 
 #: How an entry stands: queued → running → done, failed or back; what is queued or runs may be cancelled, and what
 #: failed or was cancelled queued again. What was only claimed and never queued has no state.
@@ -71,6 +73,23 @@ class Item:
     def held(self) -> bool:
         """Whether somebody holds it now."""
         return self.expires is not None and self.expires > time.time()
+
+
+class _now(FunctionElement[float]):
+    """POSIX seconds by the database's clock: those of several machines differ, and one may jump."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(_now, "postgresql")
+def _(*_: Any, **__: Any) -> str:
+    return "extract(epoch from clock_timestamp())::float8"
+
+
+@compiles(_now, "sqlite")
+def _(*_: Any, **__: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
 def owner_name() -> str:
@@ -129,11 +148,11 @@ class Queue:
         now = time.time()
         with self._write() as connection:
             lock(connection, id)
-            held = select(queue.c.owner).where(queue.c.id == id, queue.c.expires > now)
+            held = select(queue.c.owner).where(queue.c.id == id, queue.c.expires > _now())
             other = connection.scalar(held)
             if other is not None and other != owner:
                 return other
-            lease = {"owner": owner, "expires": now + seconds}
+            lease: dict[str, Any] = {"owner": owner, "expires": _now() + seconds}
             if not connection.execute(update(queue).where(queue.c.id == id).values(lease)).rowcount:
                 row = {"id": id, "kind": "run", "attempts": 0, "created": now, "changed": now}
                 connection.execute(insert(queue).values(row | lease))
@@ -148,7 +167,7 @@ class Queue:
 
     def held(self, kind: str = "run") -> dict[str, str]:
         """Who holds what now, by entry; without those that are no more."""
-        query = select(queue.c.id, queue.c.owner).where(queue.c.kind == kind, queue.c.expires > time.time())
+        query = select(queue.c.id, queue.c.owner).where(queue.c.kind == kind, queue.c.expires > _now())
         with self._read() as connection:
             return {id: owner for id, owner in connection.execute(query) if not is_gone(owner)}
 
@@ -159,7 +178,7 @@ class Queue:
             What is still its own; anything else was cancelled, or taken over.
         """
         mine = (queue.c.owner == owner, queue.c.state == "running")
-        values = {"expires": time.time() + seconds}
+        values = {"expires": _now() + seconds}
         with self._write() as connection:
             return set(connection.scalars(update(queue).where(*mine).values(values).returning(queue.c.id)))
 
@@ -223,11 +242,10 @@ class Queue:
         Returns:
             None where there is none, work is paused, or as many as may be are under way.
         """
-        now = time.time()
         wanted = [
             queue.c.kind == kind,
             queue.c.state == "queued",
-            or_(queue.c.expires.is_(None), queue.c.expires < now),
+            or_(queue.c.expires.is_(None), queue.c.expires < _now()),
             or_(queue.c.needs.is_(None), queue.c.needs == needs),
         ]
         wanted += [column == value for column, value in ((queue.c.id, id), (queue.c.batch, batch)) if value]
@@ -235,8 +253,8 @@ class Queue:
         values: dict[str, Any] = {
             "state": "running",
             "owner": owner,
-            "expires": now + seconds,
-            "changed": now,
+            "expires": _now() + seconds,
+            "changed": time.time(),
             "error": None,
         }
         values["attempts"] = queue.c.attempts + 1
@@ -282,22 +300,32 @@ class Queue:
             connection.execute(update(queue).where(queue.c.owner == owner).values(owner=None, expires=None))
 
     def reap(self) -> None:
-        """Queue again what dead workers held; what ended several of them has failed."""
-        now = time.time()
+        """Queue again what dead workers held; what ended several of them has failed.
+
+        A run that got on meanwhile did not end its worker: it shared it with one that did.
+        """
         running = queue.c.state == "running"
         with self._read() as connection:
             owners = set(connection.scalars(select(queue.c.owner).where(running).distinct()))
-            lost = or_(queue.c.expires < now, queue.c.owner.in_([it for it in owners if it and is_gone(it)]))
+            lost = or_(
+                queue.c.expires < _now(), queue.c.owner.in_([it for it in owners if it and is_gone(it)])
+            )
             if connection.scalar(select(queue.c.number).where(running, lost).limit(1)) is None:
                 return
-        free = {"owner": None, "expires": None, "changed": now}
-        died = f"its worker died {ATTEMPTS} times"
+        columns = queue.c.number, queue.c.id, queue.c.attempts, queue.c.changed
         with self._write() as connection:
-            worn = queue.c.attempts >= ATTEMPTS
-            connection.execute(
-                update(queue).where(running, lost, worn).values(state="failed", error=died, **free)
-            )
-            connection.execute(update(queue).where(running, lost).values(state="queued", **free))
+            query = select(*columns).where(running, lost).with_for_update(skip_locked=True)
+            found = connection.execute(query).all()
+            told = select(events.c.run_id, func.max(events.c.time)).group_by(events.c.run_id)
+            told = told.where(events.c.run_id.in_([it.id for it in found]))
+            latest = dict(connection.execute(told).tuples().all())
+            for number, id, attempts, taken in found:
+                attempts -= id in latest and latest[id].timestamp() > taken
+                worn = attempts >= ATTEMPTS
+                values: dict[str, Any] = {"state": "failed" if worn else "queued", "attempts": attempts}
+                values |= {"owner": None, "expires": None, "changed": time.time()}
+                values["error"] = f"its worker died {ATTEMPTS} times" if worn else None
+                connection.execute(update(queue).where(queue.c.number == number).values(values))
 
     def cancel(self, ids: Sequence[str] = (), *, batch: str | None = None) -> int:
         """Cancel what is queued, and what runs: its worker sees that at the next renewal and stops.
@@ -333,10 +361,17 @@ class Queue:
     # ---- looking and steering
 
     def items(
-        self, ids: Iterable[str] | None = None, *, kinds: Sequence[str] = (), states: Sequence[State] = STATES
+        self,
+        ids: Iterable[str] | None = None,
+        *,
+        kinds: Sequence[str] = (),
+        states: Sequence[State] = STATES,
+        limit: int | None = None,
     ) -> list[Item]:
-        """Entries by id, or of some kinds and states, the newest first."""
-        query = select(*_COLUMNS).where(queue.c.state.in_(states)).order_by(queue.c.number.desc())
+        """Entries by id, or of some kinds and states, the newest first, as many as `limit`."""
+        query = (
+            select(*_COLUMNS).where(queue.c.state.in_(states)).order_by(queue.c.number.desc()).limit(limit)
+        )
         query = query.where(queue.c.id.in_(list(ids))) if ids is not None else query
         query = query.where(queue.c.kind.in_(kinds)) if kinds else query
         with self._read() as connection:

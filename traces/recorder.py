@@ -73,6 +73,8 @@ class StoreRecorder:
         self._spans = spans
         if spans is not None:
             store.subscribers.append(spans)
+        self._followers: dict[str, list[Subscriber]] = {}
+        store.subscribers.append(self._tell)
         self._queue: deque[_Waiting] = deque()
         self._guard = threading.Condition()
         self._writing = False
@@ -143,13 +145,26 @@ class StoreRecorder:
             return [outcome for waiting in group for outcome in self._commit([waiting])]
 
     @contextmanager
-    def subscribed(self, subscriber: Subscriber) -> Generator[None]:
-        """Have a function called, in the writer's thread, with the events of each commit from now on."""
-        self.store.subscribers.append(subscriber)
+    def followed(self, run_id: str, follower: Subscriber) -> Generator[None]:
+        """Have a function called, in the writer's thread, with the run's events of each commit from now on."""
+        with self._guard:
+            self._followers.setdefault(run_id, []).append(follower)
         try:
             yield
         finally:
-            self.store.subscribers.remove(subscriber)
+            with self._guard:
+                self._followers[run_id].remove(follower)
+                if not self._followers[run_id]:
+                    del self._followers[run_id]
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        # By run, so that a commit costs the same however many runs are open.
+        own: dict[str, list[Event]] = {}
+        for event in events:
+            own.setdefault(event.run_id, []).append(event)
+        for run_id, some in own.items():
+            for follower in tuple(self._followers.get(run_id, ())):
+                follower(some)
 
     async def events(self, run_id: str) -> list[Event]:
         """The run's events in order of `seq`."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 from sqlalchemy import Connection, Engine, and_, bindparam, delete, or_, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from ..domain import RunResult, UserError
 from ..events import EVENT, Event
@@ -99,9 +99,14 @@ class TraceStore:
         except BaseException as error:
             # What was folded may not be in the log.
             self._folds.clear()
-            if not again or not isinstance(error.__cause__, IntegrityError):
+            cause = error.__cause__
+            if not again or not (
+                isinstance(cause, IntegrityError)
+                or (isinstance(cause, DBAPIError) and cause.connection_invalidated)
+            ):
                 raise
-        # Another process wrote to one of the runs as well: its events are read first.
+        # Another process wrote to one of the runs as well: its events are read first. Or the server went away: what it
+        # may have committed is found by its keys.
         return self._commit(batch, again=False)
 
     def _append(self, connection: Connection, batch: Sequence[Event]) -> tuple[list[Event], list[Event]]:

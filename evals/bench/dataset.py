@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from ...rl.data.dataset import Dataset
 from ...rl.data.examples import SOURCES
 from ...rl.rollouts import LogRollouts
 from ...settings import load_settings
+from ...traces.rows import RunFilter
 from ...traces.store import open_store
+from .postgres import postgres
 
 #: Runs in one commit.
 _CHUNK = 200
@@ -32,9 +35,14 @@ _PROMPTS = 5000
 
 
 def main(
-    runs: int = 100_000, rounds: int = 2, images: int = 2, phrases: int = 24, home: str = ""
+    runs: int = 100_000,
+    rounds: int = 2,
+    images: int = 2,
+    phrases: int = 24,
+    home: str = "",
+    database: str = "sqlite",
 ) -> dict[str, Any]:
-    """Dataset statistics and first batch of a large log.
+    """First page of a large log, its dataset's statistics and first batch.
 
     Args:
         runs: Logged runs.
@@ -42,33 +50,40 @@ def main(
         images: Images a round.
         phrases: As `data.phrases`; 0 leaves them out.
         home: Folder for the log, kept; empty is a temporary one.
+        database: `sqlite`, or `postgres`: a server of its own.
 
     Returns:
         The document with `figures`: runs, seconds, peak_mb.
     """
-    with tempfile.TemporaryDirectory(prefix="emoloop-bench-") as spare:
+    with ExitStack() as stack:
+        spare = stack.enter_context(tempfile.TemporaryDirectory(prefix="emoloop-bench-"))
+        url = stack.enter_context(postgres()) if database == "postgres" else None
         folder = Path(home or spare)
+        given = {"home": str(folder), "traces": {"database_url": url}}
         start = time.perf_counter()
-        if not (folder / "events.db").exists():
-            with open_store(load_settings({"home": str(folder)})) as store:
+        if url or not (folder / "events.db").exists():
+            with open_store(load_settings(given)) as store:
                 for first in range(0, runs, _CHUNK):
                     numbers = range(first, min(first + _CHUNK, runs))
                     store.append_all([list(_events(number, rounds, images)) for number in numbers])
         filled = time.perf_counter() - start
         code = f"from {__name__} import measure; import sys; measure(sys.argv[1], int(sys.argv[2]))"
-        command = [sys.executable, "-c", code, str(folder), str(phrases)]
+        command = [sys.executable, "-c", code, json.dumps(given), str(phrases)]
         answer = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         size = sum(path.stat().st_size for path in folder.glob("events.db*"))
     figures = {**json.loads(answer.stdout), "log_mb": size / 2**20, "fill_seconds": filled}
     return {"figures": figures, "n": runs}
 
 
-def measure(home: str, phrases: int) -> None:
-    """Open the log, take statistics and a batch of every source, print what it took as JSON."""
+def measure(given: str, phrases: int) -> None:
+    """Open the log, list its newest runs, take statistics and a batch of every source, print what it took as JSON."""
     import resource  # Windows has no such module
 
-    start = time.perf_counter()
-    with open_store(load_settings({"home": home}), read_only=True) as store:
+    with open_store(load_settings(json.loads(given)), read_only=True) as store:
+        start = time.perf_counter()
+        assert list(store.runs(RunFilter(limit=20)))
+        listed = time.perf_counter() - start
+        start = time.perf_counter()
         dataset = Dataset(LogRollouts(store), DataConfig(phrases=phrases))
         counted = time.perf_counter()
         for source in SOURCES if phrases else SOURCES.keys() - {"phrases"}:
@@ -80,6 +95,7 @@ def measure(home: str, phrases: int) -> None:
     document = {
         "runs": dataset.statistics.runs,
         "pairs": dataset.statistics.sources["pairs"]["train"],
+        "first_page_ms": 1000 * listed,
         "seconds": ended - start,
         "statistics_seconds": counted - start,
         "first_batch_seconds": ended - counted,

@@ -33,11 +33,15 @@ class FakeGenerator:
     Args:
         seconds: What a batch takes on the one device; 0 makes each picture at once.
         batch: Pictures in a batch.
+        notes: A file that gets the seed of each picture in a batch that is made, a line each.
     """
 
-    def __init__(self, seconds: float = 0.0, batch: int = 8) -> None:
+    def __init__(self, seconds: float = 0.0, batch: int = 8, notes: str | None = None) -> None:
         def run(seeds: list[int]) -> list[Image.Image | Exception]:
             time.sleep(seconds)
+            if notes:
+                with open(notes, "a") as file:
+                    file.writelines(f"{seed}\n" for seed in seeds)
             return [picture(seed) for seed in seeds]
 
         self._worker = BatchWorker[int, Image.Image](run, size=batch, window=0.002) if seconds else None

@@ -19,10 +19,11 @@ from ...events import Event, ImageGenerated, RunStarted
 from ...settings import load_settings
 from ...traces.recorder import open_recorder
 from ...traces.store import open_store
+from .postgres import missing, server
 
 
 def main(writers: int = 16, events: int = 500, repeats: int = 3) -> dict[str, Any]:
-    """Durable events a second, lost and doubled ones, against hand-written SQL.
+    """Durable events a second, lost and doubled ones, against hand-written SQL; and on a PostgreSQL that syncs.
 
     Args:
         writers: Runs that are written at the same time, one event at a time.
@@ -32,6 +33,7 @@ def main(writers: int = 16, events: int = 500, repeats: int = 3) -> dict[str, An
     total, found = writers * events, Counter[str]()
     ours: list[float] = []
     by_hand: list[float] = []
+    on_postgres: list[float] = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory(prefix="emoloop-log-") as folder:
             commits: list[list[Event]] = []
@@ -41,6 +43,15 @@ def main(writers: int = 16, events: int = 500, repeats: int = 3) -> dict[str, An
             found["lost"] += total - len(kept)
             found["doubled"] += kept.total() - len(kept)
             by_hand.append(total / _write_by_hand(Path(folder, "events.db"), commits))
+            if missing() is None:
+                with server(durable=True) as postgres:
+                    seconds = asyncio.run(_write(Path(folder), writers, events, [], postgres.url))
+                    on_postgres.append(total / seconds)
+                    settings = load_settings({"home": folder, "traces": {"database_url": postgres.url}})
+                    with open_store(settings, read_only=True) as store:
+                        kept = Counter(event.key for event in store.tail(0, 2 * total))
+                found["lost"] += total - len(kept)
+                found["doubled"] += kept.total() - len(kept)
     figures = {
         "events_per_second": median(ours),
         "events_per_second_hand_written": median(by_hand),
@@ -48,11 +59,16 @@ def main(writers: int = 16, events: int = 500, repeats: int = 3) -> dict[str, An
         "lost": found["lost"],
         "doubled": found["doubled"],
     }
+    if on_postgres:
+        figures["postgres_events_per_second"] = median(on_postgres)
     return {"figures": figures, "n": repeats}
 
 
-async def _write(home: Path, writers: int, count: int, commits: list[list[Event]]) -> float:
-    async with open_recorder(load_settings({"home": str(home)})) as recorder:
+async def _write(
+    home: Path, writers: int, count: int, commits: list[list[Event]], url: str | None = None
+) -> float:
+    settings = load_settings({"home": str(home), "traces": {"database_url": url}})
+    async with open_recorder(settings) as recorder:
         recorder.store.subscribers.append(lambda events: commits.append(list(events)))
 
         async def write(run_id: str) -> None:

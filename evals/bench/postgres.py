@@ -23,28 +23,55 @@ def missing() -> str | None:
     return None
 
 
+class Server:
+    """A server whose data lie in a folder; it runs between `start` and `stop`.
+
+    Args:
+        folder: For data, socket and log.
+        durable: Whether a commit is synced, as a real server's is.
+    """
+
+    def __init__(self, folder: str, durable: bool = False) -> None:
+        # The server refuses to run as root; there it runs as the user that its package made, who may not enter every
+        # folder.
+        self._as = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        self._sync = "on" if durable else "off"
+        self._folder, self.url = folder, f"postgresql://tester@/postgres?host={folder}"
+        if self._as:
+            shutil.chown(folder, "postgres")
+        self._run("initdb", "-U", "tester", "--auth=trust", "-E", "UTF8", "--no-sync")
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        options = f"-k {self._folder} -c listen_addresses='' -c fsync={self._sync}"
+        self._run("pg_ctl", "-w", "-o", options, "-l", f"{self._folder}/log", "start")
+
+    def stop(self) -> None:
+        """Stop it as a crash would: at once, and connections are cut."""
+        self._run("pg_ctl", "-m", "immediate", "stop")
+
+    def _run(self, program: str, *words: str) -> None:
+        command = [*self._as, f"{_programs()}/{program}", "-D", f"{self._folder}/data", *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=self._folder)
+
+
+@contextmanager
+def server(durable: bool = False) -> Generator[Server]:
+    """A server that runs. Only where nothing is `missing`."""
+    with tempfile.TemporaryDirectory(prefix="emoloop-postgres-") as folder:
+        made = Server(folder, durable)
+        made.start()
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
 @contextmanager
 def postgres() -> Generator[str]:
-    """Start a server; gives its URL. Only where nothing is `missing`."""
-    programs = _programs()
-    # The server refuses to run as root; there it runs as the user that its package made, who may not enter
-    # every folder.
-    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    with tempfile.TemporaryDirectory(prefix="emoloop-postgres-") as folder:
-        if as_user:
-            shutil.chown(folder, "postgres")
-        data = f"{folder}/data"
-
-        def run(*command: str) -> None:
-            subprocess.run([*as_user, *command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
-
-        run(f"{programs}/initdb", "-D", data, "-U", "tester", "--auth=trust", "-E", "UTF8", "--no-sync")
-        options = f"-k {folder} -c listen_addresses='' -c fsync=off"
-        run(f"{programs}/pg_ctl", "-D", data, "-w", "-o", options, "-l", f"{folder}/log", "start")
-        try:
-            yield f"postgresql://tester@/postgres?host={folder}"
-        finally:
-            run(f"{programs}/pg_ctl", "-D", data, "-m", "immediate", "stop")
+    """The URL of a `server`."""
+    with server() as made:
+        yield made.url
 
 
 def _programs() -> str | None:

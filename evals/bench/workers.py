@@ -16,13 +16,21 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from ...domain import RunResult, RunStatus
+from ...domain import RunStatus
+from ...events import ImageGenerated, RunStarted
 from ...graph.loop import Loop, open_loop
 from ...graph.worker import Worker
 from ...settings import load_settings
+from ...traces.queue import owner_name
+from ...traces.recorder import open_recorder
 from ...traces.store import TraceStore, open_store
 from .fakes import FakeGenerator, FakeLVLM
 from .postgres import missing, postgres
+
+_NO_DBOS = (
+    "dbos_cost_ratio is missing: python -m venv dbos && dbos/bin/pip install dbos 'psycopg[binary]', then "
+    "dbos_python=dbos/bin/python (and a PostgreSQL)"
+)
 
 
 def main(
@@ -36,6 +44,7 @@ def main(
     answer_seconds: float = 0.1,
     database: str = "auto",
     compare: bool = True,
+    dbos_python: str = "",
     seed: int = 0,
 ) -> dict[str, Any]:
     """Completed, lost and doubled runs and events under kill -9, and what differs from one process's results.
@@ -51,6 +60,8 @@ def main(
         answer_seconds: What the LVLM takes for an answer.
         database: `postgres` (one of its own), `sqlite`, or `auto`: postgres where its programs are.
         compare: Do the same runs in one undisturbed process as well.
+        dbos_python: The interpreter of an environment with DBOS, the baseline of `dbos_cost_ratio`: the CPU time of
+            this process for a durable step of a queued run, over that of DBOS for the same on the same server.
         seed: Of the runs and of who is killed.
     """
     server = database == "postgres" or (database == "auto" and missing() is None)
@@ -65,38 +76,94 @@ def main(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="emoloop-workers-")))
         url = stack.enter_context(postgres()) if server else None
         shared = {**options, "home": str(folder / "shared"), "url": url}
-        with _store(shared) as store:
-            _enqueue(store, runs, seed)
+        with open_log(shared) as store:
+            enqueue(store, runs, seed)
             began = time.perf_counter()
             figures["killed"] = _work(store, shared, workers, kill_seconds, random.Random(seed))
             figures["seconds"] = time.perf_counter() - began
-            results = _results(store)
+            told = essence(store)
+            completed = [it for it in store.runs() if it.status is RunStatus.COMPLETED]
             for item in store.queue.items():
                 if item.error:
                     print(f"{item.id}: {item.error}", file=sys.stderr)
-            keys = Counter(event.key for row in store.runs() for event in store.events(row.run_id))
-        figures["completed"] = sum(it.status is RunStatus.COMPLETED for it in results.values())
+            events = [event for row in store.runs() for event in store.events(row.run_id)]
+        keys, times = Counter(event.key for event in events), [event.time for event in events]
+        figures["completed"] = len(completed)
+        # What the generators need at least, if all are busy from the first event to the last.
+        optimum = runs * rounds * batch_seconds / workers
+        figures["optimum_ratio"] = (max(times) - min(times)).total_seconds() / optimum
         figures["lost"] = runs - figures["completed"]
         figures["doubled"] = keys.total() - len(keys)
         if compare:
             alone = {**options, "home": str(folder / "alone"), "url": None, "until_empty": True}
-            with _store(alone) as store:
-                _enqueue(store, runs, seed)
-                asyncio.run(_child(alone))
-                expected = _results(store)
-            figures["different"] = sum(
-                _essence(results[name]) != _essence(expected[name]) for name in expected
-            )
+            with open_log(alone) as store:
+                enqueue(store, runs, seed)
+                asyncio.run(work_alone(alone))
+                expected = essence(store)
+            figures["different"] = sum(told.get(name) != expected[name] for name in expected)
+    if server and dbos_python:
+        figures |= steps(dbos_python, runs, 20, concurrency)
+    else:
+        print(_NO_DBOS, file=sys.stderr)
     return {"figures": figures, "n": runs, "database": "postgresql" if server else "sqlite"}
 
 
-def _store(about: dict[str, Any]) -> TraceStore:
+def steps(dbos_python: str, runs: int, steps: int, concurrency: int) -> dict[str, float]:
+    """CPU milliseconds for a durable step, ours and DBOS's, each on a server of its own."""
+    image: Any = {"round": 0, "sha256": f"{0:064x}", "prompt": "a dog", "seed": 1, "model": "fake"}
+
+    def event(run_id: str, number: int) -> ImageGenerated:
+        return ImageGenerated(run_id=run_id, index=number, height=96, width=96, **image)
+
+    async def ours(url: str, home: str) -> float:
+        settings = load_settings({"home": home, "traces": {"database_url": url}})
+        async with open_recorder(settings) as recorder:
+            queue, owner = recorder.store.queue, owner_name()
+
+            async def slot() -> None:
+                while (item := await asyncio.to_thread(queue.take, owner)) is not None:
+                    await recorder.record(RunStarted(run_id=item.id, **item.payload))
+                    for number in range(steps):
+                        await recorder.record(event(item.id, number))
+                    await asyncio.to_thread(queue.settle, item.id, owner, "done")
+
+            began = time.process_time()
+            asked = {"prompt": "a dog", "target": {"valence": 2.0}, "seed": 1}
+            queue.add("run", {f"run-{number}": asked for number in range(runs)})
+            await asyncio.gather(*(slot() for _ in range(concurrency)))
+            return 1000 * (time.process_time() - began) / (runs * steps)
+
+    with postgres() as url, tempfile.TemporaryDirectory(prefix="emoloop-steps-") as home:
+        mine = asyncio.run(ours(url, home))
+    with postgres() as url:
+        script = str(Path(__file__).with_name("dbos_steps.py"))
+        counts = map(str, (runs, steps, concurrency))
+        body = event("run-0", 0).model_dump_json()
+        said = subprocess.run([dbos_python, script, url, *counts, body], stdout=subprocess.PIPE, check=True)
+    theirs = float(said.stdout.split()[-1])
+    return {"cpu_ms_per_step": mine, "cpu_ms_per_step_dbos": theirs, "dbos_cost_ratio": mine / theirs}
+
+
+def open_log(about: dict[str, Any]) -> TraceStore:
+    """The log that `about` names."""
     return open_store(load_settings({"home": about["home"], "traces": {"database_url": about["url"]}}))
 
 
-def _enqueue(store: TraceStore, runs: int, seed: int) -> None:
+def enqueue(store: TraceStore, runs: int, seed: int, **more: Any) -> None:
+    """Queue so many runs that differ in their seeds."""
     asked = {"prompt": "a dog by the sea", "target": {"valence": 2.0, "arousal": -1.0}, "options": {}}
-    store.queue.add("run", {f"run-{number:05}": {**asked, "seed": seed + number} for number in range(runs)})
+    entries = {f"run-{number:05}": {**asked, "seed": seed + number} for number in range(runs)}
+    store.queue.add("run", entries, **more)
+
+
+def essence(store: TraceStore) -> dict[str, Any]:
+    """What logs of the same requests have in common: each run's events by their keys; times and order are their own."""
+    return {
+        row.run_id: {
+            it.key: it.model_dump(exclude={"seq", "time", "seconds"}) for it in store.events(row.run_id)
+        }
+        for row in store.runs()
+    }
 
 
 def _work(
@@ -138,26 +205,17 @@ def _start(about: dict[str, Any]) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", __name__, json.dumps(about)])
 
 
-def _results(store: TraceStore) -> dict[str, RunResult]:
-    return {row.run_id: store.run(row.run_id) for row in store.runs()}
-
-
-def _essence(result: RunResult) -> Any:
-    """What two runs of one request have in common; paths and names are their own."""
-    rounds = [
-        (it.prompt, [(c.index, c.seed, c.sha256, c.reward) for c in it.candidates]) for it in result.rounds
-    ]
-    return rounds, result.stop_reason, result.gain, result.best_gain
-
-
-async def _child(about: dict[str, Any]) -> None:
-    """A worker; SIGTERM drains it."""
-    generator = FakeGenerator(about["batch_seconds"], about["loop"]["images"])
+def open_fakes(about: dict[str, Any]) -> Loop:
+    """A loop on models of fixed speed, as `about` says."""
+    generator = FakeGenerator(about["batch_seconds"], about["loop"]["images"], about.get("notes"))
     settings = load_settings({"loop": about["loop"], "traces": {"database_url": about["url"]}})
-    loop: Loop = open_loop(
-        settings, generator=generator, lvlm=FakeLVLM(seconds=about["answer_seconds"]), home=about["home"]
-    )
-    async with loop:
+    lvlm = FakeLVLM(seconds=about["answer_seconds"])
+    return open_loop(settings, generator=generator, lvlm=lvlm, home=about["home"])
+
+
+async def work_alone(about: dict[str, Any]) -> None:
+    """A worker; SIGTERM drains it."""
+    async with open_fakes(about) as loop:
         until_empty = about.get("until_empty", False)
         worker = Worker(loop, concurrency=about["concurrency"], until_empty=until_empty)
         with suppress(NotImplementedError):
@@ -167,4 +225,4 @@ async def _child(about: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    asyncio.run(_child(json.loads(sys.argv[1])))
+    asyncio.run(work_alone(json.loads(sys.argv[1])))

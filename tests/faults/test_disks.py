@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -19,9 +20,24 @@ from scripted import Scripted
 TARGET = EmotionTarget(valence=2, arousal=-1)
 
 
-def make(home, **options):
+def make(home, painter=None, **options):
     loop = {"rounds": 3, "images": 3, "patience": 3, "proposals": 1, **options}
-    return open_loop(generator=Painter(), lvlm=Scripted(), home=home, loop=loop)
+    return open_loop(generator=painter or Painter(), lvlm=Scripted(), home=home, loop=loop)
+
+
+class Filling(Painter):
+    """Has the disk filled when it has painted its fifth picture, in round 1: it finds no room."""
+
+    def __init__(self, fill):
+        super().__init__()
+        self._fill, self._calls = fill, 0
+
+    async def generate(self, requests):
+        made = await super().generate(requests)
+        self._calls += 1
+        if self._calls == 5:
+            self._fill()
+        return made
 
 
 def damage(path: Path):
@@ -46,25 +62,28 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.parametrize("what", ["event", "picture"])
 async def test_a_disk_that_fills_up_loses_nothing_and_the_run_goes_on_once_there_is_room(
-    small_disk, tmp_path
+    small_disk, tmp_path, what
 ):
     async with make(tmp_path / "calm") as loop:
         calm = await loop.run("a dog", TARGET, seed=7)
-    ballast = small_disk / "ballast"
-    async with make(small_disk / "home") as loop:
-        events = []
+    ballast, events = small_disk / "ballast", []
 
-        def fill(event):
-            events.append(event)
-            if len(events) == 6:
-                with contextlib.suppress(OSError), ballast.open("wb") as file:
-                    while True:
-                        file.write(b"x" * 4096)
-                        file.flush()
+    def fill():
+        with contextlib.suppress(OSError), ballast.open("wb") as file:
+            while True:
+                file.write(b"x" * 4096)
+                file.flush()
 
+    def note(event):
+        events.append(event)
+        if what == "event" and len(events) == 6:
+            fill()
+
+    async with make(small_disk / "home", Filling(fill) if what == "picture" else None) as loop:
         with contextlib.suppress(Exception):
-            await loop.run("a dog", TARGET, seed=7, run_id="mine", on_event=fill)
+            await loop.run("a dog", TARGET, seed=7, run_id="mine", on_event=note)
     ballast.unlink()
     torn = [file for file in (small_disk / "home" / "blobs").rglob(".*") if file.is_file()]
     assert torn == []
@@ -80,7 +99,7 @@ async def test_a_slow_disk_holds_up_nobody_else(tmp_path, monkeypatch):
     sync, waits, late = os.fsync, [], 0.0
 
     def slow(handle):
-        waits.append(handle)
+        waits.append(threading.current_thread())
         time.sleep(0.05)
         sync(handle)
 
@@ -99,6 +118,7 @@ async def test_a_slow_disk_holds_up_nobody_else(tmp_path, monkeypatch):
         ticking.cancel()
     # A blocked event loop would be late once for each wait.
     assert result.status is RunStatus.COMPLETED and len(waits) >= 6 and late < len(waits) / 2
+    assert threading.current_thread() not in waits
 
 
 async def test_a_clock_that_jumps_changes_neither_order_nor_outcome(tmp_path, monkeypatch):

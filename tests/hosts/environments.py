@@ -15,6 +15,7 @@ from pathlib import Path
 
 REQUIREMENTS = {
     "client": ("openapi-python-client==0.29.1",),
+    "dbos": ("dbos==3.4.0", "psycopg[binary]==3.3.9"),
     "langgraph": ("langgraph-cli[inmem]==0.4.40", "langgraph-api==0.16.7"),
     "phoenix": ("arize-phoenix==20.26.1", "playwright==1.65.2"),
 }

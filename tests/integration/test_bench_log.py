@@ -1,12 +1,19 @@
 """The benches of the log and the loop, small: they measure what their documents say."""
 
-from emoloop.evals.bench import concurrency, log, overhead
+from emoloop.evals.bench import concurrency, log, open_runs, overhead
+from emoloop.evals.bench.postgres import missing
 
 
 def test_log_loses_and_doubles_nothing():
     figures = log.main(writers=4, events=20, repeats=1)["figures"]
     assert (figures["lost"], figures["doubled"]) == (0, 0)
     assert figures["events_per_second"] > 0 and figures["ratio_hand_written"] > 0
+    assert missing() or figures["postgres_events_per_second"] > 0
+
+
+async def test_so_many_runs_are_open_at_a_time():
+    figures = (await open_runs.main(runs=12, finish=True))["figures"]
+    assert (figures["open"], figures["completed"]) == (12, 12) and figures["mb"] > 0
 
 
 def test_runs_share_the_models():

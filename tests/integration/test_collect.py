@@ -1,7 +1,9 @@
 """Many runs from a file: concurrency, exact resume, dead letters."""
 
 import asyncio
+import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,3 +176,29 @@ async def test_a_byte_order_mark_loses_no_line(tmp_path):
     source.write_bytes(b"\xef\xbb\xbf" + json.dumps(LINES[0]).encode() + b"\r\n")
     async with make(tmp_path) as loop:
         assert [o.error for o in await outcomes(loop, source)] == [None]
+
+
+async def test_a_pipe_without_end_is_read_no_further_than_the_work(tmp_path, monkeypatch):
+    module, read = sys.modules[collect.__module__], 0
+    monkeypatch.setattr(module, "_AHEAD", 16)
+    monkeypatch.setattr(module, "_CHUNK", 4)
+
+    def endless(source):
+        nonlocal read
+        for read in itertools.count(1):
+            yield read, json.dumps({"prompt": "a dog", "valence": 1})
+
+    monkeypatch.setattr(module, "read_lines", endless)
+    painter = Painter(delay=30)
+    async with make(tmp_path, painter) as loop:
+        queue = loop.recorder.store.queue
+        task = asyncio.create_task(collect(loop, tmp_path / "pipe", tmp_path / "failed", concurrency=2))
+        for _ in itertools.count():
+            if sum(queue.counts().get("run", {}).values()) >= 16 and painter.requests:
+                break
+            await asyncio.sleep(0.005)
+        # What waits in the queue, in its next chunk, between the threads, and in the reader's hand.
+        assert read <= 16 + 4 + 4 + 1
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert read <= 16 + 4 + 4 + 1

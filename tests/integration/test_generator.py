@@ -3,6 +3,7 @@
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,7 +197,21 @@ async def test_pixels_that_are_not_numbers_are_an_error(sd3: Path):
     await source.aclose()
 
 
-async def test_out_of_memory_halves_the_batch_and_goes_on(sd3: Path, monkeypatch):
+async def test_a_picture_that_a_safety_checker_blackened_is_an_error(sd3: Path, monkeypatch):
+    source = load_generator(sd3)
+    draw, [black, *_] = source._draw, requests()
+
+    def refusing(rows, seeds, steps):
+        output = draw(rows, seeds, steps)
+        return SimpleNamespace(images=output.images, nsfw_content_detected=[it == black.seed for it in seeds])
+
+    monkeypatch.setattr(source, "_draw", refusing)
+    with pytest.raises(GenerationError, match="1 of 6 images failed: the pipeline's safety checker refused"):
+        await source.generate(requests())
+    await source.aclose()
+
+
+async def test_out_of_memory_halves_the_batch_and_goes_on(sd3: Path, monkeypatch, caplog):
     source = load_generator(sd3)
     forward = source._forward
 
@@ -209,6 +224,10 @@ async def test_out_of_memory_halves_the_batch_and_goes_on(sd3: Path, monkeypatch
     assert len(await source.generate(requests())) == len(PROMPTS)
     assert source.micro_batch == 1
     assert source.describe()["micro_batch"] == 1
+    # Each step down is said once, however many pictures there are.
+    await source.generate(requests())
+    said = [it.getMessage() for it in caplog.records if "out of memory" in it.getMessage()]
+    assert said == [f"out of memory: micro_batch goes from {n} to {n // 2}" for n in (4, 2)]
     monkeypatch.setattr(source, "_forward", lambda rows, size: small(rows, 2))
     with pytest.raises(GenerationError, match="6 of 6 images failed: CUDA out of memory"):
         await source.generate(requests())

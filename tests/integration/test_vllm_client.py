@@ -10,7 +10,7 @@ import pytest
 from emoloop.domain import UserError
 from emoloop.tools.lvlm import vllm as vllm_client
 from emoloop.tools.lvlm.vllm import LVLMUnavailable, VLLMChat
-from fake_openai import CERTIFICATE, chat, error, hang, serving
+from fake_openai import CERTIFICATE, chat, drip, error, hang, serving
 from pydantic import SecretStr
 
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, "strict": True}}
@@ -112,6 +112,18 @@ async def test_a_hanging_server_is_given_up(server, connect):
     server.script = lambda number, body: hang(1.0)
     with pytest.raises(LVLMUnavailable, match=r"hangs: no answer in 0\.1 s"):
         await connect(server, timeout=0.1, patience=0.25).ainvoke("x")
+
+
+async def test_an_answer_that_drips_is_given_up(server, connect):
+    server.script = lambda number, body: drip()
+    with pytest.raises(LVLMUnavailable, match=r"hangs: no answer in 0\.2 s"):
+        await connect(server, timeout=0.2, patience=0.3).ainvoke("x")
+
+
+async def test_a_connection_that_is_reset_is_tried_again(server, connect):
+    server.script = lambda number, body: server.reset() if number < 2 else chat("whole")
+    assert (await connect(server).ainvoke("x")).content == "whole"
+    assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def test_the_queue_is_shown_and_steered(tmp_path):
     document = json.loads(queue(home, "--json"))
     assert document["entries"] == {"run": {"queued": 1, "running": 0, "done": 2, "failed": 1, "cancelled": 0}}
     assert document["seconds_left"] is not None and not document["paused"] and document["limit"] is None
+    assert document["failures"] == [{"id": "a", "error": "no"}] and "failed a: no" in queue(home)
     assert "paused" in queue(home, "--pause") and "at most 3" in queue(home, "--limit", "3")
     document = json.loads(queue(home, "--json", "--requeue-failed"))
     assert (document["paused"], document["limit"]) == (True, 3) and document["entries"]["run"]["queued"] == 2

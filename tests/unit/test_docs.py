@@ -125,6 +125,17 @@ def test_registries_stand_where_contributing_says():
             assert re.search(rf"^{match[2]}\b", (ROOT / match[1]).read_text(), re.MULTILINE), match[0]
 
 
+def test_the_cluster_of_the_docs_is_yaml_and_names_settings_that_exist():
+    [manifest] = re.findall(r"```yaml\n(.*?)```", (DOCS / "scaling.md").read_text(), re.DOTALL)
+    cluster = yaml.safe_load(manifest)["spec"]["rayClusterSpec"]
+    [head] = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    for variable in head["env"]:
+        section, _, key = variable["name"].removeprefix("EMOLOOP_").lower().partition("__")
+        assert key in getattr(Settings.model_fields[section].annotation, "model_fields", {}), variable
+    [group] = cluster["workerGroupSpecs"]
+    assert group["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
 def test_containers_name_settings_that_exist_and_files_that_are_there():
     compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
     environment = compose["services"]["emoloop"]["environment"]

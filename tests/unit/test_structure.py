@@ -35,7 +35,7 @@ MAX_LINES = 500
 #: Libraries that take long to load: an import inside a function may keep one away from who does not need it.
 HEAVY = {
     "accelerate", "datasets", "diffusers", "httpx", "langchain_core", "langchain_openai", "langgraph", "numpy",
-    "openai", "opentelemetry", "peft", "PIL", "pyarrow", "pydantic_settings", "scipy", "sklearn", "sqlalchemy",
+    "openai", "opentelemetry", "peft", "PIL", "pyarrow", "pydantic_settings", "ray", "scipy", "sklearn", "sqlalchemy",
     "torch", "transformers", "trl",
 }  # fmt: skip
 #: Imports inside functions that neither weight nor a circle demands: (module, imported module) → why.

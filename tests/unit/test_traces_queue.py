@@ -11,7 +11,7 @@ from emoloop.events import RunStarted
 from emoloop.settings import Settings
 from emoloop.traces import queue as module
 from emoloop.traces.queue import Control, owner_name
-from emoloop.traces.schema import events, meta, metadata, queue
+from emoloop.traces.schema import events, meta, metadata, queue, runs
 from emoloop.traces.store import open_store
 from sqlalchemy import text, update
 
@@ -25,7 +25,7 @@ def store(request, tmp_path):
     with open_store(Settings(home=tmp_path / "home", traces=traces)) as store:
         yield store
         with store._write() as connection:
-            for table in (queue, events, meta):
+            for table in (queue, events, runs, meta):
                 keep = table.c.key != "tables_version" if table is meta else text("1 = 1")
                 connection.execute(table.delete().where(keep))
 
@@ -86,6 +86,20 @@ def test_a_dead_workers_entry_is_taken_over_but_not_for_ever(jobs):
     assert "died" in jobs.items(["a"])[0].error
 
 
+def test_a_run_that_gets_on_is_not_blamed_for_what_ends_its_workers(jobs, store):
+    jobs.add("run", {"a": {}})
+    target = EmotionTarget(valence=1.0)
+    for number in range(2 * module.ATTEMPTS):
+        assert jobs.take(GONE).id == "a"
+        store.append(RunStarted(run_id="a", index=number, prompt="a dog", target=target, seed=1))
+        jobs.reap()
+    assert state(jobs, "a") == "queued"
+    for _ in range(module.ATTEMPTS):
+        assert jobs.take(GONE).id == "a"
+        jobs.reap()
+    assert state(jobs, "a") == "failed"
+
+
 def test_renewal_tells_what_is_no_more_ones_own(jobs):
     jobs.add("run", {"a": {}, "b": {}})
     jobs.take("me", seconds=-1), jobs.take("me")
@@ -126,6 +140,17 @@ def test_a_claim_is_no_entry_of_the_queue(jobs):
     assert jobs.take("you") is None  # somebody drives it
     jobs.release("a", "me")
     assert jobs.take("you").id == "a" and jobs.claim("a", "me") == "you"
+
+
+def test_a_lease_goes_by_the_clock_of_the_database(jobs, monkeypatch):
+    jobs.add("run", {"a": {}})
+    assert jobs.take("me").id == "a" and jobs.claim("b", "me") is None
+    now = time.time
+    for jump in (86_400, -86_400):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now() + jump)
+        jobs.reap()
+        assert jobs.claim("b", "you") == "me" and jobs.take("you") is None
+        assert jobs.renew("me") == {"a"} and set(jobs.held()) == {"a", "b"}
 
 
 def test_rate_counts_what_ended(jobs):
