@@ -76,8 +76,8 @@ _TINY = {
 def main(
     size: str = "full",
     models: str = "sd35-medium,flux-dev,sdxl,qwen25-vl-7b",
-    runs: int = 4,
-    images: int = 4,
+    runs: int = 8,
+    images: int = 2,
     steps: int = 0,
     updates: int = 6,
     critiques: int = 64,
@@ -88,7 +88,7 @@ def main(
     Args:
         size: "full", or "tiny" for a CPU.
         models: Names in `real.yaml`, with commas between.
-        runs: Concurrent runs of two rounds.
+        runs: Concurrent runs of two rounds; some of them have to gain by chance, for there to be pairs to learn from.
         images: Pictures in a round.
         steps: Denoising steps; 0 leaves them to the model.
         updates: Optimizer steps of each objective, an even number; the first two are left out.

@@ -28,7 +28,7 @@ def test_the_rule_of_tiny_models_leaves_real_ones_alone(name: str) -> None:
 
 @pytest.mark.slow
 def test_pictures_and_steps_are_measured() -> None:
-    figures = real.main(size="tiny", models="sd35-medium", runs=2, images=2, updates=4)["figures"]
+    figures = real.main(size="tiny", models="sd35-medium", runs=8, images=2, updates=4)["figures"]
     names = (
         "images_per_second",
         "efficiency",
