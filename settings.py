@@ -77,6 +77,13 @@ class GeneratorSettings(_Section):
     micro_batch: int | None = Field(default=None, ge=1)
     #: How long a request waits for company, in milliseconds.
     batch_window_ms: float = Field(default=5.0, ge=0)
+    #: How the network is run: "eager", "compile" (torch.compile), "onnxruntime" (on a CPU; extra `onnx`), or "tuned":
+    #: what `emoloop bench generator --tune` found fastest for this model on this machine, else eager.
+    backend: Literal["eager", "compile", "onnxruntime", "tuned"] = "eager"
+    #: One of diffusers' attention backends ("flash", "sage", "_native_cudnn"); None is its default.
+    attention: str | None = None
+    #: Add the adapter's LoRA to the weights, since it serves at one strength: no extra layers, other last bits.
+    fuse_lora: bool = False
     #: Refuse prompts with words that the model does not know.
     strict: bool = False
 

@@ -43,7 +43,7 @@ app.command()(worker)
 app.command()(queue)
 app.command(hidden=True)(job)
 app.command()(distill)
-app.command()(bench)
+app.command(context_settings={"ignore_unknown_options": True})(bench)  # --tune and the like are benches' own
 app.add_typer(train, name="train")
 app.add_typer(bank, name="bank")
 app.command()(serve)

@@ -18,7 +18,11 @@ from .options import print_json
 def bench(
     name: Annotated[str | None, typer.Argument(help=f"{', '.join(BENCHES)}, or pkg.mod:function.")] = None,
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="The benchmark's own options.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[OPTION=VALUE]...",
+            help="The benchmark's own options; --OPTION for one that is on or off.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -42,7 +46,7 @@ def _read(name: str, function: Any, words: list[str]) -> dict[str, Any]:
     known = inspect.signature(function).parameters
     values: dict[str, Any] = {}
     for word in words:
-        key, separator, text = word.partition("=")
+        key, separator, text = word.partition("=") if word[:2] != "--" else (word[2:], "=", "true")
         if not separator or key not in known:
             usual = ", ".join(f"{k}={p.default}" for k, p in known.items())
             raise UserError(f"benchmark {name}: {word!r} is not one of its options ({usual})")

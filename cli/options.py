@@ -247,6 +247,8 @@ def tell(document: Mapping[str, Any], as_json: bool, show: Callable[[], object])
 def tell_trained(result: Distilled, as_json: bool, console: Console) -> None:
     """The outcome of a training of adapters; one that was interrupted exits with 130."""
     outcome = result.outcome
+    if not result.main:
+        raise typer.Exit(130 if outcome.reason == "interrupted" else 0)
     if outcome.flags:
         say(console, f"guards fell while the reward rose: {'; '.join(outcome.flags)}", "yellow")
     if as_json:

@@ -61,6 +61,7 @@ class Distilled:
         statistics: What the data held, as JSON.
         figures: Flat numbers for reports.
         notes: What a person should know before trusting the result.
+        main: Whether this process is the one that writes and tells.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class Distilled:
     statistics: dict[str, Any]
     figures: dict[str, float]
     notes: list[str]
+    main: bool = True
 
 
 def objective_of(config: DistillConfig) -> tuple[Objective, str]:
@@ -121,13 +123,14 @@ def distill(
         guards = _guards(config, policy, cache, dataset)
         statistics = dataset.statistics.model_dump(mode="json")
         notes = _notes(config, len(held_out), dataset.statistics.prompts, guards is not None)
-        for note in notes:
+        for note in notes if accelerator.is_main_process else ():
             warn(note)
+        about, critics = generator.describe(), dataset.rollouts.critics()
         trainer = Trainer(
             config, objective, policy, train, held_out, text, cache, guards, training,
             statistics["data_hash"], accelerator,
         )  # fmt: skip
-        origin = Origin(dataset.base, dataset.reward, dataset.rollouts.critics(), source, statistics)
+        origin = Origin(about, dataset.base, dataset.reward, critics, source, statistics)
         return train_into(out, trainer, generator, origin, notes, resume=resume, watch=watch)
 
 
@@ -135,6 +138,7 @@ class Origin(NamedTuple):
     """Where the data of a training come from, for the record.
 
     Attributes:
+        about: What the generator says of itself, before several processes share its weights.
         base: What the student starts from.
         reward: Name and version.
         critics: The models whose readings the rewards come from.
@@ -142,6 +146,7 @@ class Origin(NamedTuple):
         data: Statistics, with `data_hash`, as JSON.
     """
 
+    about: dict[str, Any]
     base: Base
     reward: tuple[str, str]
     critics: list[str]
@@ -160,22 +165,21 @@ def train_into(
     watch: Watcher | None,
 ) -> Distilled:
     """Train, and write the artifact; the folder was checked."""
-    config, policy, training = trainer.config, trainer.policy, out / "training"
+    config, training = trainer.config, out / "training"
     # From here on the folder is taken: what is refused, is refused before.
     if trainer.is_main:
         write_atomic(training / _CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         write_atomic(training / "data.json", json.dumps(origin.data, indent=2) + "\n")
     outcome = trainer.run(resume=resume, watch=watch)
     with trainer.averaged():
-        record = _record(config, trainer.objective, origin, generator, outcome, notes)
+        record = _record(config, trainer.objective, origin, outcome, notes)
+        parts = trainer.parts()
         if trainer.is_main and outcome.reason != "interrupted":
-            about = generator.describe()
             save_artifact(
-                out, generator.pipe, adapter_name=STUDENT, emotion_tokens=policy.tokens,
-                visual_prompts=policy.visual, training=record, base_model=about["model"],
-                call=about["call"],
+                out, generator.pipe, adapter_name=STUDENT, training=record, base_model=origin.about["model"],
+                call=origin.about["call"], **parts,
             )  # fmt: skip
-    return Distilled(out, outcome, origin.data, record["figures"], notes)
+    return Distilled(out, outcome, origin.data, record["figures"], notes, trainer.is_main)
 
 
 def make_policy(
@@ -289,8 +293,7 @@ def _notes(config: DistillConfig, held_out: int, prompts: int, guarded: bool) ->
 
 
 def _record(
-    config: DistillConfig, objective: Objective, origin: Origin, generator: DiffusersGenerator, outcome: Outcome,
-    notes: list[str],
+    config: DistillConfig, objective: Objective, origin: Origin, outcome: Outcome, notes: list[str]
 ) -> dict[str, Any]:  # fmt: skip
     """What `training.json` says."""
     figures = {"steps": float(outcome.steps), "train_minutes": outcome.seconds / 60, "loss": outcome.loss}
@@ -299,7 +302,7 @@ def _record(
         "objective": {"name": config.objective["name"], **objective.model_dump(mode="json")},
         "config": config.model_dump(mode="json"),
         # The generator is the bare model: only the log knows the adapter of the round before.
-        "base": {**generator.describe(), "adapter": origin.base.adapter},
+        "base": {**origin.about, "adapter": origin.base.adapter},
         "reward": {"name": origin.reward[0], "version": origin.reward[1]},
         # An evaluation refuses these as its headline judge.
         "critics": sorted({*origin.critics, *objective.judges}),

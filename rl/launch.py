@@ -6,13 +6,22 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..domain import UserError, first_line
 from .config import DistillConfig
+
+#: A configuration of `accelerate launch` that splits the network among GPUs.
+FSDP2 = Path(__file__).with_name("fsdp2.yaml")
+
+#: How long a process waits for the others: as long as the first may wait for a critic that is away, and more.
+_PATIENCE = timedelta(hours=2)
 
 
 def make_accelerator(config: DistillConfig, folder: Path) -> Any:
@@ -22,15 +31,22 @@ def make_accelerator(config: DistillConfig, folder: Path) -> Any:
         UserError: The wanted device is not there, or precision does not go with it.
     """
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     knobs = config.train
     wanted = None if knobs.device == "auto" else _device(knobs.device)
     precision = "no" if knobs.precision == "fp32" else knobs.precision
     log_with = "tensorboard" if knobs.tensorboard else None
+    # Buffers are constants here, and processes that sample need not do so in step.
+    processes = [
+        InitProcessGroupKwargs(timeout=_PATIENCE),
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+    ]
     try:
         accelerator = Accelerator(
-            mixed_precision=precision, cpu=knobs.device == "cpu", log_with=log_with, project_dir=folder
-        )
+            mixed_precision=precision, cpu=knobs.device == "cpu", log_with=log_with, project_dir=folder,
+            kwargs_handlers=processes,
+        )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise UserError(f"train.precision {knobs.precision} on this device: {first_line(error)}") from error
     if wanted is not None and accelerator.device.type != wanted.type:
@@ -39,6 +55,11 @@ def make_accelerator(config: DistillConfig, folder: Path) -> Any:
             "or say otherwise by `accelerate config`"
         )
     return accelerator
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in one piece, where FSDP has split it; then all processes have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _device(name: str) -> torch.device:

@@ -43,6 +43,8 @@ class Trained(nn.Module):
     ) -> None:
         super().__init__()
         self.denoiser: nn.Module = network.module
+        #: What accelerate splits among processes (`fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP`).
+        self._no_split_modules = network.module._no_split_modules
         self.tokens, self.visual = tokens, visual
         self._network = network
 

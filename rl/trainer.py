@@ -1,8 +1,9 @@
 """The training loop: objective × policy × dataset, on one CPU or many GPUs, resumable to the bit.
 
 Nothing in a step depends on what ran before it except the tensors of the checkpoint: data order, choices and
-noise are functions of (seed, step, micro-batch, rank). So a killed run that goes on from its last checkpoint
-walks the same path as one that was never disturbed.
+noise are functions of (seed, step, micro-batch). So a killed run that goes on from its last checkpoint walks the same
+path as one that was never disturbed. Micro-batches have one global order, of which each process takes its share: two
+processes that accumulate once do what one does that accumulates twice.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .config import DistillConfig
 from .data.cache import Cache
 from .data.loader import Loader, Order
 from .guards import Guards
-from .launch import listening
+from .launch import listening, whole
 from .metrics import Metrics
 from .objectives.base import Batch, Objective
 from .policy import STUDENT, Policy
@@ -138,8 +139,14 @@ class Trainer:
         self._about_tokens = policy.tokens.about
         if policy.visual is not None:
             self._about_tokens = {**self._about_tokens, "visual": policy.visual.about}
+        if accelerator.is_fsdp2 and (config.train.ema or objective.slow_decay(0) is not None):
+            raise UserError(
+                "FSDP splits the weights, and averages of them are kept whole: set train.ema=0, take an objective "
+                "without a slow average, or leave FSDP out"
+            )
         #: Before they are wrapped, since the wrapper may split them among processes.
         self._plain_tokens = copy.deepcopy(policy.tokens)
+        self._plain_visual = copy.deepcopy(policy.visual) if accelerator.is_fsdp2 else None
         # A previous adapter's tokens chose among another log's phrases.
         own = config.policy.previous is None and config.policy.emotion_choices is None
         chosen = {"phrase"} if config.data.phrases and own else set()
@@ -190,7 +197,7 @@ class Trainer:
                     stop = "interrupted"
                 if (between and self._due(knobs.checkpoint_every)) or stop:
                     self._save()
-                if watch is not None:
+                if watch is not None and self.is_main:
                     watch(outcome.steps, knobs.steps, figures)
         outcome.reason = stop or "finished"
         outcome.seconds += time.perf_counter() - self._began
@@ -246,9 +253,10 @@ class Trainer:
         told = self._train.begin(step)
         totals: dict[str, float] = {}
         for micro in range(knobs.accumulation):
-            seeds = [knobs.seed, step, micro, accelerator.process_index]
-            turn = step * knobs.accumulation + micro
-            number = turn * accelerator.num_processes + accelerator.process_index
+            # The share of this process in the step's micro-batches, which have one order whoever takes them.
+            part = micro * accelerator.num_processes + accelerator.process_index
+            seeds = [knobs.seed, step, part, 0]
+            number = step * knobs.accumulation * accelerator.num_processes + part
             chosen = self._order.take(number * knobs.batch_size, knobs.batch_size)
             batch = self._load(self._train.fetch(chosen, np.random.default_rng([3, *seeds])))
             generator = torch.Generator().manual_seed(_mix(1, *seeds))
@@ -260,6 +268,9 @@ class Trainer:
                 accelerator.backward(loss / knobs.accumulation)
             for name, value in {"loss": loss.item(), **figures}.items():
                 totals[name] = totals.get(name, 0.0) + value / knobs.accumulation
+        if accelerator.num_processes > 1:
+            mine = torch.tensor(list(totals.values()), device=accelerator.device)
+            totals = dict(zip(totals, accelerator.reduce(mine, "mean").tolist(), strict=True))
         norm = self._clip(step)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -312,7 +323,7 @@ class Trainer:
 
     def _clip(self, step: int) -> float:
         limit = self.config.train.max_grad_norm or math.inf
-        norm = float(self._accelerator.clip_grad_norm_(self._parameters(), limit))
+        norm = whole(self._accelerator.clip_grad_norm_(self._parameters(), limit)).item()
         # A scaler leaves such a step out by itself, and lowers its scale.
         if self._accelerator.scaler is None:
             self._check("gradients' norm", norm, step)
@@ -333,6 +344,22 @@ class Trainer:
 
     def _parameters(self) -> list[nn.Parameter]:
         return list(self.policy.parameters().values())
+
+    def parts(self) -> dict[str, Any]:
+        """The student as `save_artifact` takes it, in one piece: where FSDP has split it, all processes have to ask."""
+        policy = self.policy
+        if not self._accelerator.is_fsdp2:
+            return {"emotion_tokens": policy.tokens, "visual_prompts": policy.visual}
+        state = get_model_state_dict(policy.trained, options=_STATE)
+        for name, module in (("tokens", self._plain_tokens), ("visual", self._plain_visual)):
+            if module is not None:
+                module.load_state_dict(_below(name, state), strict=False)
+        lora = {
+            f"{policy.network.denoiser}.{key.replace(f'.{STUDENT}.', '.')}": value
+            for key, value in _below("denoiser", state).items()
+            if f".{STUDENT}." in key
+        }
+        return {"emotion_tokens": self._plain_tokens, "visual_prompts": self._plain_visual, "weights": lora}
 
     # Looking.
 
@@ -448,12 +475,17 @@ class Trainer:
 
     def _set_weights(self, weights: dict[str, Any], whole: bool = True) -> None:
         options = StateDictOptions(full_state_dict=True, strict=False)
-        outcome = set_model_state_dict(self.policy.trained, weights, options=options)
-        # The call above fills what is missing with what is there, and does not say so.
+        # The call renames keys of its dictionary for several processes, and fills what is missing with what is there.
+        outcome = set_model_state_dict(self.policy.trained, dict(weights), options=options)
         missing = get_model_state_dict(self.policy.trained, options=_STATE).keys() - weights if whole else ()
         lost = sorted(missing) + sorted(outcome.unexpected_keys)
         if lost:
             raise UserError(f"the checkpoint is of another policy: {lost[0]} has no place in it")
+
+
+def _below(part: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a part, by their names in it."""
+    return {key.removeprefix(f"{part}."): it for key, it in state.items() if key.startswith(f"{part}.")}
 
 
 def _mix(*numbers: int) -> int:

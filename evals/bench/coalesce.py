@@ -19,7 +19,7 @@ from ...tools.images.load import load_generator
 from .fakes import FakeLVLM
 
 #: Neutral prompts, gone through in turn.
-_PROMPTS = ("a dog by the sea", "a cat in a meadow", "a house", "a boat in the snow", "a tree in the city")
+PROMPTS = ("a dog by the sea", "a cat in a meadow", "a house", "a boat in the snow", "a tree in the city")
 
 #: Wall and CPU seconds.
 Cost = tuple[float, float]
@@ -62,12 +62,12 @@ def main(
         return forward(rows, size)
 
     generator._forward = counted
-    _bare(generator, batch, batch)  # whatever is made on the first call
+    bare_cost(generator, batch, batch)  # whatever is made on the first call
     for repeat in range(repeats):
         with tempfile.TemporaryDirectory(prefix="emoloop-coalesce-") as home:
             first = seed + repeat * runs
-            ours.append(asyncio.run(_loop(generator, home, runs, images, rounds, first)))
-        bare.append(_bare(generator, count, batch))
+            ours.append(asyncio.run(loop_cost(generator, home, runs, images, rounds, first)))
+        bare.append(bare_cost(generator, count, batch))
     asyncio.run(generator.aclose())
     wall, cpu = (max(b[axis] / o[axis] for b, o in zip(bare, ours, strict=True)) for axis in (0, 1))
     figures = {
@@ -87,28 +87,32 @@ def main(
     }
 
 
-async def _loop(generator: Any, home: str, runs: int, images: int, rounds: int, seed: int) -> Cost:
+async def loop_cost(
+    generator: Any, home: str, runs: int, images: int, rounds: int, seed: int, lvlm: Any = None
+) -> Cost:
+    """What concurrent runs take that nothing ends early; `lvlm` in the place of one that answers at once."""
     options = {"rounds": rounds, "images": images, "proposals": 1, "patience": rounds, "tolerance": 0.0}
     base = load_settings({"loop": options, "lvlm": {"concurrency": runs}})
-    async with open_loop(base, generator=generator, lvlm=FakeLVLM(), home=home) as loop:
+    async with open_loop(base, generator=generator, lvlm=lvlm or FakeLVLM(), home=home) as loop:
         target = {"valence": 2.0, "arousal": -1.0}
         began = time.perf_counter(), time.process_time()
         results = await asyncio.gather(
-            *(loop.run(_PROMPTS[n % len(_PROMPTS)], target, seed=seed + n) for n in range(runs))
+            *(loop.run(PROMPTS[n % len(PROMPTS)], target, seed=seed + n) for n in range(runs))
         )
         cost = time.perf_counter() - began[0], time.process_time() - began[1]
     assert all(it.status is RunStatus.COMPLETED for it in results)
     return cost
 
 
-def _bare(generator: Any, count: int, batch: int) -> Cost:
+def bare_cost(generator: Any, count: int, batch: int) -> Cost:
+    """What the pipeline by itself takes for as many pictures in whole batches."""
     import torch
 
     began = time.perf_counter(), time.process_time()
     for start in range(0, count, batch):
         seeds = range(start, min(start + batch, count))
         generator.pipe(
-            [_PROMPTS[n % len(_PROMPTS)] for n in seeds],
+            [PROMPTS[n % len(PROMPTS)] for n in seeds],
             height=generator.height,
             width=generator.width,
             num_inference_steps=generator.steps,

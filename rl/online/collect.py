@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from ...domain import EmotionTarget, Failure
@@ -23,6 +25,7 @@ from ...tools.diffusion.conditioners import points
 from ...tools.reward import Reward
 from ..data.cache import Cache
 from ..data.loader import Loader, Order
+from ..launch import whole
 from ..policy import Policy
 from ..rollouts import Base, Request, Rollout, RolloutSource
 from .judging import Judging, Made
@@ -66,8 +69,10 @@ class Collector(RolloutSource):
         policy: Who samples.
         cache: Encodes the prompts.
         requests: Prompts and targets to draw from.
-        judging: Reads and logs the pictures.
+        reward: Values what the critic reads.
+        judging: Reads and logs the pictures of all processes; None in those that are not the first.
         submit: Starts a coroutine function beside this thread (`anyio`'s `BlockingPortal.start_task_soon`).
+        accelerator: Of all processes that sample, each its share of the groups.
         name: The training's name, of which its runs have theirs.
         base: What the adapter is trained on.
         seed: Of everything drawn.
@@ -82,16 +87,19 @@ class Collector(RolloutSource):
         policy: Policy,
         cache: Cache,
         requests: Sequence[tuple[str, EmotionTarget]],
-        judging: Judging,
+        reward: Reward,
+        judging: Judging | None,
         submit: Callable[..., Future[Any]],
+        accelerator: Any,
         *,
         name: str,
         base: Base,
         seed: int,
     ) -> None:
-        self.base, self.reward = base, (judging.reward.name, judging.reward.version)
+        self.base, self.reward, self._reward = base, (reward.name, reward.version), reward
         self._objective, self._policy, self._cache = objective, policy, cache
         self._requests, self._judging, self._submit = requests, judging, submit
+        self._accelerator = accelerator
         self._name, self._seed = name, seed
         self._order, self._sde = Order(len(requests), seed), objective.sde(policy)
         self._groups: list[tuple[Request, list[Rollout]]] = []
@@ -107,11 +115,11 @@ class Collector(RolloutSource):
 
     def rescore(self, run_id: str) -> Reward:
         """The reward."""
-        return self._judging.reward
+        return self._reward
 
     def critics(self) -> list[str]:
         """The critic."""
-        return [self._judging.critic.model]
+        return [self._judging.critic.model] if self._judging else []
 
     def collect(self, number: int) -> dict[str, float]:
         """Sample, judge and log collection `number`; its figures."""
@@ -120,33 +128,28 @@ class Collector(RolloutSource):
         start = int(draw.integers(0, knobs.last - knobs.window + 1))
         window = range(start, start + knobs.window)
         adapter, version = version_of(policy), f"step {number * knobs.updates}"
-        sampled: list[tuple[list[Drawn], Future[list[Rollout]]]] = []
-        asked: list[Request] = []
+        asked: list[tuple[Request, list[int]]] = []
         for group, place in enumerate(self._order.take(number * knobs.groups, knobs.groups)):
-            prompt, target = self._requests[place]
-            request = Request(f"{self._name}-{number:05d}-{group:02d}", prompt, target)
-            seeds = draw.integers(0, 2**31, knobs.group).tolist()
-            told = self._cache.embeds([prompt]).to(policy.device)
-            clean, drawn = sample_group(
-                policy, self._sde, told, points([target], policy.device), seeds, window, knobs.shared
-            )
-            if not torch.isfinite(clean).all():
-                raise Failure(f"the policy of {version} samples pictures that are no numbers: lower train.lr")
-            made = Made(request, seeds, policy.network.decode(clean), adapter, version)
-            sampled.append((drawn, self._submit(self._judging.group, made)))
-            asked.append(request)
-        self._groups = [
-            (request, future.result()) for request, (_, future) in zip(asked, sampled, strict=True)
-        ]
+            request = Request(f"{self._name}-{number:05d}-{group:02d}", *self._requests[place])
+            asked.append((request, draw.integers(0, 2**31, knobs.group).tolist()))
+        processes, index = self._accelerator.num_processes, self._accelerator.process_index
+        sampled: dict[int, list[Drawn]] = {}
+        judged: list[Future[list[Rollout]]] = []
+        # In turns, a group for each process, so that the critic reads one turn while the next is sampled.
+        for group in range(index, knobs.groups, processes):
+            clean, sampled[group] = self._sample(*asked[group], window, version)
+            made = gather_object([Made(*asked[group], policy.network.decode(clean), adapter, version)])
+            if self._judging is not None:
+                judged += [self._submit(self._judging.group, it) for it in made]
+        told = broadcast_object_list([[it.result() for it in judged]])[0]
+        self._groups = [(request, every) for (request, _), every in zip(asked, told, strict=True)]
         rewards = [[it.reward for it in every] for _, every in self._groups]
         normal = advantages(rewards, knobs.scale)
-        self.rows = [
-            _row(request, one, place, value)
-            for (request, _), (drawn, _), values in zip(self._groups, sampled, normal, strict=True)
-            for one in drawn
-            for place, value in enumerate(values)
-            if value == value
+        mine = [
+            (group, [_row(asked[group][0], *one) for one in _learned(drawn, normal[group])])
+            for group, drawn in sampled.items()
         ]
+        self.rows = [row for _, rows in sorted(gather_object(mine), key=itemgetter(0)) for row in rows]
         known = [it for row in rewards for it in row if it is not None]
         if not self.rows:
             raise Failure(
@@ -164,6 +167,17 @@ class Collector(RolloutSource):
             "missing": float(len(rewards) * knobs.group - len(known)),
             "window": float(start),
         }
+
+    def _sample(
+        self, request: Request, seeds: list[int], window: range, version: str
+    ) -> tuple[Tensor, list[Drawn]]:
+        policy = self._policy
+        told = self._cache.embeds([request.prompt]).to(policy.device)
+        target = points([request.target], policy.device)
+        clean, drawn = sample_group(policy, self._sde, told, target, seeds, window, self._objective.shared)
+        if not torch.isfinite(clean).all():
+            raise Failure(f"the policy of {version} samples pictures that are no numbers: lower train.lr")
+        return clean, drawn
 
 
 class Rows:
@@ -231,8 +245,13 @@ def version_of(policy: Policy) -> str:
     """SHA-256 of the weights in training."""
     digest = hashlib.sha256()
     for name, value in sorted(policy.parameters().items()):
-        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+        digest.update(name.encode() + whole(value.detach()).float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _learned(drawn: list[Drawn], values: list[float]) -> Iterator[tuple[Drawn, int, float]]:
+    """Each step of the pictures of a group that have an advantage, their places and it."""
+    return ((one, place, value) for one in drawn for place, value in enumerate(values) if value == value)
 
 
 def _row(request: Request, one: Drawn, place: int, advantage: float) -> Taken:

@@ -3,8 +3,9 @@
     from emoloop.rl.online.train import train_flow_grpo
     train_flow_grpo(settings, load_config("flow-grpo", "miniature"), Path("runs/grpo"), requests)
 
-Sampler, critic and trainer share one process; trainer, checkpoints, guards and artifact are those of `rl/distill.py`,
-and what is sampled goes to the log as the loop's pictures do. `policy.previous` is the adapter that it starts from.
+Every process that `accelerate launch` started samples and trains its share; the first one asks the critic and writes.
+Trainer, checkpoints, guards and artifact are those of `rl/distill.py`, and what is sampled goes to the log as the
+loop's pictures do. `policy.previous` is the adapter that it starts from.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from anyio.from_thread import start_blocking_portal
 
 from ...agents.critic import critic_of
@@ -87,19 +89,17 @@ def train_flow_grpo(
         UserError: Wrong input, before anything is trained.
         Failure: Training broke off; the last good checkpoint is intact.
     """
-    objective = _objective(config)
     training = out / "training"
     check_folder(out, training / "config.yaml", resume, lambda then: changed(then, config))
+    accelerator = make_accelerator(config, training)
+    main = accelerator.is_main_process
+    objective = _objective(config, accelerator.num_processes)
     train, kept, data = _divided(requests, config)
     reward = load_reward(objective.reward)
-    accelerator = make_accelerator(config, training)
-    if accelerator.num_processes > 1:
-        raise UserError(
-            "flow-grpo samples, judges and trains in one process: start it without accelerate launch"
-        )
     generator = load_base(settings, config, Base(settings.generator.model, None, None), accelerator.device)
-    lvlm = load_lvlm(settings.lvlm)
-    recorder = open_recorder(settings)
+    with accelerator.main_process_first():  # which makes the log where there is none
+        recorder = open_recorder(settings)
+    lvlm = load_lvlm(settings.lvlm) if main else None
     try:
         policy, cache = make_policy(settings, config, generator, recorder.store, None)
         objective.sde(policy)  # what it refuses, it refuses before the folder is taken
@@ -107,18 +107,19 @@ def train_flow_grpo(
         base = Base(about["model"], about["revision"], policy.previous_id)
         guards = Guards(config.guard, policy, cache, kept) if config.guard.every and kept else None
         notes = [] if kept else [f"no prompt is held out (data.held_out={config.data.held_out}): no guard"]
-        for note in notes:
+        for note in notes if main else ():
             warn(note)
         sampling = objective.model_dump(mode="json") | {"previous": base.adapter}
-        judging = Judging(
+        judging = lvlm and Judging(
             critic_of(lvlm, settings.lvlm), reward, recorder, generator, sampling, objective.patience
         )
         load = Loader(objective.required_keys, cache, policy.device)
-        name = _name(training, resume)
+        name = _name(training, resume) if main else ""
+        [name] = broadcast_object_list([name])
         with start_blocking_portal() as portal:
             collector = Collector(
-                objective, policy, cache, train, judging, portal.start_task_soon, name=name, base=base,
-                seed=config.train.seed,
+                objective, policy, cache, train, reward, judging, portal.start_task_soon, accelerator, name=name,
+                base=base, seed=config.train.seed,
             )  # fmt: skip
             precision = config.train.precision
             rows = Rows(collector, objective, policy, load, config.train.batch_size, TOLERANCE[precision])
@@ -126,26 +127,33 @@ def train_flow_grpo(
                 config, objective, policy, rows, held_out=None, text=None, cache=cache, guards=guards,
                 folder=training, data_hash=data["data_hash"], accelerator=accelerator,
             )  # fmt: skip
-            origin = Origin(base, collector.reward, collector.critics(), "online", {**data, "name": name})
+            origin = Origin(
+                about, base, collector.reward, collector.critics(), "online", {**data, "name": name}
+            )
             return train_into(out, trainer, generator, origin, notes, resume=resume, watch=watch)
     finally:
         recorder.close()
-        lvlm.close()
+        if lvlm is not None:
+            lvlm.close()
 
 
-def _objective(config: DistillConfig) -> FlowGRPO:
+def _objective(config: DistillConfig, processes: int) -> FlowGRPO:
     knobs = dict(config.objective)
     objective = load_objective(knobs.pop("name"), knobs)
     if not isinstance(objective, FlowGRPO):
         raise UserError(
             f"objective {config.objective['name']!r} is no Flow-GRPO: train it by `emoloop distill`"
         )
-    train, taken = config.train, objective.updates * config.train.batch_size * config.train.accumulation
+    train = config.train
+    taken = objective.updates * train.batch_size * train.accumulation * processes
     if objective.rows != taken:
+        many = " · processes" if processes > 1 else ""
         raise UserError(
             f"a collection has {objective.rows} rows (objective.groups · group · window), and {objective.updates} "
-            f"updates take {taken} (updates · train.batch_size · train.accumulation): make both equal"
+            f"updates take {taken} (updates · train.batch_size · train.accumulation{many}): make both equal"
         )
+    if objective.groups % processes:
+        raise UserError(f"objective.groups has to be a multiple of the processes ({processes})")
     for name in ("steps", "checkpoint_every"):
         if getattr(train, name) % objective.updates:
             raise UserError(f"train.{name} has to be a multiple of objective.updates ({objective.updates})")

@@ -217,10 +217,19 @@ def rescale(pipe: Any, adapter: Adapter, scale: float) -> Adapter:
     return changed
 
 
+def fuse(pipe: Any, adapter: Adapter) -> None:
+    """Add an adapter's LoRA to the weights at its strength, until it is unloaded; then its rounding stays in them."""
+    for layer in _layers(pipe, adapter.name):
+        layer.merge(adapter_names=[adapter.name])
+
+
 def unload(pipe: Any, adapter: Adapter) -> None:
     """Take an adapter off the pipeline again; the others stay as they are."""
     if known(pipe).pop(adapter.name, None) is None:
         return
+    for layer in _layers(pipe, adapter.name):
+        if adapter.name in layer.merged_adapters:
+            layer.unmerge()
     if adapter.bridge is not None:
         adapter.bridge.remove()
     if not known(pipe):
@@ -280,6 +289,7 @@ def save_artifact(
     training: dict[str, Any] | None = None,
     base_model: str = "",
     call: dict[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a distilled artifact; an older one's files are replaced only when all of the new ones are whole.
 
@@ -292,6 +302,8 @@ def save_artifact(
         training: What `training.json` says: configuration, data hash, rewards, guard metrics. Plain JSON.
         base_model: The base model's id, for the card.
         call: As for `load_artifact`.
+        weights: The LoRA by diffusers' names, where the pipeline holds a share of it; its effect is then left to
+            whoever loads it.
 
     Returns:
         The folder.
@@ -308,7 +320,9 @@ def save_artifact(
         raise UserError(
             f"no module of the {family.denoiser} carries the LoRA {adapter_name!r}: nothing to save"
         )
-    _check_effect(family, directory, adapter_name, _alone(emotion_tokens, training or {}))
+    if weights is None:
+        _check_effect(family, directory, adapter_name, _alone(emotion_tokens, training or {}))
+        weights = _bound(pipe, adapter_name)
     metadata = {
         f"{family.denoiser}.{key}": sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
@@ -322,7 +336,7 @@ def save_artifact(
         # The file that the pipeline's save_lora_weights writes, but with one entry in its header: safetensors
         # puts several in random order, and the same weights must give the same bytes.
         save_file(
-            {key: value.detach().cpu().contiguous() for key, value in _bound(pipe, adapter_name).items()},
+            {key: value.detach().cpu().contiguous() for key, value in weights.items()},
             beside(LORA_FILE),
             metadata={LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, sort_keys=True)},
         )

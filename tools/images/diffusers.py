@@ -27,10 +27,11 @@ from PIL import Image
 from ...domain import EmotionTarget, UserError
 from ...settings import GeneratorSettings
 from .. import presets
-from ..diffusion.adapter import Adapter, adapters_on, load_artifact, unload
+from ..diffusion.adapter import Adapter, adapters_on, fuse, load_artifact, unload
 from ..diffusion.families import TOKENIZERS, Conditioning, Family, family_of
 from ..diffusion.visual import VisualControl
 from ..fingerprint import versions
+from . import backends
 from .base import GeneratedImage, ImageRequest, UnknownWord, gather_images
 from .batching import BatchWorker
 
@@ -72,6 +73,8 @@ class DiffusersGenerator:
         height: Pixels.
         width: Pixels.
     """
+
+    _way = backends.Way()
 
     def __init__(
         self,
@@ -150,6 +153,10 @@ class DiffusersGenerator:
             key=self._emotional,  # extra tokens and visual prompts make other shapes
             name="emoloop-generator",
         )
+        self._way = backends.way_of(settings, backends.fingerprint(self.describe()))
+        if self.adapter is not None and self._way.fuse_lora:
+            fuse(self.pipe, self.adapter)
+        self._undo = backends.use(self, self._way)
 
     @property
     def micro_batch(self) -> int:
@@ -210,8 +217,13 @@ class DiffusersGenerator:
             "micro_batch": self.micro_batch,
             "negative_prompt": self._negative_prompt,
             "call": self._call,
-            "versions": versions(*_LIBRARIES),
+            "versions": versions(*_LIBRARIES) | self._run_by,
         }
+
+    @property
+    def _run_by(self) -> dict[str, str]:
+        """What runs the network, for the record where it is not the default."""
+        return {} if self._way == backends.Way() else {"backend": self._way.name}
 
     async def aclose(self) -> None:
         """Stop the worker and leave the pipeline as it was; a running batch is cut short, a queued one cancelled."""
@@ -220,6 +232,7 @@ class DiffusersGenerator:
         self._closed = True
         self.pipe._interrupt = True
         await asyncio.to_thread(self._worker.close)
+        self._undo()
         if self.adapter is not None:
             unload(self.pipe, self.adapter)
         self.pipe.set_progress_bar_config(**self._bar)

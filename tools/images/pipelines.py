@@ -27,7 +27,7 @@ def open_model(settings: GeneratorSettings) -> DiffusersGenerator:
     folder = found if isinstance(found, Path) else _download(found)
     defaults = {**presets.defaults(settings.model), **presets.read_json(folder / presets.DEFAULTS_FILE)}
     device = device_of(settings.device)
-    pipe = load_pipeline(folder, _dtype(settings.dtype, device), defaults.get("load") or {}).to(device)
+    pipe = load_pipeline(folder, dtype_of(settings.dtype, device), defaults.get("load") or {}).to(device)
     return DiffusersGenerator(
         pipe, settings, model=settings.model, revision=revision(folder), defaults=defaults
     )
@@ -97,7 +97,8 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name, "auto" for what suits the device."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
