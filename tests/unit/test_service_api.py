@@ -434,6 +434,7 @@ async def test_a_client_from_elsewhere_has_limits(tmp_path):
 
 def test_a_slow_client_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr("emoloop.service.server.HEAD", 0.05)
+    monkeypatch.setattr("emoloop.service.server._IDLE", 0.05)
     monkeypatch.setattr("emoloop.service.access._BODY", 0.05)
     with serving(Service(settings_of(tmp_path), models=False)) as url:
         place = url.removeprefix("http://").split(":")

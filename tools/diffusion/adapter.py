@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -32,6 +30,7 @@ from ..quiet import quiet
 from .card import card
 from .conditioners import Conditioner, EmotionConditioner, points
 from .families import Conditioning, Family, family_of
+from .layers import activate, bound, carriers, layers_of, remove, set_scale, strength, weights_hash
 from .visual import VISUAL, VisualBridge, VisualConditioner, VisualControl
 
 logger = logging.getLogger(__name__)
@@ -153,7 +152,7 @@ def load_artifact(
         raise UserError(f"adapter {path}: its scale is a number, not {scale}")
     path = Path(path).expanduser()
     family = family_of(pipe, call)
-    taken = {taken for model in _carriers(pipe).values() for taken in model.peft_config}
+    taken = {taken for model in carriers(pipe).values() for taken in model.peft_config}
     if name in taken:
         raise UserError(f"adapter {path}: the pipeline has an adapter {name!r} already")
     names = chain(["emoloop"], (f"emoloop_{n}" for n in count(2)))
@@ -184,12 +183,12 @@ def load_artifact(
         with quiet():
             expected = _bind(family, lora, name)
         _check_bound(pipe, path, name, expected)
-        _activate(pipe, [*active, name])
+        activate(pipe, [*active, name])
         _check_effect(family, path, name, _alone(tokens, training), before)
         bridge = VisualBridge(family, prompts, visual.guidance) if prompts is not None and scale else None
     except Exception as error:
         with contextlib.suppress(Exception):
-            _remove(pipe, name, active)
+            remove(pipe, name, active)
         if isinstance(error, UserError):
             raise
         told = f"adapter {path} does not fit this {type(pipe).__name__}: {first_line(error)}"
@@ -198,9 +197,9 @@ def load_artifact(
     hashed = content_hash([file for file in (lora, *every, config) if file is not None])
     adapter = Adapter(path, name, hashed, scale, tokens, prompts, visual, bridge, training, part)
     if scale == 0:
-        _remove(pipe, name, active)
+        remove(pipe, name, active)
     else:
-        _scale(pipe, name, 0.0 if part == "tokens" else scale)
+        set_scale(pipe, name, 0.0 if part == "tokens" else scale)
         pipe.__dict__.setdefault(_KNOWN, {})[name] = adapter
     return adapter
 
@@ -211,7 +210,7 @@ def rescale(pipe: Any, adapter: Adapter, scale: float) -> Adapter:
     Returns:
         The adapter at that strength, in place of the one given.
     """
-    _scale(pipe, adapter.name, 0.0 if adapter.part == "tokens" else scale)
+    set_scale(pipe, adapter.name, 0.0 if adapter.part == "tokens" else scale)
     changed = dataclasses.replace(adapter, scale=scale)
     pipe.__dict__[_KNOWN][adapter.name] = changed
     return changed
@@ -219,7 +218,7 @@ def rescale(pipe: Any, adapter: Adapter, scale: float) -> Adapter:
 
 def fuse(pipe: Any, adapter: Adapter) -> None:
     """Add an adapter's LoRA to the weights at its strength, until it is unloaded; then its rounding stays in them."""
-    for layer in _layers(pipe, adapter.name):
+    for layer in layers_of(pipe, adapter.name):
         layer.merge(adapter_names=[adapter.name])
 
 
@@ -227,14 +226,14 @@ def unload(pipe: Any, adapter: Adapter) -> None:
     """Take an adapter off the pipeline again; the others stay as they are."""
     if known(pipe).pop(adapter.name, None) is None:
         return
-    for layer in _layers(pipe, adapter.name):
+    for layer in layers_of(pipe, adapter.name):
         if adapter.name in layer.merged_adapters:
             layer.unmerge()
     if adapter.bridge is not None:
         adapter.bridge.remove()
     if not known(pipe):
         del pipe.__dict__[_KNOWN]
-    _remove(pipe, adapter.name, [it for it in pipe.get_active_adapters() if it != adapter.name])
+    remove(pipe, adapter.name, [it for it in pipe.get_active_adapters() if it != adapter.name])
 
 
 def known(pipe: Any) -> dict[str, Any]:
@@ -247,36 +246,15 @@ def adapters_on(pipe: Any) -> str | None:
 
     Ours go by their id, one that somebody else put there by its name and a hash of its weights.
     """
-    if not _carriers(pipe):
+    if not carriers(pipe):
         return None
     ours, told = known(pipe), []
     for name in pipe.get_active_adapters():
         if name in ours:
             told.append(ours[name].id)
         elif strength(pipe, name):
-            told.append(f"{name}:{_weights_hash(pipe, name)}")
+            told.append(f"{name}:{weights_hash(pipe, name)}")
     return "+".join(filter(None, told)) or None
-
-
-def strength(pipe: Any, name: str) -> float:
-    """An adapter's scale as diffusers has it now (the mean over layers); 0 where it is switched off or gone."""
-    units = [
-        layer.scaling[name]
-        * (layer.r[name] ** (0.5 if layer.use_rslora[name] else 1))
-        / layer.lora_alpha[name]
-        for layer in _layers(pipe, name)
-        if name in layer.active_adapters and not layer.disable_adapters
-    ]
-    # Rounded, so that what was set to .7 is .7.
-    return round(fmean(units), 6) if units else 0.0
-
-
-def _weights_hash(pipe: Any, name: str) -> str:
-    digest = hashlib.sha256()
-    for key, value in sorted(_bound(pipe, name).items()):
-        digest.update(key.encode() + value.detach().float().cpu().numpy().tobytes())
-    digest.update(repr([layer.scaling[name] for layer in _layers(pipe, name)]).encode())
-    return digest.hexdigest()
 
 
 def save_artifact(
@@ -322,7 +300,7 @@ def save_artifact(
         )
     if weights is None:
         _check_effect(family, directory, adapter_name, _alone(emotion_tokens, training or {}))
-        weights = _bound(pipe, adapter_name)
+        weights = bound(pipe, adapter_name)
     metadata = {
         f"{family.denoiser}.{key}": sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
@@ -405,30 +383,13 @@ def _bind(family: Family, lora: Path, name: str) -> set[str]:
     return {key for key in (found[0] if isinstance(found, tuple) else found) if not key.endswith(".alpha")}
 
 
-def _carriers(pipe: Any, name: str | None = None) -> dict[str, Any]:
-    """Components that carry the adapter `name`, or any adapter."""
-    listed = pipe.get_list_adapters().items()
-    return {part: getattr(pipe, part) for part, names in listed if (name in names if name else names)}
-
-
-def _bound(pipe: Any, name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter that is on the pipeline, by diffusers' names."""
-    from peft.utils import get_peft_model_state_dict
-
-    return {
-        f"{part}.{key}": value
-        for part, model in _carriers(pipe, name).items()
-        for key, value in get_peft_model_state_dict(model, adapter_name=name).items()
-    }
-
-
 def _check_bound(pipe: Any, path: Path, name: str, expected: set[str]) -> None:
-    bound, kind = set(_bound(pipe, name)), type(pipe).__name__
-    if not bound:
+    found, kind = set(bound(pipe, name)), type(pipe).__name__
+    if not found:
         raise UserError(f"adapter {path} binds to no module of this {kind}: made for another model?")
     # Older formats name the same tensors otherwise; then their number has to do.
     same_names = all(".lora_A." in key or ".lora_B." in key for key in expected)
-    lost = sorted(expected ^ bound) if same_names else ["?"] * abs(len(expected) - len(bound))
+    lost = sorted(expected ^ found) if same_names else ["?"] * abs(len(expected) - len(found))
     if lost:
         raise UserError(
             f"adapter {path} does not fit this {kind}: {len(lost)} of {len(expected)} tensors "
@@ -446,9 +407,9 @@ def _check_effect(
 ) -> None:
     """Compare the output at scale 1, at scale 0, and before the adapter came (None: not known)."""
     on = _probe(family, tokens)
-    _scale(family.pipe, name, 0)
+    set_scale(family.pipe, name, 0)
     off = _probe(family)
-    _scale(family.pipe, name, 1)
+    set_scale(family.pipe, name, 1)
     base = off if base is None else base
     if torch.equal(on, base):
         raise UserError(f"adapter {path} changes nothing: the output with it equals the base model's")
@@ -479,33 +440,3 @@ def _probe(family: Family, tokens: EmotionConditioner | None = None) -> Tensor:
     finally:
         for module in modules:
             module.train()
-
-
-def _layers(pipe: Any, name: str) -> list[Any]:
-    return [
-        module
-        for model in _carriers(pipe, name).values()
-        for module in model.modules()
-        if isinstance(scaling := getattr(module, "scaling", None), dict) and name in scaling
-    ]
-
-
-def _scale(pipe: Any, name: str, scale: float) -> None:
-    # Layer by layer, since the pipeline's own set_adapters would put the others' weights back to 1.
-    for layer in _layers(pipe, name):
-        layer.set_scale(name, scale)
-
-
-def _activate(pipe: Any, names: list[str]) -> None:
-    # Model by model, for the same reason.
-    for model in _carriers(pipe).values():
-        model.set_adapter([name for name in names if name in model.peft_config])
-
-
-def _remove(pipe: Any, name: str, active: list[str]) -> None:
-    """Take an adapter off and leave others, of which `active` are switched on."""
-    if any(set(model.peft_config) - {name} for model in _carriers(pipe).values()):
-        pipe.delete_adapters(name)
-        _activate(pipe, active)
-    else:
-        pipe.unload_lora_weights()

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ...domain import EmotionTarget, UserError, read_target
-from .adapter import Adapter, known, load_artifact, strength, unload
+from .adapter import Adapter, known, load_artifact, unload
 from .families import Conditioning, family_of
+from .layers import strength
 from .visual import VisualControl
 
 
