@@ -20,7 +20,8 @@ import pathlib, sys, time
 done = pathlib.Path("done")
 for step in range(int(done.read_text()) if done.exists() else 0, 40):
     print("step", step, flush=True)
-    done.write_text(str(step + 1))
+    pathlib.Path("next").write_text(str(step + 1))
+    pathlib.Path("next").replace(done)  # whole or not at all, however it is ended
     time.sleep(.1)
 """
 
