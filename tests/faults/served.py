@@ -16,12 +16,12 @@ from service_parts import service_of, settings_of
 
 #: Stands in place of a distillation: it says a line for each step and begins where it was killed, as `--resume` does.
 JOB = """
-import pathlib, sys, time
-done = pathlib.Path("done")
+import os, pathlib, sys, time
+done, own = pathlib.Path("done"), pathlib.Path(f"done-{os.getpid()}")
 for step in range(int(done.read_text()) if done.exists() else 0, 40):
     print("step", step, flush=True)
-    pathlib.Path("next").write_text(str(step + 1))
-    pathlib.Path("next").replace(done)  # whole or not at all, however it is ended
+    own.write_text(str(step + 1))
+    own.replace(done)  # whole or not at all, however it is ended
     time.sleep(.1)
 """
 
