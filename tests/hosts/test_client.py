@@ -17,7 +17,10 @@ from service_parts import service_of, serving, settings_of
 CONFIG = """
 package_name_override: emoloop_client
 post_hooks: []
-content_type_overrides: {image/png: application/octet-stream, image/webp: application/octet-stream}
+content_type_overrides:
+  application/zip: application/octet-stream
+  image/png: application/octet-stream
+  image/webp: application/octet-stream
 """
 
 USE = """
