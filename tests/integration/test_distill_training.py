@@ -455,7 +455,11 @@ def test_latents_are_encoded_once(world: tuple[Settings, Path], tmp_path: Path) 
     victim = next(iter(files))
     victim.write_bytes(b"torn")
     run(world, tmp_path / "four", "sft", cache)
-    assert weights(tmp_path / "one") == weights(tmp_path / "four")
+    assert load_file(victim)
+    # What is encoded again comes in another batch, which some builds of torch round otherwise.
+    name = "pytorch_lora_weights.safetensors"
+    one, four = (load_file(tmp_path / folder / name) for folder in ("one", "four"))
+    torch.testing.assert_close(four, one, rtol=0, atol=1e-4)
 
 
 def test_command_line(world: tuple[Settings, Path], tmp_path: Path) -> None:
