@@ -47,7 +47,7 @@ def plan(options: Options) -> Plan:
     adapters = suite.adapters | {name: Path(folder) for name, folder in options.adapters.items()}
     if settings.generator.adapter:
         adapters.setdefault("adapter", Path(settings.generator.adapter))
-    own = crossed(adapters, options.critic) if suite.cross else [*suite.arms, *suite.adapters]
+    own = crossed(adapters, options.critic) if suite.cross else suite.adapters
     wanted = options.arms or list(dict.fromkeys([*suite.arms, *own]))
     arms = [load_arm(spec, adapters, options.critic) for spec in [*wanted, *options.more_arms]]
     ours = [settings_of(settings, arm.models) for arm in arms]

@@ -67,6 +67,11 @@ def server(durable: bool = False) -> Generator[Server]:
             made.stop()
 
 
+def wanted(database: str) -> bool:
+    """Whether `postgres`, `sqlite` or `auto` means a server; `auto` does where its programs are."""
+    return database == "postgres" or (database == "auto" and missing() is None)
+
+
 @contextmanager
 def postgres() -> Generator[str]:
     """The URL of a `server`."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...graph.ray_workers import Actor, start_ray
 from ...traces.store import TraceStore
-from .postgres import missing, postgres
+from .postgres import postgres, wanted
 from .workers import enqueue, essence, open_fakes, open_log, work_alone
 
 
@@ -51,7 +51,7 @@ def main(
         "concurrency": concurrency,
         "url": None,
     }
-    server = database == "postgres" or (database == "auto" and missing() is None)
+    server = wanted(database)
     start_ray()
     figures: dict[str, float] = {}
     with ExitStack() as stack:

@@ -25,7 +25,7 @@ from ...traces.queue import owner_name
 from ...traces.recorder import open_recorder
 from ...traces.store import TraceStore, open_store
 from .fakes import FakeGenerator, FakeLVLM
-from .postgres import missing, postgres
+from .postgres import postgres, wanted
 
 _NO_DBOS = (
     "dbos_cost_ratio is missing: python -m venv dbos && dbos/bin/pip install dbos 'psycopg[binary]', then "
@@ -64,7 +64,7 @@ def main(
             this process for a durable step of a queued run, over that of DBOS for the same on the same server.
         seed: Of the runs and of who is killed.
     """
-    server = database == "postgres" or (database == "auto" and missing() is None)
+    server = wanted(database)
     options = {
         "loop": {"rounds": rounds, "images": images, "patience": rounds, "tolerance": 0.0},
         "batch_seconds": batch_seconds,

@@ -157,12 +157,13 @@ def _told(pipe: Any, encoded: Any, positive: bool) -> tuple[Any, ...]:
     """What `encode_prompt` gave, with every target on the pipeline added."""
     family = family_of(pipe)
     named: dict[str, Any] = family.named(encoded)
+    applied = [(it.current, it.target) for it in _applied(pipe)]
     for sign in ("", "negative_"):
         if named.get(f"{sign}prompt_embeds") is None:
             continue
         embeds: Conditioning = family.conditioning(named, sign)
-        for it in _applied(pipe):
-            embeds = it.current.condition(embeds, it.target, negative=bool(sign) or not positive)
+        for adapter, target in applied:
+            embeds = adapter.condition(embeds, target, negative=bool(sign) or not positive)
         named[f"{sign}prompt_embeds"], named[f"{sign}pooled_prompt_embeds"] = embeds.carrier, embeds.pooled
     if "text_ids" in named:
         named["text_ids"] = named["text_ids"].new_zeros(named["prompt_embeds"].shape[1], 3)

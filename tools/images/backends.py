@@ -50,10 +50,10 @@ class Way(NamedTuple):
         return "+".join(filter(None, (self.backend, self.attention, "fused" if self.fuse_lora else None)))
 
 
-def way_of(settings: GeneratorSettings, fingerprint: str) -> Way:
-    """What the settings ask for; of "tuned", what was remembered, or the default."""
+def way_of(generator: DiffusersGenerator, settings: GeneratorSettings) -> Way:
+    """What the settings ask for; of "tuned", what was remembered of such a generator, or the default."""
     if settings.backend == "tuned":
-        return Way(*read_json(_file()).get(fingerprint, ()))
+        return Way(*read_json(_file()).get(fingerprint(generator.describe()), ()))
     return Way(settings.backend, settings.attention, settings.fuse_lora)
 
 

@@ -153,7 +153,7 @@ class DiffusersGenerator:
             key=self._emotional,  # extra tokens and visual prompts make other shapes
             name="emoloop-generator",
         )
-        self._way = backends.way_of(settings, backends.fingerprint(self.describe()))
+        self._way = backends.way_of(self, settings)
         if self.adapter is not None and self._way.fuse_lora:
             fuse(self.pipe, self.adapter)
         self._undo = backends.use(self, self._way)
