@@ -48,7 +48,7 @@ from ..traces.recorder import StoreRecorder
 from .build import build_graph
 from .checkpoint import open_checkpointer
 from .options import OnEvent, ResumeKeywords, Reviewer, RunKeywords, RunOptions
-from .parts import Parts, check_request, open_parts
+from .parts import Parts, check_chat_model, check_request, open_parts
 from .state import Context, RunInput, State, asks_the_same, new_run_id, read_review, read_run_id, read_seed
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def open_loop(
         **overrides: Any other setting: `home="runs"`, `loop={"rounds": 2}`.
 
     Raises:
-        UserError: An unknown setting or a value out of range.
+        UserError: An unknown setting, a value out of range, or an `lvlm` that is no chat model.
     """
     objects: dict[str, Any] = {}
     given: dict[str, Any] = {
@@ -109,6 +109,7 @@ def open_loop(
     if lvlm is None or isinstance(lvlm, str | Path | Mapping | LVLMSettings):
         given = merged(given, {"lvlm": lvlm_settings(lvlm)})
     else:
+        check_chat_model(lvlm)
         objects["lvlm"] = lvlm
     if isinstance(reward, str | Mapping):
         given = merged(given, {"loop": {"reward": reward}})

