@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -65,19 +66,24 @@ def wheel(tmp_path_factory) -> Path:
     return wheel
 
 
-@pytest.fixture(scope="module")
-def python(wheel, tmp_path_factory) -> Path:
-    """The interpreter of a fresh environment that holds the wheel and borrows its dependencies from ours."""
-    folder = tmp_path_factory.mktemp("fresh") / "venv"
+def install(folder: Path, *words: str | Path, cwd: Path) -> Path:
+    """The interpreter of a fresh environment that holds what is named and borrows its dependencies from ours."""
     venv.create(folder)
     python = folder / "bin" / "python"
-    words = ["install", "--quiet", "--no-deps", "--no-index", "--no-cache-dir", wheel]
-    call(sys.executable, "-m", "pip", "--python", python, *words, cwd=folder)
     [packages] = folder.glob("lib/python*/site-packages")
     # A folder named in a .pth gives its packages, but its own .pth files (editable installs) are not read.
     borrowed = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
+    how = "--quiet --no-deps --no-index --no-cache-dir --no-build-isolation --ignore-installed".split()
+    call(sys.executable, "-m", "pip", "--python", python, "install", *how, *words, cwd=cwd)
     return python
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> Path:
+    """The interpreter of an environment that holds the wheel."""
+    folder = tmp_path_factory.mktemp("fresh")
+    return install(folder / "venv", wheel, cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +124,24 @@ def test_every_module_imports(python, elsewhere, wheel):
     code = f"import importlib, emoloop\nfor name in {modules!r}: importlib.import_module(name)\nprint(emoloop.__file__)"
     where = call(python, "-c", code, cwd=elsewhere).strip()
     assert Path(where).is_relative_to(python.parents[1])
+
+
+def test_pyright_sees_the_types_of_an_editable_install_made_as_the_readme_says(wheel, tmp_path):
+    [source] = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path, filter="data")
+    [checkout] = tmp_path.iterdir()
+    [words] = re.findall(r"`pip install (--config-settings .+)`", (ROOT / "README.md").read_text())
+    python = install(tmp_path / "venv", *words.split(), cwd=checkout)
+    (tmp_path / "theirs.py").write_text(
+        "from emoloop import EmotionTarget\nreveal_type(EmotionTarget().valence)\n"
+    )
+    found = call(sys.executable, "-m", "pyright", "--pythonpath", python, "theirs.py", cwd=tmp_path)
+    assert 'Type of "EmotionTarget().valence" is "float | None"' in found
+    assert (
+        call(python, "-m", "emoloop", "--version", cwd=tmp_path)
+        == f"emoloop {PROJECT['project']['version']}\n"
+    )
 
 
 def test_it_tells_its_version(emoloop):
