@@ -5,6 +5,7 @@ import operator
 import time
 from collections import Counter
 from typing import Annotated, Any
+from uuid import UUID
 
 import pytest
 from emoloop.domain import UserError
@@ -112,7 +113,7 @@ async def test_runs_that_begin_in_one_thread_at_once_are_each_a_run(tmp_path, se
         await check_own(loop, list(outs))
 
 
-@pytest.mark.parametrize("name", ["user 1/chat", "../../etc", "", "x" * 200])
+@pytest.mark.parametrize("name", ["user 1/chat", "../../etc", "", "x" * 200, 7, UUID(int=7)], ids=str)
 async def test_a_hosts_thread_id_is_whatever_the_host_likes(tmp_path, name):
     async with make(tmp_path, rounds=1) as loop:
         outs = [await loop.graph.ainvoke(request(), thread(it)) for it in (name, f"{name}|")]

@@ -50,10 +50,14 @@ print(numpy.array_equal(base, draw()), numpy.array_equal(told, base))
 """
 
 
-def call(*words: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+LOOK = ["run", "a cat", "--valence", "1", "--rounds", "1", "--steps", "2"]
+
+
+def call(*words: str | Path, cwd: Path, env: dict[str, str] | None = None, code: int = 0) -> str:
+    """What a program says: on stdout, or on stderr where it ends with a code of its own."""
     done = subprocess.run([*map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+    assert done.returncode == code, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stderr if code else done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,7 @@ def install(folder: Path, *words: str | Path, cwd: Path) -> Path:
     # A folder named in a .pth gives its packages, but its own .pth files (editable installs) are not read.
     borrowed = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
-    how = "--quiet --no-deps --no-index --no-cache-dir --no-build-isolation --ignore-installed".split()
+    how = ["-q", "--no-deps", "--no-index", "--no-cache-dir", "--no-build-isolation", "--ignore-installed"]
     call(sys.executable, "-m", "pip", "--python", python, "install", *how, *words, cwd=cwd)
     return python
 
@@ -91,10 +95,17 @@ def elsewhere(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("elsewhere")
 
 
+@pytest.fixture(scope="module")
+def shipped(python, elsewhere) -> Path:
+    """The adapter that ships."""
+    package = Path(call(python, "-c", "import emoloop; print(emoloop.__path__[0])", cwd=elsewhere).strip())
+    return package / "miniature" / "adapters" / "opd"
+
+
 @pytest.fixture
 def emoloop(python, elsewhere):
     env = {name: value for name, value in os.environ.items() if not name.startswith(("EMOLOOP_", "PYTHON"))}
-    return lambda *words: call(python.parent / "emoloop", *words, cwd=elsewhere, env=env)
+    return lambda *words, **how: call(python.parent / "emoloop", *words, cwd=elsewhere, env=env, **how)
 
 
 def test_it_is_small_and_holds_the_package_alone(wheel):
@@ -165,9 +176,25 @@ def test_the_verbs_work(emoloop, elsewhere):
     assert json.loads(emoloop("bench", "dataset", "runs=20", "phrases=0", "--json"))["figures"]["runs"] == 20
 
 
-def test_five_lines_draw_in_a_stock_pipeline_what_a_run_draws(emoloop, python, elsewhere):
-    adapter = Path(call(python, "-c", "import emoloop; print(emoloop.__path__[0])", cwd=elsewhere).strip())
-    adapter = adapter / "miniature" / "adapters" / "opd"
+def test_a_look_at_what_was_distilled_is_no_end_of_distilling(emoloop, shipped):
+    home, look = ["--home", "looked"], [*LOOK, "--images", "2"]
+    emoloop(*look, *home)
+    emoloop(*look, *home, "--adapter", shipped)
+    said = emoloop("distill", "rwr", "--dry-run", *home, code=2)
+    [cure] = re.findall(
+        r"2 base models .*: pick one with --from (adapter=\w+) or --from adapter=none$", said, re.M
+    )
+    assert cure.removeprefix("adapter=")[:12] in emoloop("traces", "list", *home)
+    assert json.loads(emoloop("distill", "rwr", "--dry-run", "--json", "--from", "adapter=none", *home))
+
+
+def test_a_dotted_path_sees_the_current_folder(emoloop, elsewhere):
+    (elsewhere / "of_ones_own.py").write_text("def half(critique, target):\n    return 0.5\n")
+    run = json.loads(emoloop(*LOOK, "--images", "1", "--json", "--set", "loop.reward=of_ones_own:half"))
+    assert [it["reward"] for it in run["rounds"][0]["candidates"]] == [0.5]
+
+
+def test_five_lines_draw_in_a_stock_pipeline_what_a_run_draws(emoloop, python, elsewhere, shipped):
     words = [
         "--valence",
         "2",
@@ -181,6 +208,6 @@ def test_five_lines_draw_in_a_stock_pipeline_what_a_run_draws(emoloop, python, e
         "8",
         "--json",
     ]
-    run = emoloop("run", "a dog by the sea", *words, "--adapter", adapter, "--home", "adapted")
+    run = emoloop("run", "a dog by the sea", *words, "--adapter", shipped, "--home", "adapted")
     (elsewhere / "run.json").write_text(run)
-    assert call(python, "-c", STOCK, adapter, cwd=elsewhere).split() == ["True", "True", "False"]
+    assert call(python, "-c", STOCK, shipped, cwd=elsewhere).split() == ["True", "True", "False"]

@@ -133,6 +133,22 @@ def test_promises_name_tests_that_are_there(page):
         )
 
 
+def test_the_readme_says_for_each_system_where_torch_comes_from_and_promises_no_build():
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] not in ("", "#")]
+    assert not [pin for pin in pins if "+" in pin or pin.startswith(("nvidia-", "triton"))]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "not a build of torch" in text
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE))
+    said = {
+        "Linux without a GPU": "--extra-index-url https://download.pytorch.org/whl/cpu",
+        "Linux with an NVIDIA GPU": "leave `-c constraints.txt` away",
+        "macOS": "as they stand",
+        "Windows": r"`.venv\Scripts\pip`",
+        "uv, any of them": "--torch-backend=auto",
+    }
+    assert all(words in rows[system] for system, words in said.items())
+
+
 def test_lanes_are_explained():
     lanes = {mark.partition(":")[0] for mark in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

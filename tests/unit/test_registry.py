@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ def test_registry_gives_objects_and_follows_dotted_paths():
     assert resolve("own", registry) is UserError
     assert resolve("pathlib:Path.home", registry) == Path.home
     assert resolve(len, registry) is len
+
+
+def test_a_dotted_path_sees_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.path", [it for it in sys.path if it not in ("", str(Path.cwd()))])
+    (tmp_path / "of_ones_own.py").write_text("answer = 42\n")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("of_ones_own:answer", {}) == 42
 
 
 @pytest.mark.parametrize(
