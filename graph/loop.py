@@ -123,11 +123,7 @@ class Loop:
 
     Attributes:
         settings: The resolved settings.
-        graph: The compiled LangGraph, while the loop is open: `ainvoke({"prompt": …, "target": {…}},
-            {"configurable": {"thread_id": …}})`, `astream`, `aget_state` as usual.
     """
-
-    graph: CompiledStateGraph[State, Context, RunInput, State]
 
     def __init__(
         self,
@@ -163,7 +159,7 @@ class Loop:
         async with AsyncExitStack() as stack:
             self._parts = await open_parts(self.settings, self._given, stack)
             saver = self._checkpointer or await stack.enter_async_context(open_checkpointer(self.settings))
-            self.graph = build_graph(self._parts, saver)
+            self._graph = build_graph(self._parts, saver)
             self._stack = stack.pop_all()
         self._event_loop = asyncio.get_running_loop()
         return self
@@ -202,6 +198,16 @@ class Loop:
         if self._parts is None:
             raise RuntimeError("the loop is not open: use `async with open_loop() as loop` (or plain `with`)")
         return self._parts
+
+    @property
+    def graph(self) -> CompiledStateGraph[State, Context, RunInput, State]:
+        """The compiled LangGraph, which works while the loop is open: `aget_state`, `astream`, and
+        `ainvoke({"prompt": …, "target": {…}}, {"configurable": {"thread_id": …}})` as usual.
+
+        Raises:
+            RuntimeError: The loop is not open.
+        """
+        return self.parts and self._graph
 
     @property
     def recorder(self) -> StoreRecorder:

@@ -667,6 +667,15 @@ async def test_sync_inside_asyncio_says_what_to_do(tmp_path):
 # ---- opening
 
 
+def test_a_graph_of_a_loop_that_is_not_open_says_what_to_do(tmp_path):
+    loop = make(tmp_path)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"not open: use `async with open_loop\(\) as loop`"):
+            _ = loop.graph
+        with loop:
+            assert loop.graph.name == "emoloop"
+
+
 def test_unknown_settings_are_refused(tmp_path):
     with pytest.raises(UserError, match="rouns"):
         open_loop(loop={"rouns": 2})
