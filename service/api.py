@@ -141,16 +141,16 @@ async def watch_run(
 ) -> Response:
     """Watch a run: its events as they are committed, as server-sent events."""
     seen = after if last_event_id is None else last_event_id
-    ended = await service.state(run_id) in ENDED
+    now = await service.state(run_id)
     if (
-        ended
+        now in ENDED
         and last_event_id is not None
         and not await asyncio.to_thread(service.store.events, run_id, seen)
     ):
         return Response(status_code=204)
 
     async def messages() -> AsyncIterator[bytes]:
-        async for events, state in watched(service, run_id, seen):
+        async for events, state in watched(service, run_id, seen, now):
             said = [ServerSentEvent(it.model_dump_json(), event=it.type, id=str(it.cursor)) for it in events]
             if state is not None:
                 said.append(ServerSentEvent(state, event="state"))

@@ -138,10 +138,10 @@ async def run_live(service: Of, run_id: RunId, request: Request, after: int = 0)
     """The run as it changes: the whole of what is shown, which the page merges into itself."""
     seen = request.headers.get("last-event-id", "")
     cursor = int(seen) if seen.isdigit() else after
-    await service.events(run_id)
+    now = await service.state(run_id)
 
     async def messages() -> AsyncIterator[ServerSentEvent]:
-        async with aclosing(watched(service, run_id, cursor)) as batches:
+        async with aclosing(watched(service, run_id, cursor, now)) as batches:
             async for _ in batches:
                 shown = await service.run(run_id)
                 yield ServerSentEvent(render("_run.html.jinja", run=shown), id=str(shown.cursor))

@@ -373,17 +373,20 @@ class Service:
 
 
 async def watched(
-    service: Service, run_id: str, after: int
+    service: Service, run_id: str, after: int, state: State
 ) -> AsyncGenerator[tuple[list[Event], State | None]]:
     """A run's events after a cursor and how it stands, until it has ended.
 
+    Args:
+        service: Whose log it is.
+        run_id: The run.
+        after: The last cursor that was seen.
+        state: How the run stood just now.
+
     Yields:
         New events, perhaps none; and the state, at first and where it has changed, an end after all events.
-
-    Raises:
-        NotFound: There is no such run.
     """
-    state, told = await service.state(run_id), None
+    told = None
     async with aclosing(service.feed.follow(after, run_id)) as batches:
         events: list[Event] = []
         while state not in ENDED:
