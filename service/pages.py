@@ -28,7 +28,7 @@ from .access import COOKIE, session
 from .api import Name, Of, RunId
 from .documents import Answer, Feedback, Listing, Play, RunDocument, RunRequest, Shot
 from .errors import NotFound
-from .jobs import DistillJob, JobRequest, adapters
+from .jobs import DistillJob, JobRequest, adapters, critics
 from .templates import Links, Side, curves, differences, render
 from .work import Service, watched
 
@@ -274,6 +274,7 @@ async def jobs(service: Of) -> str:
         "jobs.html.jinja",
         jobs=found,
         adapters=adapters(found),
+        critics=critics(found),
         objectives=get_args(DistillJob.model_fields["objective"].annotation),
         suites=shipped(),
         key=secrets.token_hex(8),
@@ -285,8 +286,9 @@ async def start_job(service: Of, request: Request) -> Response:
     """Start a job and show it."""
     given = await _form(request)
     key = given.pop("key", None)
-    if where := [it.strip() for it in given.pop("where", "").split(",") if it.strip()]:
-        given["where"] = where
+    for name in ("where", "arms"):
+        if listed := [it.strip() for it in given.pop(name, "").split(",") if it.strip()]:
+            given[name] = listed
     if "prompts" in given:
         target = {axis: given.pop(axis, "") for axis in ("valence", "arousal")}
         prompts = filter(None, map(str.strip, given.pop("prompts").splitlines()))
