@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch
 from emoloop.domain import Emotion, EmotionTarget, UserError
-from emoloop.settings import GeneratorSettings
+from emoloop.graph.loop import open_loop
+from emoloop.settings import GeneratorSettings, load_settings
 from emoloop.tools.diffusion.adapter import LORA_FILE, TOKENS_FILE, load_artifact, rescale, save_artifact
 from emoloop.tools.diffusion.conditioners import EmotionConditioner
 from emoloop.tools.diffusion.families import family_of
@@ -19,6 +20,7 @@ from emoloop.tools.images.load import load_generator
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from scripted import Scripted
 
 RANK, ALPHA = 4, 10
 
@@ -376,6 +378,20 @@ async def test_closing_gives_the_pipeline_back_as_it_was(tmp_path: Path):
     clean = DiffusersGenerator(pipe, defaults=defaults)
     assert clean.describe()["adapter"] is None
     assert np.array_equal(await draw(clean), await draw(generator("sd3")))
+
+
+async def test_a_loop_that_is_closed_gives_the_users_pipeline_back_as_it_was(tmp_path: Path):
+    pipe = tiny.build("sd3")
+    pipe.set_progress_bar_config(disable=False, desc="mine")
+    drawn = {"adapter": str(save("sd3", tmp_path / "1")), "steps": 1, "height": tiny.SIZE, "width": tiny.SIZE}
+    settings = load_settings(
+        {"home": tmp_path / "home", "generator": drawn, "loop": {"rounds": 1, "images": 1}}
+    )
+    async with open_loop(settings, generator=pipe, lvlm=Scripted()) as loop:
+        result = await loop.run("a dog", EmotionTarget(valence=2), seed=1)
+        assert result.best and result.best.adapter and pipe.get_active_adapters()
+    assert pipe._progress_bar_config == {"disable": False, "desc": "mine"}
+    assert not getattr(pipe.transformer, "peft_config", {})
 
 
 async def test_a_lora_that_was_on_the_pipeline_already_is_logged(tmp_path: Path):
