@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,32 @@ def test_trl_trains_on_an_export_as_it_is(name: str, home: Path, tmp_path: Path)
     result = trainer.train()
     assert result.global_step == 2 and result.training_loss == result.training_loss
     assert any(not value.equal(before[name]) for name, value in trainer.model.named_parameters())
+
+
+@pytest.mark.training
+def test_a_language_model_learns_from_a_rewriter_as_the_page_on_exports_says(
+    home: Path, tmp_path: Path
+) -> None:
+    import trl
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "exports.md").read_text(encoding="utf-8")
+    [code] = [it for it in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def as_text" in it]
+    pairs = load(home, "rewriter-preference", tmp_path / "set")
+    scope = {"load_dataset": lambda *_, **__: pairs}
+    exec(code, scope)
+    tokenizer = AutoTokenizer.from_pretrained(LVLM)
+    # As a language model's template has it: what is said is text, not parts.
+    tokenizer.chat_template = (
+        "{% for it in messages %}{{ it.role + ': ' + it.content + eos_token }}{% endfor %}"
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
+    trainer = trl.DPOTrainer(
+        model=str(tmp_path / "model"),
+        args=trl.DPOConfig(output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, report_to=[],
+                           use_cpu=True, bf16=False, save_strategy="no"),
+        train_dataset=scope["rows"],
+        processing_class=tokenizer,
+    )  # fmt: skip
+    assert trainer.train().global_step == 2
