@@ -123,7 +123,8 @@ def test_beside_an_adapter_with_visual_prompts_in_a_run_and_in_a_stock_pipeline(
             applied = [
                 emoloop.apply(pipe, it, GLAD, visual_guidance=r, negative=it == second) for it in order
             ]
-            assert np.array_equal(stock(), wanted)
+            # To the bit in the generator's order; in the other, what both LoRAs add is summed the other way round.
+            assert np.abs(stock() - wanted).max() <= (order[0] == second)
             for it in applied:
                 it.remove()
             assert np.array_equal(stock(), plain)
