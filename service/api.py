@@ -30,7 +30,7 @@ from .documents import (
 from .errors import Unavailable
 from .jobs import JobDocument, JobRequest
 from .problems import RESPONSES
-from .work import Service, watched
+from .work import ENDED, Service, watched
 
 #: Seconds that a client may take for a message before it is given up, and between signs of life.
 _SLOW, _PING = 30, 15
@@ -141,12 +141,16 @@ async def watch_run(
 ) -> Response:
     """Watch a run: its events as they are committed, as server-sent events."""
     seen = after if last_event_id is None else last_event_id
-    run = await service.run(run_id)
-    if last_event_id is not None and run.state in ("completed", "failed") and run.cursor <= seen:
+    now = await service.state(run_id)
+    if (
+        now in ENDED
+        and last_event_id is not None
+        and not await asyncio.to_thread(service.store.events, run_id, seen)
+    ):
         return Response(status_code=204)
 
     async def messages() -> AsyncIterator[bytes]:
-        async for events, state in watched(service, run_id, seen):
+        async for events, state in watched(service, run_id, seen, now):
             said = [ServerSentEvent(it.model_dump_json(), event=it.type, id=str(it.cursor)) for it in events]
             if state is not None:
                 said.append(ServerSentEvent(state, event="state"))

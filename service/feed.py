@@ -122,7 +122,7 @@ class Feed:
     def _read(self, after: int, run_id: str | None) -> list[Event]:
         if run_id is None:
             return self._store.tail(after, _WAITING)
-        return [event for event in self._store.events(run_id) if event.cursor > after][:_WAITING]
+        return self._store.events(run_id, after)[:_WAITING]
 
     def _told(self, events: Sequence[Event]) -> None:
         self._loop.call_soon_threadsafe(self._news.set)

@@ -46,6 +46,8 @@ _TAIL = 8_000
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 #: A condition on runs, as `emoloop distill --where` takes it.
 Condition = Annotated[str, Field(max_length=300, pattern=r"^[a-z]+=[^\x00-\x1f]*$")]
+#: An arm of an evaluation by its name, perhaps with another critic; never a path.
+Arm = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,60}(\+critic)?$")]
 Steps = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
@@ -76,14 +78,20 @@ class EvalJob(Document):
     kind: Literal["eval"] = "eval"
     suite: Name = "dev"
     limit: int | None = Field(default=None, ge=1, description="Only the first neutral prompts.")
+    arms: list[Arm] = Field(default=[], max_length=50, description="Which arms; the suite's own by default.")
     adapter: JobId | None = Field(default=None, description="A distillation whose artifact is judged.")
+    critic: JobId | None = Field(
+        default=None, description="A critic training whose model is behind arms `NAME+critic`."
+    )
 
     def words(self, folder: Path, home: Path) -> list[str]:
         """The command line."""
         return [
             "eval", self.suite, f"--out={folder / 'out'}", "--json",
             *([f"--limit={self.limit}"] if self.limit else []),
+            *([f"--arms={','.join(self.arms)}"] if self.arms else []),
             *([f"--adapter={home / 'jobs' / self.adapter / 'out'}"] if self.adapter else []),
+            *([f"--critic={home / 'jobs' / self.critic / 'out'}"] if self.critic else []),
         ]  # fmt: skip
 
 
@@ -408,7 +416,16 @@ class Jobs:
 
 def adapters(jobs: Sequence[JobDocument]) -> list[JobDocument]:
     """Those whose artifact can be sampled from."""
-    return [it for it in jobs if it.state == "done" and it.request.root.kind in ("distill", "flow-grpo")]
+    return _done(jobs, "distill", "flow-grpo")
+
+
+def critics(jobs: Sequence[JobDocument]) -> list[JobDocument]:
+    """Those whose artifact reads pictures."""
+    return _done(jobs, "train")
+
+
+def _done(jobs: Sequence[JobDocument], *kinds: str) -> list[JobDocument]:
+    return [it for it in jobs if it.state == "done" and it.request.root.kind in kinds]
 
 
 def environment(settings: Settings) -> dict[str, str]:

@@ -28,7 +28,7 @@ from .access import COOKIE, session
 from .api import Name, Of, RunId
 from .documents import Answer, Feedback, Listing, Play, RunDocument, RunRequest, Shot
 from .errors import NotFound
-from .jobs import DistillJob, JobRequest, adapters
+from .jobs import DistillJob, JobRequest, adapters, critics
 from .templates import Links, Side, curves, differences, render
 from .work import Service, watched
 
@@ -138,10 +138,10 @@ async def run_live(service: Of, run_id: RunId, request: Request, after: int = 0)
     """The run as it changes: the whole of what is shown, which the page merges into itself."""
     seen = request.headers.get("last-event-id", "")
     cursor = int(seen) if seen.isdigit() else after
-    await service.events(run_id)
+    now = await service.state(run_id)
 
     async def messages() -> AsyncIterator[ServerSentEvent]:
-        async with aclosing(watched(service, run_id, cursor)) as batches:
+        async with aclosing(watched(service, run_id, cursor, now)) as batches:
             async for _ in batches:
                 shown = await service.run(run_id)
                 yield ServerSentEvent(render("_run.html.jinja", run=shown), id=str(shown.cursor))
@@ -274,6 +274,7 @@ async def jobs(service: Of) -> str:
         "jobs.html.jinja",
         jobs=found,
         adapters=adapters(found),
+        critics=critics(found),
         objectives=get_args(DistillJob.model_fields["objective"].annotation),
         suites=shipped(),
         key=secrets.token_hex(8),
@@ -285,8 +286,9 @@ async def start_job(service: Of, request: Request) -> Response:
     """Start a job and show it."""
     given = await _form(request)
     key = given.pop("key", None)
-    if where := [it.strip() for it in given.pop("where", "").split(",") if it.strip()]:
-        given["where"] = where
+    for name in ("where", "arms"):
+        if listed := [it.strip() for it in given.pop(name, "").split(",") if it.strip()]:
+            given[name] = listed
     if "prompts" in given:
         target = {axis: given.pop(axis, "") for axis in ("valence", "arousal")}
         prompts = filter(None, map(str.strip, given.pop("prompts").splitlines()))

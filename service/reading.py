@@ -70,6 +70,12 @@ def _state(status: RunStatus, held: bool) -> State:
     return "running" if held else "stopped"
 
 
+def row(store: TraceStore, run_id: str, held: Set[str]) -> RunSummary | None:
+    """The list's row of one run, without its labels; None where there is none."""
+    found = store.runs(RunFilter(run_ids=(run_id,)))
+    return summary(found[0], held) if found else None
+
+
 def document(events: Sequence[Event], held: Set[str] = frozenset()) -> RunDocument:
     """A run from its events, which are not empty and have its beginning.
 

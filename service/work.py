@@ -51,6 +51,9 @@ from .playground import Playground, as_png
 
 logger = logging.getLogger(__name__)
 
+#: States after which nothing more comes.
+ENDED = ("completed", "failed")
+
 
 class Service:
     """See above; to be entered with `async with`.
@@ -175,6 +178,19 @@ class Service:
         if (question := await self.question(run_id)) is not None:
             return run.standing("waiting", question=question)
         return run.standing("stopped", problem=self.problems.get(run_id))
+
+    async def state(self, run_id: str) -> State:
+        """How a run stands; without a look at its events, since many watchers ask at once.
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        row = await asyncio.to_thread(lambda: reading.row(self.store, run_id, self.held()))
+        if row is None:
+            raise NotFound(f"no run {run_id!r}")
+        if row.state == "failed" and run_id in self._tasks:
+            return "running"
+        return (await self._or_waiting(row)).state
 
     async def labels(self) -> list[str]:
         """All labels of the log."""
@@ -357,29 +373,29 @@ class Service:
 
 
 async def watched(
-    service: Service, run_id: str, after: int
+    service: Service, run_id: str, after: int, state: State
 ) -> AsyncGenerator[tuple[list[Event], State | None]]:
     """A run's events after a cursor and how it stands, until it has ended.
 
+    Args:
+        service: Whose log it is.
+        run_id: The run.
+        after: The last cursor that was seen.
+        state: How the run stood just now.
+
     Yields:
         New events, perhaps none; and the state, at first and where it has changed, an end after all events.
-
-    Raises:
-        NotFound: There is no such run.
     """
-    run, told = await service.run(run_id), None
+    told = None
     async with aclosing(service.feed.follow(after, run_id)) as batches:
         events: list[Event] = []
-        while True:
-            ended = run.state in ("completed", "failed")
-            # That it has ended is the last word: nobody who stops there misses an event.
-            state = None if run.state == told or (ended and run.cursor > after) else run.state
-            yield events, state
-            told = state or told
-            if ended and run.cursor <= after:
-                return
+        while state not in ENDED:
+            yield events, None if state == told else state
+            told = state
             events = await anext(batches)
             after = events[-1].cursor if events else after
-            # Most events change nothing about how a run stands, and to ask costs a look at the whole run.
-            if run.state != "running" or not events or any(it.type == "run_finished" for it in events):
-                run = await service.run(run_id)
+            # Most events change nothing about how a run stands.
+            if state != "running" or not events or any(it.type == "run_finished" for it in events):
+                state = await service.state(run_id)
+        # That it has ended is the last word: nobody who stops there misses an event.
+        yield [*events, *await asyncio.to_thread(service.store.events, run_id, after)], state

@@ -38,7 +38,7 @@ Subscriber = Callable[[Sequence[Event]], object]
 
 _LOG = (
     select(events.c.seq, events.c.cursor, events.c.body)
-    .where(events.c.run_id == bindparam("run_id"))
+    .where(events.c.run_id == bindparam("run_id"), events.c.cursor > bindparam("after", 0))
     .order_by(events.c.seq)
 )
 
@@ -166,10 +166,10 @@ class TraceStore:
         self._folds[run_id] = held  # the most recently used last
         return held
 
-    def events(self, run_id: str) -> list[Event]:
-        """The run's events in order of `seq`; empty for an unknown run."""
+    def events(self, run_id: str, after: int = 0) -> list[Event]:
+        """The run's events in order of `seq`, those after a cursor; empty for an unknown run."""
         with self.read() as connection:
-            rows = connection.execute(_LOG, {"run_id": run_id})
+            rows = connection.execute(_LOG, {"run_id": run_id, "after": after})
             return [event for _, cursor, body in rows if (event := _parse(cursor, body)) is not None]
 
     def tail(self, cursor: int = 0, limit: int = 1000) -> list[Event]:

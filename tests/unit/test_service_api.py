@@ -109,7 +109,7 @@ async def test_a_run_is_cancelled_and_resumed(tmp_path):
 
 async def test_a_run_waits_for_its_review(client, service):
     run_id = (await client.post(f"{API}/runs", json={**REQUEST, "review": True})).json()["run_id"]
-    async for _, state in watched(service, run_id, 0):
+    async for _, state in watched(service, run_id, 0, await service.state(run_id)):
         if state == "waiting":
             break
     run = (await client.get(f"{API}/runs/{run_id}")).json()

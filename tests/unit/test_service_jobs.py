@@ -110,6 +110,7 @@ async def test_one_key_starts_one_job_which_is_cancelled_and_resumed(client):
         {"kind": "distill", "where": ["--home=/"]},
         {"kind": "distill", "preset": "../secret"},
         {"kind": "eval", "suite": "/etc/passwd"},
+        {"kind": "eval", "arms": ["mine=os:system"]},
         {"kind": "train", "data": "../elsewhere"},
         {"kind": "train", "data": "/etc"},
         {"kind": "collect", "lines": []},
@@ -128,7 +129,12 @@ def test_requests_become_command_lines(tmp_path):
         "distill", "sft", f"--out={tmp_path}/out", "--resume", "--json", "--where=since=7d", "--set=train.steps=5",
     ]  # fmt: skip
     adapter = f"j-{'a' * 20}"
-    assert f"--adapter={tmp_path}/home/jobs/{adapter}/out" in words({"kind": "eval", "adapter": adapter})
+    compared = words({"kind": "eval", "adapter": adapter, "critic": adapter, "arms": ["loop", "loop+critic"]})
+    assert compared[-3:] == [
+        "--arms=loop,loop+critic",
+        f"--adapter={tmp_path}/home/jobs/{adapter}/out",
+        f"--critic={tmp_path}/home/jobs/{adapter}/out",
+    ]
     line = {"prompt": "a dog", "target": {"valence": 1}}
     assert words({"kind": "collect", "lines": [line]})[:2] == ["collect", str(tmp_path / "prompts.jsonl")]
     assert json.loads((tmp_path / "prompts.jsonl").read_text())["target"] == {"valence": 1.0}
@@ -159,7 +165,7 @@ async def test_a_report_is_a_page_that_may_do_nothing(client, service):
 
 async def test_forms_start_each_kind_of_job(client):
     forms = [
-        {"kind": "eval", "suite": "dev", "limit": "2", "adapter": ""},
+        {"kind": "eval", "suite": "dev", "limit": "2", "adapter": "", "critic": "", "arms": "base, loop"},
         {"kind": "flow-grpo", "where": "", "start": "", "steps": "5"},
         {"kind": "train", "data": "pictures", "steps": ""},
         {
