@@ -53,15 +53,14 @@ class WordModel:
             seen = self._counts.fit_transform(texts)
         except ValueError:  # scikit-learn's word for an empty vocabulary
             return
-        known = seen.toarray().astype(np.float64)
-        self.words, self._centre = known.shape[1], known.mean(0)
-        ridge: Any = RidgeCV(np.logspace(-1, 2, 10), store_cv_results=True).fit(known, readings)
+        self.words, self._centre = seen.shape[1], np.asarray(seen.mean(0)).ravel()
+        ridge: Any = RidgeCV(np.logspace(-1, 2, 10), store_cv_results=True).fit(seen, readings)
         self._ridge, self.alpha = ridge, float(ridge.alpha_)
         chosen = int(np.flatnonzero(ridge.alphas == ridge.alpha_)[0])
         self.errors = np.sqrt(ridge.cv_results_[:, :, chosen])
         self.noise = np.sqrt((self.errors**2).mean(0))
-        known -= self._centre
-        self._inverse = np.linalg.inv(known.T @ known + self.alpha * np.eye(self.words))
+        scatter = (seen.T @ seen).toarray() - len(texts) * np.outer(self._centre, self._centre)
+        self._inverse = np.linalg.inv(scatter + self.alpha * np.eye(self.words))
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """(N, 2) readings to be expected, within the scale."""
@@ -93,7 +92,7 @@ class WordModel:
     def _prior(self, texts: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(N, 2) means and their (N, N) covariance in units of the noise's, before a run's own readings."""
         counts = _counts().fit(texts)
-        shown = counts.transform(texts).toarray().astype(np.float64)
+        shown = counts.transform(texts).toarray()
         known = self._counts.vocabulary_ if self.words else {}
         new = shown[:, [word not in known for word in counts.get_feature_names_out()]]
         # What is a run's own is in each of its prompts, as a word would be that no other run has.
@@ -139,4 +138,4 @@ def addition(neutral: str, refined: str) -> str | None:
 def _counts(**options: Any) -> Any:
     from sklearn.feature_extraction.text import CountVectorizer
 
-    return CountVectorizer(ngram_range=(1, 2), binary=True, token_pattern=r"\w+", **options)
+    return CountVectorizer(ngram_range=(1, 2), binary=True, token_pattern=r"\w+", dtype=np.float64, **options)
