@@ -22,7 +22,7 @@ SIGNATURES = {
     "Loop.resume_sync": "self, run_id, answer, **options",
     "Loop.run_sync": "self, prompt, target, **options",
     "TraceStore.append": "self, *batch",
-    "TraceStore.events": "self, run_id",
+    "TraceStore.events": "self, run_id, after",
     "TraceStore.runs": "self, where",
     "TraceStore.candidates": "self, run_id, *, where",
     "TraceStore.resolve": "self, name",
