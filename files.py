@@ -1,7 +1,7 @@
 """Writing files so that a name never stands for half a content, and asking beforehand whether one can write.
 
-A crash may leave a hidden file beside the target, never a torn one: the content is written beside, synced to
-the disk, and renamed.
+A crash never leaves a torn file: the content is written beside, synced to the disk, and renamed. Where the system
+has files without a name, it leaves no other one either; elsewhere perhaps a hidden one beside the target.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from .domain import UserError
 
@@ -58,20 +59,44 @@ def write_all(files: Mapping[Path, bytes]) -> None:
             handles: list[int] = []
             for path, data in files.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(beside[path].open("xb"))
+                file = stack.enter_context(_open(beside[path]))
                 file.write(data)
                 file.flush()
                 handles.append(file.fileno())
             for handle in handles:
                 os.fsync(handle)
+            for (path, written), handle in zip(beside.items(), handles, strict=True):
+                if not written.exists():
+                    _name(handle, path, written)
         for path, written in beside.items():
-            os.replace(written, path)
+            if written.exists():
+                os.replace(written, path)
     except BaseException:
         for written in beside.values():
             written.unlink(missing_ok=True)
         raise
     for folder in {path.parent for path in files}:
         sync(folder)
+
+
+def _open(path: Path) -> BinaryIO:
+    """A new file to write to, where possible without a name: then it is gone with the process."""
+    if hasattr(os, "O_TMPFILE"):
+        # Not every file system has them, nor every container /proc.
+        with suppress(OSError):
+            handle = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
+            if os.path.exists(f"/proc/self/fd/{handle}"):
+                return os.fdopen(handle, "wb")
+            os.close(handle)
+    return path.open("xb")
+
+
+def _name(handle: int, path: Path, beside: Path) -> None:
+    """Name a file of `_open` that has no name: `path`, or `beside` where there is one of that name already."""
+    for name in (path, beside):
+        with suppress(FileExistsError):
+            # A link is followed only with a descriptor beside it.
+            return os.link(f"/proc/self/fd/{handle}", name, src_dir_fd=handle)
 
 
 def check_writable(folder: Path, name: str, hint: str = "") -> None:

@@ -1,15 +1,21 @@
-"""Durable events a second: many writers on one log, beside the same rows and commits by hand-written SQL."""
+"""Durable events a second: many writers on one log, beside the same rows and commits by hand-written SQL.
+
+Then writers that are killed at a moment of chance: what a log acknowledged has to be there, once.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
+import random
 import sqlite3
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,16 +25,24 @@ from ...events import Event, ImageGenerated, RunStarted
 from ...settings import load_settings
 from ...traces.recorder import open_recorder
 from ...traces.store import open_store
+from .fakes import picture
 from .postgres import missing, server
 
+#: A writer is killed after so many seconds of writing at most.
+_LIFE = 0.2
 
-def main(writers: int = 16, events: int = 500, repeats: int = 3) -> dict[str, Any]:
+
+def main(
+    writers: int = 16, events: int = 500, repeats: int = 3, kills: int = 200, seed: int = 0
+) -> dict[str, Any]:
     """Durable events a second, lost and doubled ones, against hand-written SQL; and on a PostgreSQL that syncs.
 
     Args:
         writers: Runs that are written at the same time, one event at a time.
         events: Events of each.
         repeats: How often both are measured in turn; medians count.
+        kills: Writers that are killed by SIGKILL, one after the other, each on what the last one left.
+        seed: Of the moments at which they are killed.
     """
     total, found = writers * events, Counter[str]()
     ours: list[float] = []
@@ -52,12 +66,17 @@ def main(writers: int = 16, events: int = 500, repeats: int = 3) -> dict[str, An
                         kept = Counter(event.key for event in store.tail(0, 2 * total))
                 found["lost"] += total - len(kept)
                 found["doubled"] += kept.total() - len(kept)
+    with tempfile.TemporaryDirectory(prefix="emoloop-log-") as folder:
+        killed = _kill_writers(Path(folder), kills, random.Random(seed))
     figures = {
         "events_per_second": median(ours),
         "events_per_second_hand_written": median(by_hand),
         "ratio_hand_written": median(mine / theirs for mine, theirs in zip(ours, by_hand, strict=True)),
-        "lost": found["lost"],
-        "doubled": found["doubled"],
+        "lost": found["lost"] + killed["lost"],
+        "doubled": found["doubled"] + killed["doubled"],
+        "kills": kills,
+        "acknowledged": killed["acknowledged"],
+        "files_left": killed["files_left"],
     }
     if on_postgres:
         figures["postgres_events_per_second"] = median(on_postgres)
@@ -83,6 +102,57 @@ async def _write(
         began = time.perf_counter()
         await asyncio.gather(*(write(f"run-{number}") for number in range(writers)))
         return time.perf_counter() - began
+
+
+def _kill_writers(home: Path, kills: int, rng: random.Random) -> Counter[str]:
+    """What is wrong with a log whose writers were killed: acknowledged events lost, doubled ones, files left over."""
+    told: list[tuple[Any, ...]] = []
+    # Its children start at once, from a process that has loaded this module and nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    for number in range(kills):
+        receiver, sender = context.Pipe(duplex=False)
+        writer = context.Process(target=_write_until_killed, args=(str(home), number, sender))
+        writer.start()
+        sender.close()
+        receiver.poll(60)  # the first event is acknowledged
+        time.sleep(rng.uniform(0, _LIFE))
+        writer.kill()
+        writer.join()
+        try:
+            while True:
+                told += receiver.recv()
+        except EOFError:
+            pass
+    with open_store(load_settings({"home": str(home)})) as store:
+        events = store.tail(0, 10**9)
+        kept = Counter(event.key for event in events)
+        pictures = [file for file in home.joinpath("blobs").rglob("*") if file.is_file()]
+        files_left = sum(store.blobs.path(file.stem) != file for file in pictures)
+    found = Counter(acknowledged=len(told), lost=len(set(told) - set(kept)), files_left=files_left)
+    found["doubled"] = kept.total() - len(kept)
+    return found
+
+
+def _write_until_killed(home: str, number: int, told: Connection) -> None:
+    async def write() -> None:
+        async with open_recorder(load_settings({"home": home})) as recorder:
+
+            async def one(run_id: str, first: int) -> None:
+                target = EmotionTarget(valence=2.0, arousal=-1.0)
+                begun = RunStarted(run_id=run_id, prompt="a dog", target=target, seed=1)
+                told.send([it.key for it in await recorder.record(begun)])
+                for n in range(10**6):
+                    sha = await asyncio.to_thread(recorder.store.blobs.put_image, picture(first + n))
+                    place: Any = {"run_id": run_id, "round": n // 8, "index": n % 8, "sha256": sha}
+                    made = ImageGenerated(**place, prompt="a dog", seed=n, model="fake", height=96, width=96)
+                    told.send([it.key for it in await recorder.record(made)])
+
+            await asyncio.gather(
+                *(one(f"killed-{number}-{run}", 10**6 * (4 * number + run)) for run in range(4))
+            )
+
+    asyncio.run(write())
 
 
 def _write_by_hand(log: Path, commits: Sequence[Sequence[Event]]) -> float:

@@ -1,6 +1,8 @@
 """Files appear whole or not at all, and what cannot be written is said before anything is."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,29 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         raise ZeroDivisionError
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_files_with_and_without_a_name_are_written_alike(tmp_path: Path, monkeypatch, unnamed):
+    if not unnamed:
+        monkeypatch.delattr("os.O_TMPFILE", raising=False)
+    for text in ("old", "new"):
+        assert write_atomic(tmp_path / "a.json", text).read_text() == text
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~_umask()
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files without a name are Linux's")
+def test_a_killed_writer_leaves_no_file(tmp_path: Path):
+    code = "import os, sys; from emoloop.files import *; os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+    code += "write_atomic(Path(sys.argv[1], 'a.json'), 'new')"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
+    assert os.listdir(tmp_path) == []
+
+
+def _umask() -> int:
+    os.umask(found := os.umask(0o022))
+    return found
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch):
