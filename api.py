@@ -106,7 +106,7 @@ def distill(
     """Train the diffusion weights on logged runs, so that one pass gives what the loop gave.
 
     Args:
-        objective: opd, dpo, contrast, nft, rwr, sft, or a dotted path (`my_pkg.my_mod:MyObjective`).
+        objective: opd, dpo, contrast, npo, nft, rwr, sft, or a dotted path (`my_pkg.my_mod:MyObjective`).
         out: Folder of the artifact.
         home: Folder of the log; by default that of the settings.
         where: Which runs; by default all.

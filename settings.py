@@ -62,6 +62,10 @@ class GeneratorSettings(_Section):
     visual_guidance: float = 1.0
     #: The category whose visual prompt the negative branch gets.
     visual_negative: Emotion | None = None
+    #: An adapter of reversed preferences (`emoloop distill npo`) that serves the negative branch of guidance alone.
+    negative_adapter: str | None = None
+    #: How strongly it does: 0 leaves it out.
+    negative_scale: float = 1.0
     #: "auto" is cuda, then mps, then cpu.
     device: str = "auto"
     #: "auto" is bfloat16 on cuda, float32 elsewhere.

@@ -22,7 +22,7 @@ def distill(
     objective: Annotated[
         str,
         typer.Argument(
-            help="opd, direct, dpo, contrast, nft, rwr, sft, or a dotted path (my_pkg.my_mod:MyObjective)."
+            help="opd, direct, dpo, contrast, npo, nft, rwr, sft, or a dotted path (my_pkg.my_mod:MyObjective)."
         ),
     ],
     out: opt.Artifact = None,

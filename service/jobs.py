@@ -55,7 +55,7 @@ class DistillJob(Document):
     """Train the diffusion weights on logged runs."""
 
     kind: Literal["distill"] = "distill"
-    objective: Literal["opd", "direct", "dpo", "contrast", "nft", "rwr", "sft"] = "opd"
+    objective: Literal["opd", "direct", "dpo", "contrast", "npo", "nft", "rwr", "sft"] = "opd"
     where: list[Condition] = Field(default=[], max_length=20, description="Which runs; all by default.")
     preset: Name | None = None
     steps: Steps | None = None

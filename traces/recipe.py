@@ -36,7 +36,9 @@ _MOST_PIXELS = 50_000_000
 _HEAD = 8 + 25
 
 #: Settings of the generator that decide about a picture and name nothing on this machine.
-_SETTINGS = ("adapter_scale", "adapter_part", "visual_scale", "visual_guidance", "visual_negative")
+_SETTINGS = (
+    "adapter_scale", "adapter_part", "visual_scale", "visual_guidance", "visual_negative", "negative_scale",
+)  # fmt: skip
 
 #: XMP with the IPTC's digital source type (cv.iptc.org/newscodes/digitalsourcetype): made by a trained model.
 _MARK = (

@@ -14,6 +14,7 @@ OBJECTIVES: dict[str, str] = {
     "opd": ".rl.objectives.opd:OPD",
     "contrast": ".rl.objectives.contrast:Contrast",
     "dpo": ".rl.objectives.dpo:DPO",
+    "npo": ".rl.objectives.npo:NPO",
     "nft": ".rl.objectives.nft:NFT",
     "rwr": ".rl.objectives.rwr:RWR",
     "direct": ".rl.objectives.direct:Direct",

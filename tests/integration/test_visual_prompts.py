@@ -360,6 +360,23 @@ def test_a_distillation_saves_what_it_trained(name: str, objective: str, tmp_pat
         distill(settings, first, tmp_path / "out", resume=True)
 
 
+def test_visual_prompts_may_be_all_that_is_trained(tmp_path: Path) -> None:
+    folder = tiny.save("sd3", tmp_path / "model")
+    visual.bank(family("sd3")).save(tmp_path / "bank.safetensors")
+    settings = rl_log.write_log(tmp_path / "home", 6, model=str(folder), revision=None)
+    bank = f"policy.visual_bank={tmp_path / 'bank.safetensors'}"
+    rates = ("train.lr=0", "train.emotion_lr=0", "train.visual_lr=0.2")
+    distill(settings, load_config("sft", sets=[*QUICK, bank, *rates]), tmp_path / "out")
+    base = draw("sd3")
+    assert not np.array_equal(draw("sd3", adapter=str(tmp_path / "out")), base)
+    for off in ("visual_scale", "adapter_scale"):
+        assert np.array_equal(draw("sd3", adapter=str(tmp_path / "out"), **{off: 0}), base)
+    # Without them the artifact has nothing to say.
+    (tmp_path / "out" / VISUAL_FILE).unlink()
+    with pytest.raises(UserError, match="changes nothing"):
+        load_artifact(tiny.build("sd3"), tmp_path / "out", call=tiny.DEFAULTS["sd3"]["call"])
+
+
 @pytest.mark.slow
 def test_the_embedded_generator_trains_and_draws_what_was_saved(tmp_path: Path) -> None:
     source = open_model(GeneratorSettings(model="miniature", device="cpu"))

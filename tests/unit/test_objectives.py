@@ -350,6 +350,26 @@ def test_contrast_closed_form_and_who_is_wrong() -> None:
     assert metrics["error"] == pytest.approx(plus.mean().item())
 
 
+def test_npo_is_dpo_with_winner_and_loser_swapped_under_the_negative_prompt() -> None:
+    policy, b, objective = FakePolicy(), batch(), load_objective("npo", {"beta": 7.0})
+    loss, metrics = objective.loss(b, policy, torch.Generator().manual_seed(1))
+    _, t, noise = objective.draw_states(b, "winner", policy, torch.Generator().manual_seed(1))
+    null, errors = policy.null.expand(4), {}
+    for who, speak in (("model", policy.student), ("reference", policy.reference)):
+        for which in ("winner", "loser"):
+            out = speak(policy.process.add_noise(b[which], noise, t), t, null, b["target"])
+            off = out - policy.process.regression_target(b[which], noise, t)
+            errors[who, which] = (off**2).flatten(1).mean(1)
+    gained = {it: (errors["reference", it] - errors["model", it]).tolist() for it in ("winner", "loser")}
+    expected = sum(
+        math.log1p(math.exp(-3.5 * (lost - won)))
+        for won, lost in zip(gained["winner"], gained["loser"], strict=True)
+    )
+    assert loss.item() == pytest.approx(expected / 4, rel=1e-9)
+    assert metrics["hold"] == 0
+    assert metrics["winner_error"] == pytest.approx(errors["model", "loser"].mean().item())
+
+
 def test_flow_process_inverts_itself() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 

@@ -12,7 +12,7 @@ from emoloop.settings import Settings
 from emoloop.traces.store import open_store
 
 SIGNATURES = {
-    "apply": "pipe, adapter, target, *, scale, visual_scale, visual_guidance, visual_negative",
+    "apply": "pipe, adapter, target, *, scale, visual_scale, visual_guidance, visual_negative, negative",
     "open_loop": "settings, *, generator, lvlm, reward, checkpointer, **overrides",
     "open_log": "home, *, settings, write",
     "distill": "objective, out, *, home, where, preset, config, knobs, resume, watch, settings",

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from .card import card
 from .conditioners import Conditioner, EmotionConditioner, points
 from .families import Conditioning, Family, family_of
 from .layers import activate, bound, carriers, layers_of, remove, set_scale, strength, weights_hash
+from .negative import NegativeBranch
 from .visual import VISUAL, VisualBridge, VisualConditioner, VisualControl
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Adapter:
         visual_prompts: The artifact's visual prompts; None where it has none.
         visual: How they are used.
         bridge: What hands them to the pipeline's denoiser; None where nothing is bound.
+        branch: What lets it speak in the negative branch alone; None where it speaks in both, or nothing is bound.
         training: The artifact's `training.json`.
         part: "tokens" or "lora" where the other is silent.
     """
@@ -71,6 +73,7 @@ class Adapter:
     visual_prompts: VisualConditioner | None = None
     visual: VisualControl = VISUAL
     bridge: VisualBridge | None = None
+    branch: NegativeBranch | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     part: str | None = None
 
@@ -81,6 +84,7 @@ class Adapter:
             return None
         told = f"{self.sha256}:{self.part}" if self.part else self.sha256
         told = told if self.scale == 1 else f"{told}@{self.scale:g}"
+        told = f"{told}[negative]" if self.branch else told
         return told if self.visual_prompts is None else f"{told}{self.visual}"
 
     @property
@@ -105,8 +109,14 @@ class Adapter:
     ) -> Conditioning:
         """Encoded prompts (B, L, D) with the target added, each row by itself: its bits know no company.
 
-        The negative branch gets no emotion but the same shape, and the visual prompt of `visual.negative`.
+        The negative branch gets no emotion but the same shape, and the visual prompt of `visual.negative`. Of an
+        adapter that serves that branch, the positive one.
         """
+        if self.branch is not None:
+            embeds = dataclasses.replace(
+                embeds, negative=embeds.prompt.new_full((len(embeds), 1), float(negative))
+            )
+            negative = not negative
         if not self.takes(target):
             return embeds
         rows = [embeds[[row]] for row in range(len(embeds))]
@@ -131,6 +141,7 @@ def load_artifact(
     call: dict[str, Any] | None = None,
     base: Mapping[str, str | None] | None = None,
     visual: VisualControl = VISUAL,
+    negative: bool = False,
 ) -> Adapter:
     """Bind an adapter to a pipeline and prove that it works.
 
@@ -143,10 +154,11 @@ def load_artifact(
         call: Extra arguments of the pipeline's call (`call` of `emoloop.json`).
         base: `model` and `revision` of the pipeline; an adapter that says it was made for others is warned of.
         visual: How the artifact's visual prompts are used, where it has some.
+        negative: Whether it serves the negative branch of guidance alone (`negative.py`).
 
     Raises:
         UserError: Nothing there, not a LoRA, made for another model, without the part, `name` is taken, or a second
-            adapter with visual prompts.
+            adapter with visual prompts or for the negative branch.
     """
     if not math.isfinite(scale):
         raise UserError(f"adapter {path}: its scale is a number, not {scale}")
@@ -157,6 +169,8 @@ def load_artifact(
         raise UserError(f"adapter {path}: the pipeline has an adapter {name!r} already")
     names = chain(["emoloop"], (f"emoloop_{n}" for n in count(2)))
     name = name or next(it for it in names if it not in taken)
+    if negative and any(getattr(it, "adapter", it).branch for it in known(pipe).values()):
+        raise UserError(f"adapter {path}: the pipeline has one for the negative branch already")
     lora, parts = _files(path)
     every = list(parts.values())
     if part == "tokens" and TOKENS_FILE not in parts:
@@ -179,14 +193,18 @@ def load_artifact(
     if all(made.get(key) and here.get(key) not in (None, made[key]) for key in ("model", "revision")):
         logger.warning("adapter %s was made for %s, and is used on %s", path, made["model"], here["model"])
     active = pipe.get_active_adapters() if taken else []
+    bridge = None
     try:
         with quiet():
             expected = _bind(family, lora, name)
         _check_bound(pipe, path, name, expected)
         activate(pipe, [*active, name])
-        _check_effect(family, path, name, _alone(tokens, training), before)
-        bridge = VisualBridge(family, prompts, visual.guidance) if prompts is not None and scale else None
+        if prompts is not None:
+            bridge = VisualBridge(family, prompts, visual.guidance)
+        _check_effect(family, path, name, _alone(training, prompts, tokens), before)
     except Exception as error:
+        if bridge is not None:
+            bridge.remove()
         with contextlib.suppress(Exception):
             remove(pipe, name, active)
         if isinstance(error, UserError):
@@ -195,7 +213,11 @@ def load_artifact(
         raise UserError(told) from error
     config = lora.with_name(_PEFT_CONFIG) if lora.name == _PEFT_WEIGHTS else None
     hashed = content_hash([file for file in (lora, *every, config) if file is not None])
-    adapter = Adapter(path, name, hashed, scale, tokens, prompts, visual, bridge, training, part)
+    if scale == 0 and bridge is not None:
+        bridge.remove()
+        bridge = None
+    branch = NegativeBranch(family, name) if negative and scale else None
+    adapter = Adapter(path, name, hashed, scale, tokens, prompts, visual, bridge, branch, training, part)
     if scale == 0:
         remove(pipe, name, active)
     else:
@@ -229,8 +251,8 @@ def unload(pipe: Any, adapter: Adapter) -> None:
     for layer in layers_of(pipe, adapter.name):
         if adapter.name in layer.merged_adapters:
             layer.unmerge()
-    if adapter.bridge is not None:
-        adapter.bridge.remove()
+    for hung in filter(None, (adapter.bridge, adapter.branch)):
+        hung.remove()
     if not known(pipe):
         del pipe.__dict__[_KNOWN]
     remove(pipe, adapter.name, [it for it in pipe.get_active_adapters() if it != adapter.name])
@@ -299,7 +321,7 @@ def save_artifact(
             f"no module of the {family.denoiser} carries the LoRA {adapter_name!r}: nothing to save"
         )
     if weights is None:
-        _check_effect(family, directory, adapter_name, _alone(emotion_tokens, training or {}))
+        _check_effect(family, directory, adapter_name, _alone(training or {}, visual_prompts, emotion_tokens))
         weights = bound(pipe, adapter_name)
     metadata = {
         f"{family.denoiser}.{key}": sorted(value) if isinstance(value, set) else value
@@ -397,16 +419,17 @@ def _check_bound(pipe: Any, path: Path, name: str, expected: set[str]) -> None:
         )
 
 
-def _alone(tokens: EmotionConditioner | None, training: Mapping[str, Any]) -> EmotionConditioner | None:
-    """The tokens of an artifact that was trained by them alone; any other LoRA has to do something itself."""
-    return tokens if training.get("config", {}).get("train", {}).get("lr") == 0 else None
+def _alone(training: Mapping[str, Any], *parts: Conditioner | None) -> list[Conditioner]:
+    """The conditioners of an artifact that was trained by them alone; any other LoRA has to do something itself."""
+    silent = training.get("config", {}).get("train", {}).get("lr") == 0
+    return [part for part in parts if part is not None and silent]
 
 
 def _check_effect(
-    family: Family, path: Path, name: str, tokens: EmotionConditioner | None, base: Tensor | None = None
+    family: Family, path: Path, name: str, alone: Sequence[Conditioner], base: Tensor | None = None
 ) -> None:
     """Compare the output at scale 1, at scale 0, and before the adapter came (None: not known)."""
-    on = _probe(family, tokens)
+    on = _probe(family, alone)
     set_scale(family.pipe, name, 0)
     off = _probe(family)
     set_scale(family.pipe, name, 1)
@@ -418,10 +441,10 @@ def _check_effect(
 
 
 @torch.no_grad()
-def _probe(family: Family, tokens: EmotionConditioner | None = None) -> Tensor:
+def _probe(family: Family, alone: Sequence[Conditioner] = ()) -> Tensor:
     """The denoiser's prediction at a small size for a fixed prompt and noise: it sees all that carries a LoRA.
 
-    Tokens that speak alone are told the strongest wish.
+    Conditioners that speak alone are told the strongest wish.
     """
     modules = [m for m in family.pipe.components.values() if isinstance(m, nn.Module) and m.training]
     for module in modules:
@@ -431,8 +454,8 @@ def _probe(family: Family, tokens: EmotionConditioner | None = None) -> Tensor:
         shape = family.latent_shape(size, size)
         t = family.process().schedule(2, family.image_tokens(shape))[:1]
         condition = family.encode("a house by the sea")
-        if tokens is not None:
-            condition = tokens(
+        for module in alone:
+            condition = module(
                 condition, {"target": torch.full((1, 2), HIGH, device=condition.prompt.device)}
             )
         x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(condition.prompt)

@@ -79,6 +79,7 @@ def apply(
     visual_scale: float = 1.0,
     visual_guidance: float = 1.0,
     visual_negative: EmotionTarget | None = None,
+    negative: bool = False,
 ) -> Applied:
     """Put an adapter and a target on a diffusers pipeline; its plain call makes the pictures then.
 
@@ -97,16 +98,21 @@ def apply(
         visual_scale: Strength of the adapter's visual prompts, where it has some; 0 leaves them out.
         visual_guidance: How far guidance goes along what they change, as a multiple of the text's (`VisualControl`).
         visual_negative: The emotion whose visual prompt the negative branch gets.
+        negative: Whether the adapter serves the negative branch alone, as one of reversed preferences does
+            (`emoloop distill npo`).
 
     Returns:
         What takes it off again: `with emoloop.apply(...):`, or its `remove()`.
 
     Raises:
-        UserError: Nothing there, not a LoRA, made for another model, a second one with visual prompts, or no target.
+        UserError: Nothing there, not a LoRA, made for another model, no target, or a second one
+            with visual prompts or for the negative branch.
     """
     target = None if target is None else read_target(target)
     visual = VisualControl(visual_scale, visual_guidance, visual_negative)
-    applied = Applied(pipe, load_artifact(pipe, adapter, scale=scale, visual=visual), target)
+    applied = Applied(
+        pipe, load_artifact(pipe, adapter, scale=scale, visual=visual, negative=negative), target
+    )
     if applied.adapter.id is not None:
         known(pipe)[applied.adapter.name] = applied
         if not isinstance(pipe, _Emotional):

@@ -37,19 +37,21 @@ class Conditioning:
         prompt: Token embeddings, shape (B, L, D).
         pooled: Pooled embeddings, shape (B, P); None for models that have none.
         visual: A visual prompt, (B, K, W), for the attention of `visual.py`; None where there is none.
+        negative: 1 for a row of the negative branch, else 0, (B, 1), for `negative.py`; None where nobody asks.
     """
 
     prompt: Tensor
     pooled: Tensor | None = None
     visual: Tensor | None = None
+    negative: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply a function to each tensor."""
-        pooled, visual = (None if x is None else function(x) for x in (self.pooled, self.visual))
-        return Conditioning(function(self.prompt), pooled, visual)
+        parts = (None if x is None else function(x) for x in (self.pooled, self.visual, self.negative))
+        return Conditioning(function(self.prompt), *parts)
 
     def __getitem__(self, rows: Any) -> Conditioning:
         return self.map(lambda x: x[rows])
@@ -68,27 +70,31 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Concatenate along the batch; all rows have the same length L, and all or none a visual prompt."""
-        pooled = [part.pooled for part in parts if part.pooled is not None]
-        visual = [part.visual for part in parts if part.visual is not None]
+        """Concatenate along the batch; all rows have the same length L, and all or none what is not the prompt."""
+
+        def joined(name: str) -> Tensor | None:
+            found = [it for part in parts if (it := getattr(part, name)) is not None]
+            return torch.cat(found) if found else None
+
         return Conditioning(
-            torch.cat([part.prompt for part in parts]),
-            torch.cat(pooled) if pooled else None,
-            torch.cat(visual) if visual else None,
+            torch.cat([part.prompt for part in parts]), *map(joined, ("pooled", "visual", "negative"))
         )
 
     @property
     def carrier(self) -> Tensor:
-        """The prompt with the visual prompt's numbers as further columns, (B, L, D + ⌈K W / L⌉).
+        """The prompt with the numbers of visual prompt and branch as further columns, (B, L, D + ⌈K W / L⌉ + 1).
 
-        All that pipelines do with embeddings (stacking both branches, a row for each image) they then do with both,
-        and `visual.VisualBridge` parts them again before the denoiser.
+        All that pipelines do with embeddings (stacking both branches, a row for each image) they then do with all
+        of it, and `negative.NegativeBranch` and `visual.VisualBridge` part them again before the denoiser.
         """
-        if self.visual is None:
-            return self.prompt
-        rows, flat = self.prompt.shape[1], self.visual.flatten(1).to(self.prompt.dtype)
-        columns = pad(flat, (0, -flat.shape[1] % rows)).unflatten(1, (rows, -1))
-        return torch.cat([self.prompt, columns], -1)
+        rows, columns = self.prompt.shape[1], [self.prompt]
+        for part in (self.visual, self.negative):
+            if part is not None:
+                flat = part.flatten(1).to(self.prompt.dtype)
+                # A single number stands in each row.
+                flat = flat.expand(-1, rows) if flat.shape[1] == 1 else pad(flat, (0, -flat.shape[1] % rows))
+                columns.append(flat.unflatten(1, (rows, -1)))
+        return torch.cat(columns, -1) if columns[1:] else self.prompt
 
 
 class Family(ABC):

@@ -264,7 +264,8 @@ class VisualBridge:
         denoiser = family.module
         self._hooks = [
             denoiser.register_forward_pre_hook(self._part, with_kwargs=True),
-            denoiser.register_forward_hook(self._guide, with_kwargs=True),
+            # In front of what forgets which rows are negative: its further pass has the same rows.
+            denoiser.register_forward_hook(self._guide, with_kwargs=True, prepend=True),
         ]
 
     def remove(self) -> None:

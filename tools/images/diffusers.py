@@ -68,6 +68,7 @@ class DiffusersGenerator:
         pipe: The pipeline.
         family: What its class needs.
         adapter: The adapter that is bound, if any.
+        negative: The one that is bound for the negative branch, if any.
         steps: Denoising steps.
         guidance: Guidance scale, in the pipeline's own meaning.
         height: Pixels.
@@ -99,6 +100,11 @@ class DiffusersGenerator:
         """
         self.pipe: Any = pipe
         settings = settings or GeneratorSettings()
+        if settings.negative_adapter and (settings.backend != "eager" or settings.fuse_lora):
+            raise UserError(
+                "generator.negative_adapter speaks in some rows of a batch alone: generator.backend eager and no "
+                "generator.fuse_lora are wanted"
+            )
         defaults = dict(defaults or {})
         self.family = family_of(pipe, defaults.get("call"))
         self._model = model or str(pipe.config.get("_name_or_path") or type(pipe).__name__)
@@ -143,6 +149,12 @@ class DiffusersGenerator:
             )  # fmt: skip
             if settings.guidance is None and self.adapter.guidance is not None:
                 self.guidance = self.adapter.guidance
+        self.negative: Adapter | None = None
+        if settings.negative_adapter is not None:
+            self.negative = load_artifact(
+                pipe, settings.negative_adapter, scale=settings.negative_scale, call=self._call,
+                base={"model": self._model, "revision": revision}, negative=True,
+            )  # fmt: skip
         self._closed = False
         self._encode = lru_cache(_CACHED_PROMPTS)(lambda text: self.family.encode(text))
         self._fair_shapes: set[tuple[int, ...]] = set()
@@ -233,12 +245,16 @@ class DiffusersGenerator:
         self.pipe._interrupt = True
         await asyncio.to_thread(self._worker.close)
         self._undo()
-        if self.adapter is not None:
-            unload(self.pipe, self.adapter)
+        for adapter in self._adapters:
+            unload(self.pipe, adapter)
         self.pipe.set_progress_bar_config(**self._bar)
 
     def _emotional(self, request: ImageRequest) -> bool:
-        return self.adapter is not None and self.adapter.takes(request.target)
+        return any(adapter.takes(request.target) for adapter in self._adapters)
+
+    @property
+    def _adapters(self) -> list[Adapter]:
+        return [adapter for adapter in (self.adapter, self.negative) if adapter is not None]
 
     def _check_size(self) -> None:
         multiple, largest = self.family.multiple, self.family.largest_size
@@ -284,10 +300,10 @@ class DiffusersGenerator:
             positive = self._encode(request.prompt)
             guided = self.family.guided(self.guidance)
             negative = self._encode(self._negative(request)) if guided else None
-            if self.adapter is not None:
-                positive = self.adapter.condition(positive, request.target)
+            for adapter in self._adapters:
+                positive = adapter.condition(positive, request.target)
                 if negative is not None:
-                    negative = self.adapter.condition(negative, request.target, negative=True)
+                    negative = adapter.condition(negative, request.target, negative=True)
             return _Row(positive, negative, request.seed)
         except Exception as error:
             return error
