@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from typing import Annotated, Any
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 
 from ..domain import UserError
 from ..evals.bench import BENCHES, MOVED, run
@@ -50,12 +50,10 @@ def _read(name: str, function: Any, words: list[str]) -> dict[str, Any]:
         if not separator or key not in known:
             usual = ", ".join(f"{k}={p.default}" for k, p in known.items())
             raise UserError(f"benchmark {name}: {word!r} is not one of its options ({usual})")
-        try:
-            values[key] = json.loads(text)
-        except ValueError:
-            values[key] = text
         default = known[key].default
-        if default is not None and not isinstance(values[key], type(default)):
-            raise UserError(f"benchmark {name}: {key} is {type(default).__name__}, not {text!r}")
+        try:
+            values[key] = text if default is None else TypeAdapter(type(default)).validate_strings(text)
+        except ValidationError as error:
+            raise UserError(f"benchmark {name}: {key} is {type(default).__name__}, not {text!r}") from error
     print(f"bench {name}", *(f"{k}={v}" for k, v in values.items()), file=sys.stderr)
     return values
