@@ -226,6 +226,11 @@ class ServiceSettings(_Section):
     client_answers: int = Field(default=100, ge=0)
     #: Bytes of a request's body.
     body_bytes: int = Field(default=1_000_000, ge=1000)
+    #: What an hour of making pictures costs, and a million of the LVLM's tokens in and out, in one currency; 0 each
+    #: where nothing is to be said of a run's cost.
+    hour_price: float = Field(default=0.0, ge=0)
+    input_price: float = Field(default=0.0, ge=0)
+    output_price: float = Field(default=0.0, ge=0)
 
 
 class RaySettings(_Section):

@@ -206,6 +206,7 @@ class RunDocument(Document):
         seconds: Spent on `images`, `critiques` and `rewrites`, added up; and `wall`, from beginning to end.
         tokens: `input` and `output` of the LVLM, where it says.
         cursor: Of the last event; what comes after it is new.
+        cost: Of its pictures and tokens by the prices of the service's settings; none where they are not set.
         question: What a person is asked, while the run waits for a review.
         problem: Why work on it broke off here, where it did.
     """
@@ -218,6 +219,7 @@ class RunDocument(Document):
     seconds: dict[str, float]
     tokens: dict[str, int]
     cursor: int
+    cost: float | None = None
     question: dict[str, Any] | None = None
     problem: str | None = None
 

@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, and_, func, literal, or_, select, tuple_
 
 from ..domain import Critique, RunStatus, UserError
 from ..events import Critiqued, Event, HumanFeedback, ImageGenerated, PersonaAnswered, Rewritten
+from ..settings import ServiceSettings
 from ..traces.fold import Fold, Tried
 from ..traces.rows import RunFilter, RunRow
 from ..traces.schema import labels as table
@@ -132,6 +133,17 @@ def document(events: Sequence[Event], held: Set[str] = frozenset()) -> RunDocume
         tokens=dict(tokens),
         cursor=events[-1].cursor,
     )
+
+
+def cost(run: RunDocument, prices: ServiceSettings) -> float | None:
+    """What a run's pictures and tokens cost; None where no price is set."""
+    hours, tokens = run.seconds.get("images", 0.0) / 3600, run.tokens
+    terms = (
+        (prices.hour_price, hours),
+        (prices.input_price, tokens.get("input", 0) / 1e6),
+        (prices.output_price, tokens.get("output", 0) / 1e6),
+    )
+    return sum(price * used for price, used in terms) if any(price for price, _ in terms) else None
 
 
 def _shot(

@@ -171,6 +171,7 @@ class Service:
         """
         events, held = await asyncio.to_thread(lambda: (self._events(run_id), self.held()))
         run = await asyncio.to_thread(reading.document, events, held)
+        run.cost = reading.cost(run, self.settings.service)
         if run.state == "failed" and run_id in self._tasks:
             return run.standing("running")
         if run.state != "stopped":

@@ -61,6 +61,16 @@ async def test_a_run_is_started_watched_and_read(client):
     assert {it["recipe"]["model"] for it in proposal["candidates"]} == {"painter"}
     assert sum(it["best"] for r in run["rounds"] for p in r["proposals"] for it in p["candidates"]) == 1
     assert run["tokens"] == {"input": 50, "output": 25}
+    assert run["cost"] is None, "no price is set"
+
+
+async def test_prices_say_what_a_run_cost(client, service):
+    service.settings.service = ServiceSettings(input_price=2.0, output_price=8.0)
+    run_id = (await client.post(f"{API}/runs", json=REQUEST)).json()["run_id"]
+    await ended(client, run_id)
+    run = (await client.get(f"{API}/runs/{run_id}")).json()
+    assert run["cost"] == pytest.approx((50 * 2 + 25 * 8) / 1e6)
+    assert "<dt>Cost</dt>" in (await client.get(f"/runs/{run_id}")).text
 
 
 async def test_watching_goes_on_after_the_last_event_seen(client):
