@@ -207,7 +207,8 @@ class Loop:
         Raises:
             RuntimeError: The loop is not open.
         """
-        return self.parts and self._graph
+        _ = self.parts  # says so itself where the loop is not open
+        return self._graph
 
     @property
     def recorder(self) -> StoreRecorder:
