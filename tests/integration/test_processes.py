@@ -113,6 +113,15 @@ def test_the_command_equals_one_process_and_tells_once(settings: Settings, tmp_p
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+def test_every_objective_equals_one_process(settings: Settings, tmp_path: Path) -> None:
+    knobs, names = [*QUICK, "train.steps=2"], ("sft", "rwr", "nft", "npo", "contrast")
+    done = script(*(task(settings, name, tmp_path / name, knobs) for name in names))
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        distill(settings, load_config(name, sets=[*knobs, TWICE]), tmp_path / f"{name}-one")
+        assert apart(tmp_path / f"{name}-one", tmp_path / name) <= 10 * TOLERANCE, name  # of npo 4e-6
+
+
 def test_a_killed_training_goes_on_and_flow_grpo_samples_in_shares(
     settings: Settings, tmp_path: Path
 ) -> None:
