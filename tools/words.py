@@ -138,4 +138,4 @@ def addition(neutral: str, refined: str) -> str | None:
 def _counts(**options: Any) -> Any:
     from sklearn.feature_extraction.text import CountVectorizer
 
-    return CountVectorizer(ngram_range=(1, 2), binary=True, token_pattern=r"\w+", dtype=np.float64, **options)
+    return CountVectorizer(ngram_range=(1, 2), binary=True, token_pattern=r"\w+", **options)
