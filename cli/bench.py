@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from typing import Annotated, Any
 
@@ -50,9 +51,14 @@ def _read(name: str, function: Any, words: list[str]) -> dict[str, Any]:
         if not separator or key not in known:
             usual = ", ".join(f"{k}={p.default}" for k, p in known.items())
             raise UserError(f"benchmark {name}: {word!r} is not one of its options ({usual})")
+        try:
+            values[key] = json.loads(text)
+        except ValueError:
+            values[key] = text
         default = known[key].default
         try:
-            values[key] = text if default is None else TypeAdapter(type(default)).validate_strings(text)
+            if default is not None:
+                values[key] = TypeAdapter(type(default)).validate_python(values[key])
         except ValidationError as error:
             raise UserError(f"benchmark {name}: {key} is {type(default).__name__}, not {text!r}") from error
     print(f"bench {name}", *(f"{k}={v}" for k, v in values.items()), file=sys.stderr)
