@@ -114,6 +114,7 @@ class Dataset:
         self, run: int, request: Request, some: list[Rollout], rows: dict[str, list[tuple[Any, ...]]]
     ) -> tuple[list[float], str | None]:
         """Add one run's usable rollouts to the tables; the gains of its rounds, and why it gives no pair."""
+        rows["wishes"].append((run,))
         if not some:
             return [], "no reward"
         best = best_of(some)
@@ -190,6 +191,8 @@ class Dataset:
                 inside = [it for it in mine if (it.round, it.prompt) == (one.round, one.prompt)]
                 shown = inside[int(chance * len(inside))]
                 return {**told, "wanted": request.target, "refined": one.prompt, "image": shown.sha256}
+            case "wishes":
+                return {}
             case "bests":
                 return {"winner": _at(mine, row["round"], row["index"])}
             case "preferences":

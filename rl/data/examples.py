@@ -2,6 +2,7 @@
 
     pairs        neutral prompt, refined prompt, gain of the refinement
     phrases      the same, with an addition that was found for other prompts (`phrasebook.py`), where asked for
+    wishes       a run's neutral prompt and target, whatever became of them
     bests        the best image of a run, under the neutral prompt
     preferences  two images under one neutral prompt and target, the better one first
     groups       one image with the rewards of its whole group
@@ -28,6 +29,7 @@ from ..rollouts import Rollout
 #: What each source can give, narrowest first: an objective takes the first that has its keys.
 SOURCES: dict[str, frozenset[str]] = {
     "phrases": frozenset({"number", "text", "prompt", "target", "refined", "advantage", "phrase"}),
+    "wishes": frozenset({"number", "text", "prompt", "target"}),
     "pairs": frozenset({"number", "text", "prompt", "target", "refined", "advantage", "latents"}),
     "bests": frozenset({"number", "text", "prompt", "target", "winner"}),
     "preferences": frozenset({"number", "text", "prompt", "target", "winner", "loser"}),
@@ -37,6 +39,7 @@ SOURCES: dict[str, frozenset[str]] = {
 #: A row of each source's table: numbers only, so that a large log fits; the rest is fetched for a batch.
 TABLES: dict[str, np.dtype[Any]] = {
     "phrases": np.dtype([("run", "u4"), ("valence", "f4"), ("arousal", "f4"), ("phrase", "u4"), ("gain", "f4")]),
+    "wishes": np.dtype([("run", "u4")]),
     "pairs": np.dtype([
         ("run", "u4"), ("round", "u2"), ("index", "u2"), ("gain", "f4"), ("valence", "f4"), ("arousal", "f4"),
     ]),
