@@ -23,7 +23,7 @@ from . import metrics
 from .analysis import of_request
 from .records import Outcome, Row
 from .suites import Suite
-from .wording import COSTS, CURVE, METRICS, interval, number, target_words
+from .wording import COSTS, CURVE, IMAGES, METRICS, interval, number, target_words
 
 #: Sweeps shown for each axis, and cases at each end.
 STRIPS, CASES = 3, 3
@@ -103,7 +103,7 @@ def render(document: dict[str, Any], outcome: Outcome) -> str:
         cost_metrics=[key for key in shown if key in COSTS],
         planes=planes(outcome.rows),
         curves=curves(document),
-        counts=metrics.IMAGES,
+        counts=IMAGES,
         strips=strips(outcome.rows, outcome.suite),
         cases=cases(outcome.rows),
     )
@@ -114,10 +114,10 @@ def curves(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, arm in document["arms"].items():
         told = arm["metrics"]
-        along = zip(metrics.IMAGES, CURVE, strict=True)
+        along = zip(IMAGES, CURVE, strict=True)
         points = [(images, told[key]["value"]) for images, key in along if key in told]
         if "error" in told:
-            level = [(images, told["error"]["value"]) for images in (metrics.IMAGES[0], metrics.IMAGES[-1])]
+            level = [(images, told["error"]["value"]) for images in (IMAGES[0], IMAGES[-1])]
             found[name] = {"points": points or level, "selects": bool(points)}
     return found if any(curve["selects"] for curve in found.values()) else {}
 

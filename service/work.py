@@ -151,12 +151,15 @@ class Service:
     async def page(self, wanted: Listing) -> RunPage:
         """A page of the list."""
         page = await asyncio.to_thread(lambda: reading.page(self.store, wanted, self.held()))
-        items = [await self._or_waiting(row) for row in page.items]
+        items = [await self._standing(row) for row in page.items]
         return page.model_copy(update={"items": items})
 
-    async def _or_waiting(self, row: RunSummary) -> RunSummary:
-        # Whether a run waits is in its saved state, which is read only where it may.
-        if row.state != "stopped":
+    async def _standing(self, row: RunSummary) -> RunSummary:
+        """A row that also knows of work on a failed run that has said nothing yet, and of a wait for a person."""
+        if row.state == "failed" and row.run_id in self._tasks:
+            return row.model_copy(update={"state": "running"})
+        # Whether a run waits is in its saved state, which is read only where it may and once there are models.
+        if row.state != "stopped" or not self.ready:
             return row
         # It cannot begin to wait without an event.
         if self._waits.get(row.run_id, (0, False))[0] != row.events:
@@ -172,13 +175,12 @@ class Service:
         events, held = await asyncio.to_thread(lambda: (self._events(run_id), self.held()))
         run = await asyncio.to_thread(reading.document, events, held)
         run.cost = reading.cost(run, self.settings.service)
-        if run.state == "failed" and run_id in self._tasks:
-            return run.standing("running")
-        if run.state != "stopped":
-            return run
-        if (question := await self.question(run_id)) is not None:
-            return run.standing("waiting", question=question)
-        return run.standing("stopped", problem=self.problems.get(run_id))
+        run.run = await self._standing(run.run)
+        if run.state == "waiting":
+            run.question = await self.question(run_id)
+        elif run.state == "stopped":
+            run.problem = self.problems.get(run_id)
+        return run
 
     async def state(self, run_id: str) -> State:
         """How a run stands; without a look at its events, since many watchers ask at once.
@@ -189,9 +191,7 @@ class Service:
         row = await asyncio.to_thread(lambda: reading.row(self.store, run_id, self.held()))
         if row is None:
             raise NotFound(f"no run {run_id!r}")
-        if row.state == "failed" and run_id in self._tasks:
-            return "running"
-        return (await self._or_waiting(row)).state
+        return (await self._standing(row)).state
 
     async def labels(self) -> list[str]:
         """All labels of the log."""
