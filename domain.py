@@ -341,6 +341,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def first_error(error: ValidationError, whole: str = "") -> str:
+    """The first thing that is wrong with a document: `section.key: why`; `whole: why` where it is no key's."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"
+
+
 def read_target(value: EmotionTarget | Mapping[str, Any]) -> EmotionTarget:
     """A target from what a person or a file gave; `emotion` is another name for `category`.
 

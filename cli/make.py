@@ -6,7 +6,6 @@ Only typer loads before it runs.
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -156,11 +155,10 @@ def _made(recipe: Recipe, original: Image, settings: GeneratorSettings) -> Remad
 
 
 def _png(image: Image, recipe: Recipe, settings: Settings) -> bytes:
+    from ..tools.images.base import encoded
     from ..traces.recipe import write
 
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return write(buffer.getvalue(), recipe, settings.traces.metadata)
+    return write(encoded(image), recipe, settings.traces.metadata)
 
 
 def _verdict(made: Remade) -> str:

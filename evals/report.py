@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+from ..tools.images.base import encoded
 from ..traces.blobs import BlobStore
 from . import metrics
 from .analysis import of_request
@@ -73,15 +73,13 @@ def flat_row(row: Row, pace: dict[str, float], budget: int | None) -> dict[str, 
     }
 
 
-def data_uri(blobs: BlobStore, sha256: str, side: int = 192) -> str:
+def data_uri(blobs: BlobStore, sha256: str) -> str:
     """A picture as a data URI: as it is where it is small, else a thumbnail."""
     data, kind = blobs.get_bytes(sha256), "png"
     if len(data) > 24_000:
         small = blobs.get_image(sha256)
-        small.thumbnail((side, side))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=85)
-        data, kind = buffer.getvalue(), "jpeg"
+        small.thumbnail((192, 192))
+        data, kind = encoded(small, "JPEG", quality=85), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 

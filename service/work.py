@@ -22,6 +22,7 @@ from ..events import Event, HumanFeedback
 from ..graph.loop import Loop, open_loop
 from ..graph.state import new_run_id
 from ..settings import Settings
+from ..tools.images.base import encoded
 from ..tools.lvlm.chat import image_url
 from ..traces.fold import Fold
 from ..traces.queue import is_gone
@@ -47,7 +48,7 @@ from .errors import Busy, Conflict, NotFound, Unavailable
 from .feed import Feed
 from .jobs import Jobs
 from .metrics import Metrics
-from .playground import Playground, as_png
+from .playground import Playground
 
 logger = logging.getLogger(__name__)
 
@@ -337,7 +338,7 @@ class Service:
             raise NotFound(f"run {run_id!r} has no picture {sha256} with a recipe")
         original = await asyncio.to_thread(images.original, self.store, sha256)
         made = await remake_by(loop.parts.generator, found[0], original)
-        png = await asyncio.to_thread(as_png, made.image)
+        png = await asyncio.to_thread(encoded, made.image, compress_level=1)
         told = {name: getattr(made, name) for name in ("same", "difference", "pixels", "changed", "seconds")}
         return Again(image=image_url(png), **told)
 
