@@ -47,7 +47,6 @@ PROTOTYPES: dict[Emotion, tuple[float, float]] = {
     Emotion.FEAR: (-1.6, 1.4),
     Emotion.SADNESS: (-1.8, -1.4),
 }
-PROTOTYPES_VERSION = 1
 
 
 class EmotionTarget(BaseModel):

@@ -16,6 +16,7 @@ import typer
 from ..domain import UserError
 from ..files import check_writable, write_atomic
 from ..tools import presets
+from ..tools.images.base import encoded
 from . import options as opt
 
 if TYPE_CHECKING:
@@ -155,7 +156,6 @@ def _made(recipe: Recipe, original: Image, settings: GeneratorSettings) -> Remad
 
 
 def _png(image: Image, recipe: Recipe, settings: Settings) -> bytes:
-    from ..tools.images.base import encoded
     from ..traces.recipe import write
 
     return write(encoded(image), recipe, settings.traces.metadata)

@@ -33,7 +33,7 @@ class Labels:
     @property
     def names(self) -> list[str]:
         """Those of the run and of its pictures."""
-        return sorted(set().union(*self.held.values()))
+        return sorted(set[str]().union(*self.held.values()))
 
     def write(self, connection: Connection, run_id: str) -> None:
         """Put the run's rows in place of those that are there."""
