@@ -254,6 +254,12 @@ def training(
         yield watch
 
 
+def many(count: int, what: str) -> str:
+    """A count of things: `1 run`, `2 trajectories`."""
+    plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{count} {what if count == 1 else plural}"
+
+
 def say(console: Console, text: str, style: str | None = None) -> None:
     """One line of ours as it is: what stands between brackets in it is no markup."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
