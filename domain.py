@@ -47,7 +47,6 @@ PROTOTYPES: dict[Emotion, tuple[float, float]] = {
     Emotion.FEAR: (-1.6, 1.4),
     Emotion.SADNESS: (-1.8, -1.4),
 }
-PROTOTYPES_VERSION = 1
 
 
 class EmotionTarget(BaseModel):
@@ -339,6 +338,12 @@ def mean(values: Sequence[float]) -> float | None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def first_error(error: ValidationError, whole: str = "") -> str:
+    """The first thing that is wrong with a document: `section.key: why`; `whole: why` where it is no key's."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"
 
 
 def read_target(value: EmotionTarget | Mapping[str, Any]) -> EmotionTarget:

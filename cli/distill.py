@@ -84,14 +84,11 @@ def _train(
     from ..rl.distill import distill as run
 
     console = Console(stderr=True)
-    with opt.bars(console, opt.COUNT, "{task.fields[figures]}") as progress:
-        name = config.objective["name"]
-        task = progress.add_task(f"distill {name}", total=config.train.steps, figures="")
 
-        def watch(step: int, steps: int, figures: dict[str, float]) -> None:
-            shown = f"loss {figures['loss']:.4f}  {figures['seconds']:.2f} s/step"
-            progress.update(task, completed=step, total=steps, figures=shown)
+    def shown(figures: dict[str, float]) -> str:
+        return f"loss {figures['loss']:.4f}  {figures['seconds']:.2f} s/step"
 
+    with opt.training(console, f"distill {config.objective['name']}", config.train.steps, shown) as watch:
         result = run(
             settings, config, out, where, resume=resume, watch=watch,
             warn=lambda note: opt.say(console, f"note: {note}", "yellow"),

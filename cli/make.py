@@ -6,7 +6,6 @@ Only typer loads before it runs.
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import typer
 from ..domain import UserError
 from ..files import check_writable, write_atomic
 from ..tools import presets
+from ..tools.images.base import encoded
 from . import options as opt
 
 if TYPE_CHECKING:
@@ -158,9 +158,7 @@ def _made(recipe: Recipe, original: Image, settings: GeneratorSettings) -> Remad
 def _png(image: Image, recipe: Recipe, settings: Settings) -> bytes:
     from ..traces.recipe import write
 
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return write(buffer.getvalue(), recipe, settings.traces.metadata)
+    return write(encoded(image), recipe, settings.traces.metadata)
 
 
 def _verdict(made: Remade) -> str:

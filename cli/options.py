@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from ..rl.distill import Distilled
+    from ..rl.trainer import Watcher
     from ..traces.rows import RunFilter
     from ..traces.store import TraceStore
 
@@ -229,6 +231,33 @@ def bars(console: Console, *texts: str, **keywords: Any) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), *map(TextColumn, texts), TimeElapsedColumn())
     left = (TextColumn("left"), TimeRemainingColumn())
     return Progress(*columns, *left, console=console, disable=not console.is_terminal, **keywords)
+
+
+@contextmanager
+def training(
+    console: Console, title: str, steps: int, shown: Callable[[dict[str, float]], str]
+) -> Iterator[Watcher]:
+    """A bar for a training, and what tells it of each step.
+
+    Args:
+        console: Where to.
+        title: What is trained.
+        steps: How many there are.
+        shown: A step's figures in a few words.
+    """
+    with bars(console, COUNT, "{task.fields[figures]}") as progress:
+        task = progress.add_task(title, total=steps, figures="")
+
+        def watch(step: int, steps: int, figures: dict[str, float]) -> None:
+            progress.update(task, completed=step, total=steps, figures=shown(figures))
+
+        yield watch
+
+
+def many(count: int, what: str) -> str:
+    """A count of things: `1 run`, `2 trajectories`."""
+    plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{count} {what if count == 1 else plural}"
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

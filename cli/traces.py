@@ -88,7 +88,7 @@ def export(
             return
         count = write(store, wanted, out)
     told = {"format": format, "out": str(out), "count": count}
-    opt.tell(told, as_json, lambda: _say(f"{_many(count, noun)} in {out}"))
+    opt.tell(told, as_json, lambda: _say(f"{opt.many(count, noun)} in {out}"))
 
 
 @app.command(cls=opt.Filtered)
@@ -109,7 +109,7 @@ def bundle(
         rows = store.runs(opt.chosen(store, runs, opt.read_where(where)))
         count = write_bundle(store, [row.run_id for row in rows], out, settings.traces.metadata)
     told = {"runs": [row.run_id for row in rows], "index": str(out / "index.html")}
-    opt.tell(told, as_json, lambda: _say(f"{_many(count, 'run')} in {out / 'index.html'}"))
+    opt.tell(told, as_json, lambda: _say(f"{opt.many(count, 'run')} in {out / 'index.html'}"))
 
 
 @app.command(cls=opt.Filtered)
@@ -129,10 +129,10 @@ def rm(
             for row in rows:
                 going = " (not finished: something may still be writing it)" if row.finished is None else ""
                 _say(f"{row.run_id}  {row.images} images  {row.prompt[:60]}{going}")
-            typer.confirm(f"Delete {_many(len(rows), 'run')}?", abort=True, err=True)
+            typer.confirm(f"Delete {opt.many(len(rows), 'run')}?", abort=True, err=True)
         events, files = store.remove(*(row.run_id for row in rows))
     told = {"removed": [row.run_id for row in rows], "events": events, "files": files}
-    gone = f"{_many(len(rows), 'run')}, {_many(events, 'event')}, {_many(files, 'file')}"
+    gone = f"{opt.many(len(rows), 'run')}, {opt.many(events, 'event')}, {opt.many(files, 'file')}"
     opt.tell(told, as_json, lambda: _say(f"deleted {gone}"))
 
 
@@ -165,7 +165,7 @@ def replay(
         finally:
             exporter.shutdown()
     told = {"runs": [row.run_id for row in rows], "spans": spans}
-    opt.tell(told, as_json, lambda: _say(f"sent {_many(spans, 'span')} of {_many(len(rows), 'run')}"))
+    opt.tell(told, as_json, lambda: _say(f"sent {opt.many(spans, 'span')} of {opt.many(len(rows), 'run')}"))
 
 
 @app.command("import")
@@ -199,7 +199,7 @@ def import_(
     if not low < high:
         raise UserError(f"--scale {scale}: want LOW..HIGH, such as 1..9")
     with open_store(_settings(home)) as store:
-        _say(f"took {_many(*import_file(store, path, target=target, model=model, scale=(low, high)))}")
+        _say(f"took {opt.many(*import_file(store, path, target=target, model=model, scale=(low, high)))}")
 
 
 @app.command()
@@ -207,7 +207,7 @@ def rebuild(home: opt.Home = None) -> None:
     """Make the tables behind the lists again from the events; brings an older log up to date."""
     with _store(home, write=True) as store:
         store.rebuild()
-        _say(f"rebuilt {_many(len(store.runs()), 'run')} from their events")
+        _say(f"rebuilt {opt.many(len(store.runs()), 'run')} from their events")
 
 
 def _settings(home: Path | None, traces: dict[str, Any] | None = None) -> Settings:
@@ -228,11 +228,6 @@ def _open(settings: Settings, *, write: bool = False) -> TraceStore:
     if not log_exists(settings):
         raise UserError(f"no traces in {settings.home}: choose another home, or make a run first")
     return open_store(settings, read_only=not write)
-
-
-def _many(count: int, what: str) -> str:
-    plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
-    return f"{count} {what if count == 1 else plural}"
 
 
 def _say(text: str) -> None:

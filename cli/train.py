@@ -65,13 +65,10 @@ def critic(
         raise UserError("train critic needs --out DIR")
     from ..rl.critic.train import train_critic
 
-    with opt.bars(console, opt.COUNT, "{task.fields[figures]}") as progress:
-        task = progress.add_task("train critic", total=resolved.steps, figures="")
+    def shown(figures: dict[str, float]) -> str:
+        return "  ".join(f"{key} {figures[key]:.3f}" for key in ("loss", "reward") if key in figures)
 
-        def watch(step: int, steps: int, figures: dict[str, float]) -> None:
-            shown = "  ".join(f"{key} {figures[key]:.3f}" for key in ("loss", "reward") if key in figures)
-            progress.update(task, completed=step, total=steps, figures=shown)
-
+    with opt.training(console, "train critic", resolved.steps, shown) as watch:
         done = train_critic(resolved, data, out, test=test, resume=resume, watch=watch)
     for flag in done.flags:
         opt.say(console, f"guard: {flag}", "yellow")
@@ -134,15 +131,13 @@ def flow_grpo(
 
     requests = _requests(prompts) if prompts else logged_requests(settings, opt.read_where(where))
     console = Console(stderr=True)
-    with opt.bars(console, opt.COUNT, "{task.fields[figures]}") as progress:
-        task = progress.add_task("train flow-grpo", total=resolved.train.steps, figures="")
-        last: dict[str, float] = {}
+    last: dict[str, float] = {}
 
-        def watch(step: int, steps: int, figures: dict[str, float]) -> None:
-            last.update(figures)
-            shown = "  ".join(f"{key} {last[key]:.4f}" for key in ("reward", "ratio", "kl") if key in last)
-            progress.update(task, completed=step, total=steps, figures=shown)
+    def shown(figures: dict[str, float]) -> str:
+        last.update(figures)
+        return "  ".join(f"{key} {last[key]:.4f}" for key in ("reward", "ratio", "kl") if key in last)
 
+    with opt.training(console, "train flow-grpo", resolved.train.steps, shown) as watch:
         done = train_flow_grpo(
             settings, resolved, out, requests, resume=resume, watch=watch,
             warn=lambda note: opt.say(console, f"note: {note}", "yellow"),

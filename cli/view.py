@@ -14,7 +14,7 @@ from ..agents.schemas import target_text
 from ..domain import Candidate, Critique, RunResult, RunStatus
 from ..events import Event, Rewarded, Rewritten, RunStarted
 from ..traces.fold import Fold
-from .options import bars
+from .options import bars, many
 
 
 class RunView:
@@ -56,7 +56,7 @@ class RunView:
                 self._line(
                     f"[bold]{escape(event.prompt)}[/]  →  {target_text(event.target)}",
                     f"[dim]run {event.run_id} · seed {event.seed} · up to "
-                    f"{_count(self._of('rounds'), 'round')} of {_count(self._of('images'), 'image')}[/]",
+                    f"{many(self._of('rounds'), 'round')} of {many(self._of('images'), 'image')}[/]",
                 )
                 if not event.settings.get("loop", {}).get("rewrite_first"):
                     self._begin(0, event.prompt)
@@ -123,10 +123,6 @@ class RunView:
             self._bar.console.print(line, highlight=False, soft_wrap=not self.console.is_terminal)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def show_result(console: Console, result: RunResult, files: dict[str, str], seconds: float) -> None:
     """Print how a run ended and what it left."""
 
@@ -136,7 +132,7 @@ def show_result(console: Console, result: RunResult, files: dict[str, str], seco
     line("")
     reason = result.stop_reason.value.replace("_", " ") if result.stop_reason else result.status.value
     colour = "green" if result.status is RunStatus.COMPLETED else "red"
-    line(f"[{colour}]{reason}[/] after {_count(len(result.rounds), 'round')}, {seconds:.0f} s")
+    line(f"[{colour}]{reason}[/] after {many(len(result.rounds), 'round')}, {seconds:.0f} s")
     if result.best is not None:
         line(f"best   {_best(result.best)}")
     if result.estimate is not None:

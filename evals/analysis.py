@@ -17,7 +17,7 @@ from .metrics import mean
 from .records import Row
 from .stats import Estimate, difference, estimate, sign_test
 from .suites import Suite
-from .wording import METRICS
+from .wording import IMAGES, METRICS
 
 #: How far a guard may fall before it counts: 3 points of alignment or subject accuracy; of the base's diversity a
 #: quarter is left at least, since images of one feeling are more alike than neutral ones (an honest adapter's have two
@@ -105,7 +105,7 @@ def of_request(
         "estimate_bias": mean(_bias(row)),
         **{
             f"error_at_{images}": metrics.error_at(images, led)
-            for images in metrics.IMAGES
+            for images in IMAGES
             if budget is None or images <= budget
         },
         "images_to_target": None if budget is None else metrics.images_to_target(led, budget),
@@ -305,7 +305,7 @@ class Table:
         if without:
             yield "feedback", f"what the loop adds to {without}", without, "loop", "error"
         if without == _WITHOUT_FEEDBACK[0]:
-            for images in metrics.IMAGES:
+            for images in IMAGES:
                 about = f"the same after {images} images of each"
                 yield f"feedback_at_{images}", about, without, "loop", f"error_at_{images}"
 

@@ -59,9 +59,6 @@ def bias_and_spread(readings: Sequence[Reading], target: EmotionTarget) -> tuple
     return error(middle, target), float(np.mean(apart))
 
 
-#: Counts of images at which the error is told.
-IMAGES = (1, 2, 4, 8, 12, 24)
-
 #: A picture has reached its target where |ΔV| + |ΔA| by the judge is no more than this.
 NEAR = 0.5
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -18,12 +17,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+from ..tools.images.base import encoded
 from ..traces.blobs import BlobStore
 from . import metrics
 from .analysis import of_request
 from .records import Outcome, Row
 from .suites import Suite
-from .wording import COSTS, CURVE, METRICS, interval, number, target_words
+from .wording import COSTS, CURVE, IMAGES, METRICS, interval, number, target_words
 
 #: Sweeps shown for each axis, and cases at each end.
 STRIPS, CASES = 3, 3
@@ -73,15 +73,13 @@ def flat_row(row: Row, pace: dict[str, float], budget: int | None) -> dict[str, 
     }
 
 
-def data_uri(blobs: BlobStore, sha256: str, side: int = 192) -> str:
+def data_uri(blobs: BlobStore, sha256: str) -> str:
     """A picture as a data URI: as it is where it is small, else a thumbnail."""
     data, kind = blobs.get_bytes(sha256), "png"
     if len(data) > 24_000:
         small = blobs.get_image(sha256)
-        small.thumbnail((side, side))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=85)
-        data, kind = buffer.getvalue(), "jpeg"
+        small.thumbnail((192, 192))
+        data, kind = encoded(small, "JPEG", quality=85), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -103,7 +101,7 @@ def render(document: dict[str, Any], outcome: Outcome) -> str:
         cost_metrics=[key for key in shown if key in COSTS],
         planes=planes(outcome.rows),
         curves=curves(document),
-        counts=metrics.IMAGES,
+        counts=IMAGES,
         strips=strips(outcome.rows, outcome.suite),
         cases=cases(outcome.rows),
     )
@@ -114,10 +112,10 @@ def curves(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, arm in document["arms"].items():
         told = arm["metrics"]
-        along = zip(metrics.IMAGES, CURVE, strict=True)
+        along = zip(IMAGES, CURVE, strict=True)
         points = [(images, told[key]["value"]) for images, key in along if key in told]
         if "error" in told:
-            level = [(images, told["error"]["value"]) for images in (metrics.IMAGES[0], metrics.IMAGES[-1])]
+            level = [(images, told["error"]["value"]) for images in (IMAGES[0], IMAGES[-1])]
             found[name] = {"points": points or level, "selects": bool(points)}
     return found if any(curve["selects"] for curve in found.values()) else {}
 

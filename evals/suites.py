@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..domain import Emotion, EmotionTarget, Score, UserError
+from ..domain import Emotion, EmotionTarget, Score, UserError, first_error
 from ..settings import read_yaml
 
 Words = Annotated[str, Field(min_length=1, max_length=2000)]
@@ -235,9 +235,7 @@ def load_suite(name: str | Path) -> Suite:
             told = load_suite(other).model_dump(include={"blocks", "seed", "images", "rounds"}) | told
         suite = Suite.model_validate(told)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "suite"
-        raise UserError(f"{path}: {where}: {first['msg']}") from error
+        raise UserError(f"{path}: {first_error(error, 'suite')}") from error
     adapters = {arm: (path.parent / folder).resolve() for arm, folder in suite.adapters.items()}
     ledger = suite.ledger and (path.parent / suite.ledger).resolve()
     return suite.model_copy(update={"adapters": adapters, "ledger": ledger})

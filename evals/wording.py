@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..domain import EmotionTarget
-from .metrics import IMAGES
+
+#: Counts of images at which the error is told.
+IMAGES = (1, 2, 4, 8, 12, 24)
 
 
 class Metric(NamedTuple):

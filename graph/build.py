@@ -6,12 +6,14 @@ nothing but a thread id.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
+from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import Runtime
+from pydantic import BaseModel, create_model
 
 from ..agents.rewriters.mc_agent.graph import MC_AGENT
 from ..domain import UserError
@@ -30,6 +32,12 @@ class _AsyncGraph(CompiledStateGraph[State, Context, RunInput, State]):
         raise UserError(
             "the loop's graph is async: use `ainvoke` or `astream`; `loop.run_sync(…)` works without asyncio"
         )
+
+    def get_input_schema(self, config: RunnableConfig | None = None) -> type[BaseModel]:
+        # What `as_tool` asks for: from a bare `TypedDict` it would make a tool that requires every key.
+        required, kinds = self.get_input_jsonschema(config)["required"], get_type_hints(RunInput)
+        keys: Any = {key: (kind, ... if key in required else None) for key, kind in kinds.items()}
+        return create_model(RunInput.__name__, **keys)
 
 
 #: generate, critique, review, rewrite.

@@ -13,8 +13,6 @@ from typing import Any
 from ..domain import Critique, EmotionTarget, Missing, StopReason
 from ..traces.fold import Fold
 
-POLICY_VERSION = 2
-
 #: A picture that shows less than this of the neutral prompt has reached nothing, whatever one feels.
 SHOWN = 0.5
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 from langgraph.channels import EphemeralValue
 from typing_extensions import TypedDict
 
-from ..domain import EmotionTarget, UserError
+from ..domain import EmotionTarget, UserError, first_error
 from ..events import RunStarted
 
 if TYPE_CHECKING:
@@ -142,9 +142,7 @@ class Context:
         try:
             chosen = type(base).model_validate({**base.model_dump(), **given})
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{where}: {first['msg']} (got {first.get('input')!r})") from error
+            raise UserError(f"{first_error(error)} (got {error.errors()[0]['input']!r})") from error
         return chosen.model_dump(include={f.name for f in fields(self)})
 
 

@@ -248,17 +248,13 @@ def random_edit(rng: Rng, base: Parsed) -> Parsed:
     return _edit(rng, base, base, fresh=True)
 
 
-def _plan(
-    rng: Rng, base: Parsed, now: Parsed, goal: NDArray[np.float64], fresh: bool, tries: int = 40
-) -> Parsed:
-    """The best of some random edits by what words commonly feel like."""
-    best, cost = now, np.inf
-    for _ in range(tries):
-        option = _edit(rng, base, now, fresh)
-        gap = float(np.abs(np.array(lexicon.score(option)) - goal).sum())
-        if gap < cost:
-            best, cost = option, gap
-    return best
+def _plan(rng: Rng, base: Parsed, now: Parsed, goal: NDArray[np.float64], fresh: bool) -> Parsed:
+    """The best of 40 random edits by what words commonly feel like."""
+
+    def gap(option: Parsed) -> float:
+        return float(np.abs(np.array(lexicon.score(option)) - goal).sum())
+
+    return min((_edit(rng, base, now, fresh) for _ in range(40)), key=gap)
 
 
 def _difference(now: Parsed, after: Parsed) -> list[tuple[str, NDArray[np.float64]]]:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,6 +26,9 @@ PRESETS = Path(__file__).parent / "presets"
 Kind = Literal["rounds", "within", "across", "human"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+C = TypeVar("C", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -236,15 +239,12 @@ def load_config(
     Raises:
         UserError: Unknown preset or key, unreadable file, or a value out of range.
     """
-    values: dict[str, Any] = _read(_preset_path(preset), objective) if preset else {}
+    values: dict[str, Any] = _read(preset_file(PRESETS, preset), objective) if preset else {}
     values.pop("pipeline", None)
     for more in (_read(file, objective) if file else {}, read_set(sets, DistillConfig)):
         values = merged(values, more)
     values = merged(values, {"objective": {"name": objective}})
-    try:
-        return DistillConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(refusal(error, DistillConfig(), "docs/distillation.md")) from error
+    return checked(DistillConfig, values, "docs/distillation.md")
 
 
 def preset_for(model: str, config: Path | None = None) -> str | None:
@@ -323,10 +323,15 @@ def changed(
     return {key: (then.get(key), after.get(key)) for key in keys if then.get(key) != after.get(key)}
 
 
-def _preset_path(name: str) -> Path:
-    path = PRESETS / f"{name}.yaml"
+def preset_file(folder: Path, name: str) -> Path:
+    """The file of a preset.
+
+    Raises:
+        UserError: There is none of this name.
+    """
+    path = folder / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        known = ", ".join(sorted(it.stem for it in folder.glob("*.yaml")))
         raise UserError(f"no preset {name!r}; there are {known}")
     return path
 
@@ -337,11 +342,19 @@ def _read(path: Path, objective: str) -> dict[str, Any]:
     return merged(content, special.get(objective) or {})
 
 
-def refusal(error: ValidationError, config: BaseModel, page: str) -> str:
-    """The first thing that is wrong with some knobs, in one line; an unknown one gets the nearest of `config`."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] != "extra_forbidden":
-        return f"{where}: {first['msg']} (got {first.get('input')!r})"
-    near = get_close_matches(where, flat(config), n=1)
-    return f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else f"; see {page}")
+def checked(kind: type[C], values: dict[str, Any], page: str) -> C:
+    """Knobs of a kind.
+
+    Raises:
+        UserError: The first thing that is wrong with them, in one line; an unknown one gets the nearest that there is.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] != "extra_forbidden":
+            raise UserError(f"{where}: {first['msg']} (got {first.get('input')!r})") from error
+        near = get_close_matches(where, flat(kind()), n=1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; see {page}"
+        raise UserError(f"unknown key {where!r}{hint}") from error

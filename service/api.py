@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
@@ -32,8 +33,8 @@ from .jobs import JobDocument, JobRequest
 from .problems import RESPONSES
 from .work import ENDED, Service, watched
 
-#: Seconds that a client may take for a message before it is given up, and between signs of life.
-_SLOW, _PING = 30, 15
+#: A stream of events, with the seconds between signs of life, and those that a client may take for a message.
+stream = partial(EventSourceResponse, ping=15, send_timeout=30)
 
 #: What a report may do: its style and pictures are in it, and nothing else is.
 _REPORT = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; sandbox"
@@ -58,10 +59,23 @@ Address = Annotated[
     str, Path(pattern="^[0-9a-f]{64}$", description="SHA-256 of the picture.", examples=["0" * 64])
 ]
 Cursor = Annotated[int, Query(ge=0, lt=2**63, description="Only events after this cursor.")]
+LastEvent = Annotated[int | None, Header(ge=0, lt=2**63, description="The last `id` seen; over `after`.")]
+Key = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=200,
+        description="The same key starts one run or job, however often it is sent.",
+    ),
+]
 
-_ZIP: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}}
-}
+
+def _media(kind: str, **schema: str) -> dict[int | str, dict[str, Any]]:
+    return {200: {"content": {kind: {"schema": {"type": "string", **schema}}}}}
+
+
+_ZIP, _PNG, _WEBP = (_media(it, format="binary") for it in ("application/zip", "image/png", "image/webp"))
+_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The client has it."}}
 
 router = APIRouter(prefix="/api/v1", responses=RESPONSES)
 health = APIRouter(tags=["health"], responses=RESPONSES)
@@ -76,12 +90,7 @@ async def start_run(
     service: Of,
     wanted: RunRequest,
     response: Response,
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            min_length=1, max_length=200, description="The same key starts one run, however often it is sent."
-        ),
-    ] = None,
+    idempotency_key: Key = None,
 ) -> RunSummary:
     """Start a run; it goes on after the answer. `Location` is where it is."""
     run_id = await service.start(wanted, idempotency_key)
@@ -135,9 +144,7 @@ async def watch_run(
     service: Of,
     run_id: RunId,
     after: Cursor = 0,
-    last_event_id: Annotated[
-        int | None, Header(ge=0, lt=2**63, description="The last `id` seen; over `after`.")
-    ] = None,
+    last_event_id: LastEvent = None,
 ) -> Response:
     """Watch a run: its events as they are committed, as server-sent events."""
     seen = after if last_event_id is None else last_event_id
@@ -157,7 +164,7 @@ async def watch_run(
             if said:  # at once: with many watchers most of the time goes into sending
                 yield b"".join(it.encode() for it in said)
 
-    return EventSourceResponse(messages(), ping=_PING, send_timeout=_SLOW)
+    return stream(messages())
 
 
 @router.post("/runs/{run_id}/cancel", status_code=202, tags=["runs"])
@@ -199,12 +206,6 @@ async def play(service: Of, wanted: Play) -> list[Played]:
     return await service.play(wanted)
 
 
-Key = Annotated[
-    str | None,
-    Header(
-        min_length=1, max_length=200, description="The same key starts one job, however often it is sent."
-    ),
-]
 Name = Annotated[str, Path(pattern="^j-[0-9a-f]{20}$", examples=[f"j-{'0' * 20}"])]
 
 
@@ -258,9 +259,7 @@ async def watch_job(
     service: Of,
     job_id: Name,
     after: Annotated[int, Query(ge=0, lt=2**63, description="Only what follows so many bytes.")] = 0,
-    last_event_id: Annotated[
-        int | None, Header(ge=0, lt=2**63, description="The last `id` seen; over `after`.")
-    ] = None,
+    last_event_id: LastEvent = None,
 ) -> Response:
     """Read a job's log as it is written, as server-sent events."""
     await asyncio.to_thread(service.jobs.get, job_id)
@@ -271,7 +270,7 @@ async def watch_job(
             yield ServerSentEvent(text.removesuffix("\n"), event="log", id=str(read))
         yield ServerSentEvent((await asyncio.to_thread(service.jobs.get, job_id)).state, event="state")
 
-    return EventSourceResponse(messages(), ping=_PING, send_timeout=_SLOW)
+    return stream(messages())
 
 
 @router.get("/jobs/{job_id}/metrics", tags=["jobs"])
@@ -287,16 +286,6 @@ async def get_report(service: Of, job_id: Name) -> Response:
     return HTMLResponse(page, headers={"Content-Security-Policy": _REPORT})
 
 
-_PNG: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
-    304: {"description": "The client has it."},
-}
-_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-_WEBP: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}}}
-}
-
-
 @router.get("/jobs/{job_id}/samples/{step}", tags=["jobs"], responses=_PNG, response_class=Response)
 async def get_sample(service: Of, job_id: Name, step: Annotated[int, Path(ge=0, lt=10**7)]) -> Response:
     """A sheet of pictures that a training made at a step."""
@@ -310,7 +299,7 @@ def _forever(data: bytes, media_type: str, etag: str, known: str | None) -> Resp
     return Response(data, media_type=media_type, headers=headers)
 
 
-@router.get("/images/{sha256}", tags=["images"], responses=_PNG, response_class=Response)
+@router.get("/images/{sha256}", tags=["images"], responses=_PNG | _NOT_MODIFIED, response_class=Response)
 async def get_image(
     service: Of, sha256: Address, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
@@ -320,7 +309,9 @@ async def get_image(
     return _forever(data, "image/png", hashlib.sha256(data).hexdigest(), if_none_match)
 
 
-@router.get("/images/{sha256}/thumbnail", tags=["images"], responses=_PNG | _WEBP, response_class=Response)
+@router.get(
+    "/images/{sha256}/thumbnail", tags=["images"], responses=_WEBP | _NOT_MODIFIED, response_class=Response
+)
 async def get_thumbnail(
     service: Of,
     sha256: Address,
@@ -340,7 +331,7 @@ async def alive() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@health.get("/metrics", response_class=Response, responses=_TEXT)
+@health.get("/metrics", response_class=Response, responses=_media("text/plain"))
 async def metrics(service: Of) -> Response:
     """What Prometheus scrapes: runs, pictures, tokens, seconds, queue, requests."""
     data = await asyncio.to_thread(service.figures)

@@ -233,10 +233,6 @@ class RunDocument(Document):
         """Those of the run as a whole."""
         return _labels(self.feedback)
 
-    def standing(self, state: State, **changes: Any) -> RunDocument:
-        """The same run in another state."""
-        return self.model_copy(update={"run": self.run.model_copy(update={"state": state}), **changes})
-
     @property
     def shots(self) -> list[Shot]:
         """All candidates, in order."""

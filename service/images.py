@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..domain import UserError
+from ..tools.images.base import encoded
 from ..traces.blobs import BlobStore
 from ..traces.recipe import Metadata, dressed
 from ..traces.store import TraceStore
@@ -67,6 +68,4 @@ def thumbnail(blobs: BlobStore, sha256: str, side: int) -> bytes:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"blob {sha256} is no picture") from error
     small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=82, method=2)
-    return buffer.getvalue()
+    return encoded(small, "WEBP", quality=82, method=2)

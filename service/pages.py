@@ -19,13 +19,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from pydantic import BaseModel, ValidationError
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import ServerSentEvent
 
 from ..domain import UserError
 from ..evals.suites import shipped
 from ..traces.queue import ENDED
 from .access import COOKIE, session
-from .api import Name, Of, RunId
+from .api import Name, Of, RunId, stream
 from .documents import Answer, Feedback, Listing, Play, RunDocument, RunRequest, Shot
 from .errors import NotFound
 from .jobs import DistillJob, JobRequest, adapters, critics
@@ -113,7 +113,7 @@ async def runs_live(service: Of) -> Response:
                 yield ServerSentEvent("", event="news")
                 await sleep(_LIST)
 
-    return EventSourceResponse(messages(), ping=15, send_timeout=30)
+    return stream(messages())
 
 
 @router.post("/runs")
@@ -148,7 +148,7 @@ async def run_live(service: Of, run_id: RunId, request: Request, after: int = 0)
                 await sleep(_LIVE)
         yield ServerSentEvent("", event="ended")
 
-    return EventSourceResponse(messages(), ping=15, send_timeout=30)
+    return stream(messages())
 
 
 @router.post("/runs/{run_id}/cancel")
@@ -330,7 +330,7 @@ async def job_live(service: Of, job_id: Name) -> Response:
             await sleep(_LIST)
         yield ServerSentEvent("", event="ended")
 
-    return EventSourceResponse(messages(), ping=15, send_timeout=30)
+    return stream(messages())
 
 
 @router.post("/jobs/{job_id}/cancel")

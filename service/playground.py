@@ -6,21 +6,17 @@ Nothing of it is logged: nobody asked for a run, and what is tried in passing is
 from __future__ import annotations
 
 import asyncio
-import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..graph.loop import Loop
 from ..graph.parts import check_request
 from ..settings import GeneratorSettings
-from ..tools.images.base import GeneratedImage, Generator, ImageRequest
+from ..tools.images.base import GeneratedImage, Generator, ImageRequest, encoded
 from ..tools.images.load import load_generator
 from ..tools.lvlm.chat import image_url
 from .documents import Play, Played
 from .errors import Unavailable
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 #: The adapter that ships with the embedded models.
 _SHIPPED = Path(__file__).parents[1] / "miniature" / "adapters" / "opd"
@@ -77,7 +73,7 @@ class Playground:
                 made += await model.generate([request])
         played: list[Played] = []
         for name, it in zip(("other" if beside else "base", "distilled"), made, strict=True):
-            png, reading = await asyncio.to_thread(as_png, it.image), None
+            png, reading = await asyncio.to_thread(encoded, it.image, compress_level=1), None
             if wanted.read:
                 reading = (await loop.parts.critic.read(png, prompt, target, seed=wanted.seed)).critique
             played.append(
@@ -112,10 +108,3 @@ def _rescale(generator: Any, scale: float) -> None:
     from ..tools.diffusion.adapter import rescale
 
     generator.adapter = rescale(generator.pipe, generator.adapter, scale)
-
-
-def as_png(image: Image) -> bytes:
-    """Encode quickly."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

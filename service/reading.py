@@ -17,6 +17,7 @@ from ..domain import Critique, RunStatus, UserError
 from ..events import Critiqued, Event, HumanFeedback, ImageGenerated, PersonaAnswered, Rewritten
 from ..settings import ServiceSettings
 from ..traces.fold import Fold, Tried
+from ..traces.labels import of_runs
 from ..traces.rows import RunFilter, RunRow
 from ..traces.schema import labels as table
 from ..traces.schema import runs
@@ -60,9 +61,7 @@ def summary(row: RunRow, held: Set[str], labels: Sequence[str] = ()) -> RunSumma
         held: Runs that somebody works on.
         labels: Its own and its pictures'.
     """
-    return RunSummary(
-        **row.model_dump(), state=_state(row.status, row.run_id in held), labels=sorted(set(labels))
-    )
+    return RunSummary(**row.model_dump(), state=_state(row.status, row.run_id in held), labels=list(labels))
 
 
 def _state(status: RunStatus, held: bool) -> State:
@@ -124,7 +123,7 @@ def document(events: Sequence[Event], held: Set[str] = frozenset()) -> RunDocume
         before = max(rewarded, key=lambda it: it.reward or 0.0).prompt if rewarded else fold.prompt(number)
     state = _state(fold.status, fold.run_id in held)
     return RunDocument(
-        run=RunSummary(**row, state=state, labels=sorted(set().union(*fold.labels.held.values()))),
+        run=RunSummary(**row, state=state, labels=fold.labels.names),
         rounds=rounds,
         warnings=fold.finished.warnings if fold.finished else fold.warnings(),
         feedback=said[None],
@@ -250,10 +249,7 @@ def page(store: TraceStore, wanted: Listing, held: Set[str]) -> RunPage:
         total = connection.execute(select(func.count()).select_from(chosen.subquery())).scalar_one()
         rows = [RunRow.model_validate(dict(row)) for row in connection.execute(query).mappings()]
         ids = [row.run_id for row in rows]
-        called: defaultdict[str, list[str]] = defaultdict(list)
-        query = select(table.c.run_id, table.c.label)
-        for run_id, label in connection.execute(query.where(table.c.run_id.in_(ids))):
-            called[run_id].append(label)
+        called = of_runs(connection, ids)
     further, rows = len(rows) > wanted.limit, rows[: wanted.limit]
     return RunPage(
         items=[summary(row, held, called[row.run_id]) for row in rows],

@@ -22,6 +22,7 @@ from ..events import Event, HumanFeedback
 from ..graph.loop import Loop, open_loop
 from ..graph.state import new_run_id
 from ..settings import Settings
+from ..tools.images.base import encoded
 from ..tools.lvlm.chat import image_url
 from ..traces.fold import Fold
 from ..traces.queue import is_gone
@@ -47,7 +48,7 @@ from .errors import Busy, Conflict, NotFound, Unavailable
 from .feed import Feed
 from .jobs import Jobs
 from .metrics import Metrics
-from .playground import Playground, as_png
+from .playground import Playground
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +152,15 @@ class Service:
     async def page(self, wanted: Listing) -> RunPage:
         """A page of the list."""
         page = await asyncio.to_thread(lambda: reading.page(self.store, wanted, self.held()))
-        items = [await self._or_waiting(row) for row in page.items]
+        items = [await self._standing(row) for row in page.items]
         return page.model_copy(update={"items": items})
 
-    async def _or_waiting(self, row: RunSummary) -> RunSummary:
-        # Whether a run waits is in its saved state, which is read only where it may.
-        if row.state != "stopped":
+    async def _standing(self, row: RunSummary) -> RunSummary:
+        """A row that also knows of work on a failed run that has said nothing yet, and of a wait for a person."""
+        if row.state == "failed" and row.run_id in self._tasks:
+            return row.model_copy(update={"state": "running"})
+        # Whether a run waits is in its saved state, which is read only where it may and once there are models.
+        if row.state != "stopped" or not self.ready:
             return row
         # It cannot begin to wait without an event.
         if self._waits.get(row.run_id, (0, False))[0] != row.events:
@@ -172,13 +176,12 @@ class Service:
         events, held = await asyncio.to_thread(lambda: (self._events(run_id), self.held()))
         run = await asyncio.to_thread(reading.document, events, held)
         run.cost = reading.cost(run, self.settings.service)
-        if run.state == "failed" and run_id in self._tasks:
-            return run.standing("running")
-        if run.state != "stopped":
-            return run
-        if (question := await self.question(run_id)) is not None:
-            return run.standing("waiting", question=question)
-        return run.standing("stopped", problem=self.problems.get(run_id))
+        run.run = await self._standing(run.run)
+        if run.state == "waiting":
+            run.question = await self.question(run_id)
+        elif run.state == "stopped":
+            run.problem = self.problems.get(run_id)
+        return run
 
     async def state(self, run_id: str) -> State:
         """How a run stands; without a look at its events, since many watchers ask at once.
@@ -189,9 +192,7 @@ class Service:
         row = await asyncio.to_thread(lambda: reading.row(self.store, run_id, self.held()))
         if row is None:
             raise NotFound(f"no run {run_id!r}")
-        if row.state == "failed" and run_id in self._tasks:
-            return "running"
-        return (await self._or_waiting(row)).state
+        return (await self._standing(row)).state
 
     async def labels(self) -> list[str]:
         """All labels of the log."""
@@ -337,7 +338,7 @@ class Service:
             raise NotFound(f"run {run_id!r} has no picture {sha256} with a recipe")
         original = await asyncio.to_thread(images.original, self.store, sha256)
         made = await remake_by(loop.parts.generator, found[0], original)
-        png = await asyncio.to_thread(as_png, made.image)
+        png = await asyncio.to_thread(encoded, made.image, compress_level=1)
         told = {name: getattr(made, name) for name in ("same", "difference", "pixels", "changed", "seconds")}
         return Again(image=image_url(png), **told)
 

@@ -30,6 +30,7 @@ from ..events import (
 )
 from .blobs import BlobStore
 from .fold import Fold
+from .labels import Labels
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
@@ -70,14 +71,15 @@ def operation(name: str) -> str:
 
 
 def flatten(attributes: Mapping[str, Any], capture_content: bool) -> dict[str, Any]:
-    """What OpenTelemetry accepts: no None, nested values as JSON, content only if wanted, no text too long."""
+    """What OpenTelemetry accepts: no None, nested values as JSON but for tuples of texts, content only if wanted, no
+    text too long."""
     flat: dict[str, Any] = {}
     for key, value in attributes.items():
         if value is None or (key in CONTENT and not capture_content):
             continue
         if isinstance(value, str):
             value = value[:_LONGEST]
-        elif not isinstance(value, bool | int | float):
+        elif not isinstance(value, bool | int | float | tuple):
             # Not cut: half a JSON text is none. Its texts are short already.
             value = json.dumps(value, ensure_ascii=False, default=str)
         flat[key] = value
@@ -110,6 +112,7 @@ def resource() -> Resource:
 def workflow(log: Sequence[Event]) -> dict[str, Any]:
     """A run's attributes, without content."""
     attributes: dict[str, Any] = {"gen_ai.workflow.name": "emoloop"}
+    labels = Labels()
     for event in log:
         if isinstance(event, RunStarted):
             target = {f"emoloop.target.{k}": v for k, v in event.target.model_dump(mode="json").items()}
@@ -125,7 +128,9 @@ def workflow(log: Sequence[Event]) -> dict[str, Any]:
                 **{f"emoloop.estimate.{axis}": value for axis, value in estimate.items()},
                 "error.type": event.stop_reason.value if failed else None,
             }
-    return attributes
+        elif isinstance(event, HumanFeedback):
+            labels.apply(event)
+    return {**attributes, "tag.tags": tuple(labels.names) or None}
 
 
 def call(event: Event) -> tuple[str, dict[str, Any]]:

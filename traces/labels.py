@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
-from sqlalchemy import Connection, delete, insert
+from sqlalchemy import Connection, delete, insert, select
 
 from ..events import FAVOURITE, HumanFeedback
 from .schema import labels
@@ -29,6 +30,11 @@ class Labels:
         if event.favourite is not None:
             (held.add if event.favourite else held.discard)(FAVOURITE)
 
+    @property
+    def names(self) -> list[str]:
+        """Those of the run and of its pictures."""
+        return sorted(set[str]().union(*self.held.values()))
+
     def write(self, connection: Connection, run_id: str) -> None:
         """Put the run's rows in place of those that are there."""
         connection.execute(delete(labels).where(labels.c.run_id == run_id))
@@ -39,3 +45,12 @@ class Labels:
         ]
         if rows:
             connection.execute(insert(labels), rows)
+
+
+def of_runs(connection: Connection, run_ids: Iterable[str]) -> defaultdict[str, list[str]]:
+    """The labels of runs and of their pictures, by run."""
+    query = select(labels.c.run_id, labels.c.label).distinct().order_by(labels.c.label)
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for run_id, label in connection.execute(query.where(labels.c.run_id.in_(run_ids))):
+        found[run_id].append(label)
+    return found

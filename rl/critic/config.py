@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from ...domain import UserError
 from ...settings import merged, read_set, read_yaml
-from ..config import Section, explained, refusal
+from ..config import Section, checked, explained, preset_file
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -181,20 +180,11 @@ def load_critic_config(
     Raises:
         UserError: Unknown preset or key, unreadable file, or a value out of range.
     """
-    values: dict[str, Any] = {}
-    if preset is not None:
-        path = PRESETS / f"{preset}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(it.stem for it in PRESETS.glob("*.yaml")))
-            raise UserError(f"no preset {preset!r}; there are {known}")
-        values = read_yaml(path)
+    values: dict[str, Any] = read_yaml(preset_file(PRESETS, preset)) if preset else {}
     for more in (read_yaml(file) if file else {}, read_set(sets, CriticConfig)):
         # Tasks are a list, not knobs with defaults: who names some names all.
         values = merged({**values, "rewards": {}} if "rewards" in more else values, more)
-    try:
-        return CriticConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(refusal(error, CriticConfig(), "docs/critic.md")) from error
+    return checked(CriticConfig, values, "docs/critic.md")
 
 
 def commented(config: CriticConfig) -> str:

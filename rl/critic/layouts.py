@@ -29,7 +29,7 @@ from .data import Sample, Scale, emotion, read_folder, rescaled
 SPREAD = 0.6
 
 
-def lexicon_label(category: str, name: str, spread: float = SPREAD) -> tuple[float, float]:
+def lexicon_label(category: str, name: str) -> tuple[float, float]:
     """A valence and an arousal for a picture of which only the category is known: a draw from the class's Gaussian.
 
     EmoFeedback² labels EmoSet so, from a lexicon; its table is not published, so the means are `domain.PROTOTYPES` and
@@ -38,10 +38,9 @@ def lexicon_label(category: str, name: str, spread: float = SPREAD) -> tuple[flo
     Args:
         category: One of the eight.
         name: The picture's; the same picture gets the same label.
-        spread: Standard deviation on each axis.
     """
     rng = np.random.default_rng(list(name.encode()))
-    point = rng.normal(PROTOTYPES[Emotion(category)], spread)
+    point = rng.normal(PROTOTYPES[Emotion(category)], SPREAD)
     valence, arousal = np.clip(point, LOW, HIGH)
     return float(valence), float(arousal)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...domain import UserError
+from ...domain import UserError, first_error
 from ...tools.registry import resolve
 
 if TYPE_CHECKING:
@@ -43,7 +43,5 @@ def load_objective(spec: Any, knobs: dict[str, Any] | None = None) -> Objective:
     try:
         return found(**(knobs or {}))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(found.model_fields)
-        raise UserError(f"objective.{where}: {first['msg']}; knobs of {found.__name__}: {known}") from error
+        told = f"objective.{first_error(error)}; knobs of {found.__name__}: {', '.join(found.model_fields)}"
+        raise UserError(told) from error

@@ -3,7 +3,7 @@
 The teacher is the reference under the prompt that the loop found, the student the model in training under
 the neutral prompt and the target; they are compared on states of the student's own guided sampling:
 
-    L = E[ clip(A, 0, A_max) w(t) || v_student(x_t, t | neutral, target) - sg v_teacher(x_t, t | refined) ||²]
+    L = E[ clip(A, 0, A_max) || v_student(x_t, t | neutral, target) - sg v_teacher(x_t, t | refined) ||²]
 
 A is the mean reward of the refined prompt's images minus that of the neutral prompt's, counted on images that
 selected nothing, so that a revision is imitated only as far as it beat the unaided attempt. That baseline is
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from ..policy import Policy
 
 
-def opd_loss(
-    student: Tensor, teacher: Tensor, advantage: Tensor, a_max: float, weight: Tensor | float = 1.0
-) -> Tensor:
+def opd_loss(student: Tensor, teacher: Tensor, advantage: Tensor, a_max: float) -> Tensor:
     """The formula above for given predictions.
 
     Args:
@@ -35,12 +33,11 @@ def opd_loss(
         teacher: (N, …) predictions; taken as constants.
         advantage: (N,) gains.
         a_max: Upper end of the clip, above 0.
-        weight: w(t), a number or (N,).
 
     Returns:
         Scalar; rows with a gain of 0 or less contribute nothing but still count in the mean.
     """
-    return (advantage.clamp(0, a_max) * weight * per_row(student - teacher.detach())).mean()
+    return (advantage.clamp(0, a_max) * per_row(student - teacher.detach())).mean()
 
 
 class OPD(Objective):

@@ -89,6 +89,19 @@ class Story(TypedDict, total=False):
     run_id: str
 
 
+async def test_as_a_tool_it_asks_for_what_must_be_there_alone(tmp_path):
+    async with make(tmp_path, rounds=1) as loop:
+        tool: Any = loop.graph.as_tool(name="paint", description="Paint what a person shall feel.")
+        shape = tool.args_schema.model_json_schema()
+        assert (shape["required"], list(shape["properties"])) == (
+            ["prompt", "target"],
+            ["prompt", "target", "seed"],
+        )
+        await check_own(loop, [await tool.ainvoke(request(), thread("tool"))])
+        out = await tool.ainvoke(request(seed=5), thread("seeded"))
+        assert (await loop.recorder.events(out["run_id"]))[0].seed == 5
+
+
 async def test_a_subgraph_keeps_its_run_when_the_parent_is_resumed(tmp_path):
     async with make(tmp_path, rounds=2, review=True) as loop:
         graph: Any = StateGraph(Story)

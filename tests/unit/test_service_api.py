@@ -7,6 +7,8 @@ import io
 import json
 import re
 import socket
+import subprocess
+import sys
 
 import httpx
 import pytest
@@ -14,8 +16,8 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
 import painter
-from emoloop.domain import EmotionTarget, UserError
-from emoloop.events import ImageGenerated, RunStarted
+from emoloop.domain import EmotionTarget, RunStatus, StopReason, UserError
+from emoloop.events import ImageGenerated, RunFinished, RunStarted
 from emoloop.service.access import _Clients, check, session
 from emoloop.service.work import Service, watched
 from emoloop.settings import ServiceSettings, load_settings
@@ -133,6 +135,38 @@ async def test_a_run_waits_for_its_review(client, service):
     assert run["rounds"][1]["proposals"][0]["prompt"] == "a dog on the hill"
     assert run["rounds"][1]["proposals"][0]["writer"] == "human"
     assert (await client.post(f"{API}/runs/{run_id}/review", json={})).status_code == 409
+
+
+async def test_a_run_that_waited_before_the_models_came_is_seen_to_wait_once_they_have(service, monkeypatch):
+    async with client_of(service) as client:
+        run_id = (await client.post(f"{API}/runs", json={**REQUEST, "review": True})).json()["run_id"]
+        async for _, state in watched(service, run_id, 0, await service.state(run_id)):
+            if state == "waiting":
+                break
+        service._waits.clear()
+        with monkeypatch.context() as loading:
+            loading.setattr(type(service), "ready", False)
+            assert await service.state(run_id) == "stopped"
+        assert await service.state(run_id) == "waiting"
+
+
+async def test_a_failed_run_is_running_everywhere_while_it_is_gone_on_with(client, service):
+    run_id = (await client.post(f"{API}/runs", json=REQUEST)).json()["run_id"]
+    await ended(client, run_id)
+    failed = RunFinished(run_id=run_id, status=RunStatus.FAILED, stop_reason=StopReason.ERROR, node="again")
+    service.store.append(failed)
+    assert await service.state(run_id) == (await service.run(run_id)).state == "failed"
+    service._tasks[run_id] = asyncio.create_task(asyncio.sleep(0))
+    assert await service.state(run_id) == (await service.run(run_id)).state == "running"
+    [row] = (await client.get(f"{API}/runs")).json()["items"]
+    assert row["state"] == "running"
+
+
+def test_the_service_loads_no_statistics_and_no_models():
+    heavy = "{'scipy', 'sklearn', 'pandas', 'torch', 'transformers', 'diffusers'}"
+    code = f"import sys, emoloop.service.app, emoloop.service.work; print(*({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 async def test_feedback_is_an_event(client):

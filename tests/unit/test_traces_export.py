@@ -9,7 +9,7 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 from emoloop.domain import EmotionTarget, UserError
-from emoloop.events import EVENT, ImageGenerated, Rewarded, Rewritten, RunStarted
+from emoloop.events import EVENT, HumanFeedback, ImageGenerated, Rewarded, Rewritten, RunStarted
 from emoloop.settings import Settings
 from emoloop.traces.exchange.export import export_jsonl, export_pickapic, load_format, pairs
 from emoloop.traces.rows import RunFilter
@@ -93,6 +93,15 @@ def test_the_parquet_is_pick_a_pic(store, tmp_path):
         pq.read_schema(tmp_path / "set" / "data" / "train-00000-of-00001.parquet").field("jpg_0").type
         == "binary"
     )
+
+
+def test_a_pair_has_the_labels_of_its_run_and_pictures(store, tmp_path):
+    seen = next(iter(store.candidates("run01"))).sha256
+    said = HumanFeedback(run_id="run01", labels=["warm", "keep"])
+    store.append(said, HumanFeedback(run_id="run01", sha256=seen, favourite=True, labels=["keep"]))
+    export_pickapic(store, RunFilter(prompt="run0"), tmp_path / "pairs.parquet")
+    labels = {row["run_id"]: row["labels"] for row in pq.read_table(tmp_path / "pairs.parquet").to_pylist()}
+    assert labels.pop("run01") == ["keep", "warm", "\u2665"] and set(map(len, labels.values())) == {0}
 
 
 def test_all_pairs_of_a_run(store, tmp_path):

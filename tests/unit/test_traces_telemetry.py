@@ -66,7 +66,7 @@ def events():
         Rewarded(
             **run, time=at(8), round=1, sha256="b" * 64, name="emotion", version="1", reason="no critique"
         ),
-        HumanFeedback(**run, time=at(9), round=1, rating=1.0, comment=SECRET),
+        HumanFeedback(**run, time=at(9), round=1, rating=1.0, comment=SECRET, labels=["keep", "warm"]),
         RunFinished(**run, time=at(10), **done),
     ]
 
@@ -128,6 +128,18 @@ def test_replayed_spans_form_one_tree(events, blobs):
     ]
     failed = [span.name for span in spans if span.status.status_code is StatusCode.ERROR]
     assert failed == ["generate_content", "chat lvlm"]
+
+
+def test_a_runs_span_has_the_last_word_on_its_labels_and_its_pictures(events, blobs):
+    def tags(*said):
+        feedback = [HumanFeedback(run_id="one", time=at(11), **it) for it in said]
+        root, *others = spans_of([*events, *feedback], blobs)
+        assert not any("tag.tags" in span.attributes for span in others)
+        return root.attributes.get("tag.tags")
+
+    assert tags() == ("keep", "warm")
+    assert tags({"labels": ["keep"]}, {"sha256": "a" * 64, "favourite": True}) == ("keep", "\u2665")
+    assert tags({"labels": []}) is None
 
 
 def test_replaying_again_gives_the_same_ids(events, blobs):

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ...domain import HIGH, LOW, PROTOTYPES, EmotionTarget, UserError, first_line
+from ...domain import HIGH, LOW, PROTOTYPES, EmotionTarget, UserError, first_error, first_line
 from ...files import replacing
 
 _FORMAT = "emoloop.prompt_bank"
@@ -184,9 +184,7 @@ class Bank:
         try:
             head = Head.model_validate_json(told)
         except ValidationError as error:
-            wrong = error.errors()[0]
-            where = ".".join(str(part) for part in wrong["loc"])
-            raise UserError(f"bank {path}: {where}: {wrong['msg']}; build it again") from error
+            raise UserError(f"bank {path}: {first_error(error)}; build it again") from error
         if tensors.keys() != set(_TENSORS):
             odd = sorted(tensors.keys() ^ set(_TENSORS))
             raise UserError(f"bank {path}: tensors {', '.join(odd)} are missing or unknown; build it again")

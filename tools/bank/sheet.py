@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from pathlib import Path
 
 import jinja2
@@ -11,6 +10,7 @@ from PIL import Image
 
 from ...domain import EmotionTarget
 from ...files import write_atomic
+from ..images.base import encoded
 from .bank import Bank, Floats
 
 
@@ -48,6 +48,4 @@ def save_sheet(bank: Bank, path: Path, prompt: str = "", query: Floats | None = 
 
 
 def _packed(picture: Image.Image) -> str:
-    data = io.BytesIO()
-    picture.save(data, "WEBP", quality=85)
-    return base64.b64encode(data.getvalue()).decode()
+    return base64.b64encode(encoded(picture, "WEBP", quality=85)).decode()

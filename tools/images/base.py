@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import io
 from collections.abc import Awaitable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +14,13 @@ from ...domain import EmotionTarget, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+def encoded(image: Image, kind: str = "PNG", **options: Any) -> bytes:
+    """A picture as a file's bytes: its kind and options as Pillow's `save` takes them."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)

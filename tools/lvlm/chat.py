@@ -23,6 +23,8 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 from PIL import Image
 from pydantic import ConfigDict, Field, PrivateAttr
 
+from ..images.base import encoded
+
 #: llguidance's options, which every engine that uses it reads from the schema (ours, and vLLM's "guidance").
 LAYOUT = {"x-guidance": {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}}
 
@@ -107,9 +109,7 @@ def to_openai(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
 def image_url(image: Image.Image | bytes) -> str:
     """The image, or the bytes of a PNG, as a base64 data URL: lossless, and encoded at the fastest level."""
     if not isinstance(image, bytes):
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "PNG", compress_level=1)
-        image = buffer.getvalue()
+        image = encoded(image.convert("RGB"), compress_level=1)
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ...domain import UserError
 from ...files import replacing
 from ...tools.registry import resolve
+from ..labels import of_runs
 from ..rows import CandidateRow, RunFilter, RunRow
 from ..store import TraceStore
 
@@ -57,12 +58,13 @@ def load_format(name: str) -> tuple[Export, str]:
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference: of one run, the better candidate and the worse one, and how many pairs the run gives."""
+    """A preference: of one run, the better candidate and the worse one; its labels, and how many pairs it gives."""
 
     run: RunRow
     better: CandidateRow
     worse: CandidateRow
-    count: int = 1
+    labels: list[str]
+    count: int
 
 
 def pairs(store: TraceStore, where: RunFilter | None = None, every: bool = False) -> Iterator[Pair]:
@@ -83,7 +85,9 @@ def pairs(store: TraceStore, where: RunFilter | None = None, every: bool = False
         else:
             found = [(best[0], min(first, key=lambda row: row.reward or 0.0))] if first else []
         found = [(better, worse) for better, worse in found if better.reward != worse.reward]
-        yield from (Pair(run, better, worse, len(found)) for better, worse in found)
+        with store.read() as connection:
+            labels = of_runs(connection, [run.run_id])[run.run_id]
+        yield from (Pair(run, better, worse, labels, len(found)) for better, worse in found)
 
 
 def export_jsonl(store: TraceStore, where: RunFilter | None, file: IO[str]) -> int:
@@ -128,7 +132,9 @@ def export_pickapic(store: TraceStore, where: RunFilter | None, path: Path, ever
     import pyarrow as pa
 
     kinds = [(name.format(side), kind) for name, kind in _BOTH.items() for side in (0, 1)] + [*_ALONE.items()]
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in kinds])
+    schema = pa.schema(
+        [(name, pa.type_for_alias(kind)) for name, kind in kinds] + [("labels", pa.list_(pa.string()))]
+    )
     rows = (_row(store, pair, number) for number, pair in enumerate(pairs(store, where, every)))
     return write_parquet(
         path, rows, schema, "no pairs: none of these runs has two candidates with different rewards"
@@ -185,8 +191,8 @@ _ALONE = {
 
 
 def _row(store: TraceStore, pair: Pair, number: int) -> dict[str, Any]:
-    run, better, worse, count = pair.run, pair.better, pair.worse, pair.count
-    told = run.run_id if count == 1 else f"{run.run_id} {better.sha256} {worse.sha256}"
+    run, better, worse = pair.run, pair.better, pair.worse
+    told = run.run_id if pair.count == 1 else f"{run.run_id} {better.sha256} {worse.sha256}"
     swapped = hashlib.sha256(told.encode()).digest()[0] % 2
     row: dict[str, Any] = {
         "are_different": True,
@@ -196,8 +202,9 @@ def _row(store: TraceStore, pair: Pair, number: int) -> dict[str, Any]:
         "has_label": True,
         "ranking_id": number,
         "user_id": 0,
-        "num_example_per_prompt": count,
+        "num_example_per_prompt": pair.count,
         "run_id": run.run_id,
+        "labels": pair.labels,
         "target_valence": run.valence,
         "target_arousal": run.arousal,
         "target_category": run.category,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ....domain import Score, UserError
+from ....domain import Score, UserError, first_error
 from ....settings import read_yaml
 
 _FOLDER = Path(__file__).parent / "personas"
@@ -67,8 +67,7 @@ def _read(file: Path) -> Persona:
     try:
         return Persona.model_validate({**read_yaml(file), "name": file.stem})
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"persona {file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise UserError(f"persona {file}: {first_error(error)}") from error
 
 
 def draw(count: int, seed: int, folder: Path | None = None) -> list[Persona]:
