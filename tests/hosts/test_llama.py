@@ -46,7 +46,7 @@ def rewrite(url: str, home: Path, prompt: str, *words: str) -> dict[str, Any]:
         "1",
         "--json",
     ]
-    line += ["--lvlm", f"{url}/v1", *words, *(it for one in sets for it in ("--set", one))]
+    line += ["--lvlm", f"{url}/v1", *(it for one in sets for it in ("--set", one)), *words]
     done = subprocess.run(line, env=own | {"EMOLOOP_HOME": str(home)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -77,7 +77,7 @@ def test_personas_answer_in_form_and_what_comes_out_is_checked(llama, tmp_path):
 def test_where_no_draft_keeps_what_was_asked_for_the_simple_rewriter_is_asked_and_checked(llama, tmp_path):
     odd = "a zeppelin, an astrolabe and a xylophone beside a samovar"
     found = rewrite(llama, tmp_path, odd, "--rewriter", "mc_agent", "--set", "loop.personas=1")
-    assert all(it["reason"].startswith(("it loses", "nobody can draw")) for it in found["drafts"])
+    assert found["drafts"] and all(it["reason"] for it in found["drafts"])
     assert any("the simple rewriter wrote" in it for it in found["warnings"])
     assert not lost(odd, found["proposals"][0]["prompt"])
 
