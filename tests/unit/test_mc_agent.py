@@ -145,6 +145,31 @@ async def test_where_all_fail_the_simple_rewriter_writes_and_the_reason_is_said(
     assert ("director", "") not in model.asked
 
 
+async def test_what_the_simple_rewriter_writes_in_their_place_is_checked_too():
+    class Copies(Cast):
+        prompts: list[str]
+
+        def _simple(self, about: Any, said: str) -> str:
+            return json.dumps({"why": "w", "prompts": self.prompts})
+
+    async def ask(*prompts: str):
+        model = Copies(prompts=list(prompts), wrong=lambda role, _: "?" if role == "persona" else None)
+        request = RewriteRequest("a dog by the sea", TARGET, count=2, seed=5, panel=Panel(personas=2))
+        return await propose(MCAgent(model), request)
+
+    [only] = await ask("a new prompt", "another prompt")
+    assert only.prompt == "a dog by the sea" and only.refused == "it loses dog, sea"
+    assert any("no persona's draft can be used" in it for it in only.notes)
+    [only] = await ask("a new prompt", "a dog by the sea in rain, a sense of dread")
+    assert only.prompt == "a dog by the sea in rain" and not only.refused
+    for said in (
+        "no persona's draft can be used",
+        "cut: sense of, dread",
+        "1 new prompts where 2 were wanted",
+    ):
+        assert any(said in it for it in only.notes), only.notes
+
+
 async def test_a_model_with_a_format_of_its_own_is_asked_in_that():
     class Own(Cast):
         def _simple(self, about: Any, said: str) -> str:

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from .embedded import EmbeddedLVLM
 
 
-def load_lvlm(settings: LVLMSettings | None = None, *, check: bool = True) -> EmbeddedLVLM | VLLMChat:
+def load_lvlm(
+    settings: LVLMSettings | None = None, *, check: bool = True, images: bool = True
+) -> EmbeddedLVLM | VLLMChat:
     """The chat model that the settings name.
 
     Args:
         settings: Engine, model and limits. Where `max_tokens` is not set, the model's own default holds
             (`max_tokens` in its `emoloop.json`, where `batch_size` and `threads` of the embedded engine may stand too).
         check: Ask a server at once whether it is there, serves the model and takes images; start one's own.
+        images: Whether a server must take them: a critic must see, a rewriter need not.
 
     Raises:
         UserError: No such model or no such server, with what to do about it.
@@ -64,7 +67,7 @@ def load_lvlm(settings: LVLMSettings | None = None, *, check: bool = True) -> Em
         )
     if check:
         try:
-            chat.check()
+            chat.check(images)
         except BaseException:
             chat.close()
             raise

@@ -237,10 +237,13 @@ class VLLMChat(LocalChat):
         hint = "" if url.endswith("/v1") else "; a base URL usually ends in /v1"
         return f"the LVLM server at {url} {word}, {tried}: {said}{hint}"
 
-    def check(self) -> None:
+    def check(self, images: bool = True) -> None:
         """Ask the servers whether they are there, serve the model and take images; of several, one suffices.
 
         A server that is there and asks for patience (429, 503) gets it, as in a run.
+
+        Args:
+            images: Whether they must take images.
 
         Raises:
             UserError: In one line, with what to do.
@@ -248,13 +251,13 @@ class VLLMChat(LocalChat):
 
         async def problems() -> list[str | None]:
             await self._ready()
-            return await asyncio.gather(*map(self._problem, self._servers))
+            return await asyncio.gather(*(self._problem(it, images) for it in self._servers))
 
         found = self._call(problems).result()
         if all(found):
             raise UserError(found[0])
 
-    async def _problem(self, server: _Server) -> str | None:
+    async def _problem(self, server: _Server, images: bool) -> str | None:
         names, url = [self.model], redact(server.url)
         with suppress(UserError):
             names.append(str(presets.resolve(self.model, "lvlm")))
@@ -268,7 +271,8 @@ class VLLMChat(LocalChat):
                     f"set lvlm.model to what it serves, or start the right one with `emoloop lvlm serve {self.model}`"
                 )
             server.name = known[0]
-            await self._persist(_Try(body, server, checking=True))
+            if images:
+                await self._persist(_Try(body, server, checking=True))
         except LVLMUnavailable as error:
             if getattr(error.__cause__, "code", 0) != 400:
                 return str(error)

@@ -17,8 +17,17 @@ from ...ask import Asker, Reply
 from ...prompt import load_prompt
 from ...schemas import RewriterAnswer, RewriterAnswers, several_schema, target_text
 from .. import history
-from ..base import Rewrite, RewriteRequest
-from ..simple import TOKENS, SimpleRewriter, number_seed, prompt_limit, question, rewrite_schema, unusable
+from ..base import KEPT, Rewrite, RewriteRequest
+from ..simple import (
+    TOKENS,
+    SimpleRewriter,
+    best_prompt,
+    number_seed,
+    prompt_limit,
+    question,
+    rewrite_schema,
+    unusable,
+)
 from . import persona
 from .answer import PersonaAnswer, persona_schema
 from .choose import choose
@@ -82,7 +91,7 @@ class MCAgent:
             return [Rewrite(**it) for it in done["prompts"]]
         reasons = [it["reason"] for it in done["drafts"]]
         note = f"no persona's draft can be used ({reasons[0]}): the simple rewriter wrote"
-        written = await self.simple.propose(request)
+        written = [_checked(request, it) for it in await self.simple.propose(request)]
         told = (replace(it, prompt_id=it.prompt_id or self.simple.prompt_id) for it in written)
         return [
             replace(it, notes=(note, *it.notes) if place == 0 else it.notes) for place, it in enumerate(told)
@@ -199,6 +208,17 @@ def checked(neutral: str, prompt: str) -> tuple[str, list[str], str | None]:
         refused,
         unusable(kept, prompt_limit(neutral)) or (f"it loses {', '.join(gone)}" if gone else None),
     )
+
+
+def _checked(request: RewriteRequest, written: Rewrite) -> Rewrite:
+    """What the simple rewriter wrote, under the same checks; what fails them leaves the best prompt so far."""
+    prompt, words, reason = checked(request.neutral, written.prompt)
+    if written.refused or not (words or reason):
+        return written
+    if reason:
+        kept = best_prompt(request.neutral, request.rounds)
+        return replace(written, prompt=kept, changes="", why=f"{KEPT}: {reason}", refused=reason)
+    return replace(written, prompt=prompt, notes=(f"nobody can draw what was cut: {', '.join(words)}",))
 
 
 def _told(request: RewriteRequest) -> dict[str, Any]:
