@@ -22,7 +22,7 @@ from typing import Any
 
 from ...domain import EmotionTarget
 from ...events import Event, ImageGenerated, RunStarted
-from ...settings import load_settings
+from ...settings import Settings, load_settings
 from ...traces.recorder import open_recorder
 from ...traces.store import open_store
 from .fakes import picture
@@ -51,21 +51,17 @@ def main(
     for _ in range(repeats):
         with tempfile.TemporaryDirectory(prefix="emoloop-log-") as folder:
             commits: list[list[Event]] = []
-            ours.append(total / asyncio.run(_write(Path(folder), writers, events, commits)))
-            with open_store(load_settings({"home": folder}), read_only=True) as store:
-                kept = Counter(event.key for event in store.tail(0, 2 * total))
-            found["lost"] += total - len(kept)
-            found["doubled"] += kept.total() - len(kept)
+            settings = load_settings({"home": folder})
+            seconds, told = asyncio.run(_write(settings, writers, events, commits))
+            ours.append(total / seconds)
+            found += _wrong(settings, told)
             by_hand.append(total / _write_by_hand(Path(folder, "events.db"), commits))
             if missing() is None:
                 with server(durable=True) as postgres:
-                    seconds = asyncio.run(_write(Path(folder), writers, events, [], postgres.url))
-                    on_postgres.append(total / seconds)
                     settings = load_settings({"home": folder, "traces": {"database_url": postgres.url}})
-                    with open_store(settings, read_only=True) as store:
-                        kept = Counter(event.key for event in store.tail(0, 2 * total))
-                found["lost"] += total - len(kept)
-                found["doubled"] += kept.total() - len(kept)
+                    seconds, told = asyncio.run(_write(settings, writers, events, []))
+                    on_postgres.append(total / seconds)
+                    found += _wrong(settings, told)
     with tempfile.TemporaryDirectory(prefix="emoloop-log-") as folder:
         killed = _kill_writers(Path(folder), kills, random.Random(seed))
     figures = {
@@ -84,24 +80,33 @@ def main(
 
 
 async def _write(
-    home: Path, writers: int, count: int, commits: list[list[Event]], url: str | None = None
-) -> float:
-    settings = load_settings({"home": str(home), "traces": {"database_url": url}})
+    settings: Settings, writers: int, count: int, commits: list[list[Event]]
+) -> tuple[float, list[tuple[Any, ...]]]:
+    """Seconds, and the keys of what was acknowledged."""
+    told: list[Event] = []
     async with open_recorder(settings) as recorder:
         recorder.store.subscribers.append(lambda events: commits.append(list(events)))
 
         async def write(run_id: str) -> None:
             target = EmotionTarget(valence=2.0, arousal=-1.0)
-            await recorder.record(RunStarted(run_id=run_id, prompt="a dog", target=target, seed=1))
+            told.extend(
+                await recorder.record(RunStarted(run_id=run_id, prompt="a dog", target=target, seed=1))
+            )
             for n in range(count - 1):
                 place: Any = {"run_id": run_id, "round": n // 8, "index": n % 8, "sha256": f"{n:064x}"}
-                await recorder.record(
-                    ImageGenerated(**place, prompt="a dog", seed=n, model="fake", height=96, width=96)
-                )
+                made = ImageGenerated(**place, prompt="a dog", seed=n, model="fake", height=96, width=96)
+                told.extend(await recorder.record(made))
 
         began = time.perf_counter()
         await asyncio.gather(*(write(f"run-{number}") for number in range(writers)))
-        return time.perf_counter() - began
+        return time.perf_counter() - began, [event.key for event in told]
+
+
+def _wrong(settings: Settings, told: Sequence[tuple[Any, ...]]) -> Counter[str]:
+    """How many of the acknowledged keys a log lost, and how many events stand in it twice."""
+    with open_store(settings, read_only=True) as store:
+        kept = Counter(event.key for event in store.tail(0, 10**9))
+    return Counter(lost=len(set(told) - set(kept)), doubled=kept.total() - len(kept))
 
 
 def _kill_writers(home: Path, kills: int, rng: random.Random) -> Counter[str]:
@@ -124,14 +129,11 @@ def _kill_writers(home: Path, kills: int, rng: random.Random) -> Counter[str]:
                 told += receiver.recv()
         except EOFError:
             pass
-    with open_store(load_settings({"home": str(home)})) as store:
-        events = store.tail(0, 10**9)
-        kept = Counter(event.key for event in events)
+    settings = load_settings({"home": str(home)})
+    with open_store(settings) as store:
         pictures = [file for file in home.joinpath("blobs").rglob("*") if file.is_file()]
         files_left = sum(store.blobs.path(file.stem) != file for file in pictures)
-    found = Counter(acknowledged=len(told), lost=len(set(told) - set(kept)), files_left=files_left)
-    found["doubled"] = kept.total() - len(kept)
-    return found
+    return Counter(acknowledged=len(told), files_left=files_left) + _wrong(settings, told)
 
 
 def _write_until_killed(home: str, number: int, told: Connection) -> None:
