@@ -41,7 +41,7 @@ class Shell:
         monkeypatch.chdir(folder)
         for name in [name for name in os.environ if name.startswith("EMOLOOP_")]:
             monkeypatch.delenv(name)
-        monkeypatch.setattr(parts_module, "load_lvlm", lambda settings: self.model)
+        monkeypatch.setattr(parts_module, "load_lvlm", lambda settings, images: self.model)
         monkeypatch.setitem(sys.modules, "drawing", self)
 
     def make(self, settings) -> Painter:
