@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -237,3 +238,38 @@ class Content:
     def __call__(self, picture: Image.Image, prompt: str, critique: object, target: object) -> float:
         """In [0, 1]."""
         return self._guard.alignment(picture, prompt)
+
+
+@cache
+def _guards_model() -> Recogniser:
+    return Guard().model.requires_grad_(False)
+
+
+def named(pictures: Tensor, prompts: Sequence[str], targets: Tensor) -> Tensor:
+    """A reward with a gradient, for `objective.reward` of `direct`: what a neutral prompt names shall stay.
+
+    Args:
+        pictures: (B, 3, 96, 96) in [0, 1].
+        prompts: B neutral prompts.
+        targets: Not looked at.
+
+    Returns:
+        (B,), 0 at most: the log-probability, by the guard, of each thing, surrounding and light that the prompt
+        names, in the mean; 0 where it names nothing.
+    """
+    seen = _guards_model()(pictures.float() * 2 - 1)
+    said = {name: logits.log_softmax(1) for name, logits in seen.items() if name != "features"}
+    rewards: list[Tensor] = []
+    for row, prompt in enumerate(prompts):
+        wanted = world.parse(prompt)
+        found = [said["subject"][row, list(SUBJECTS).index(wanted.subject)]] if wanted.subject else []
+        for name in (thing.name for thing in wanted.companions):
+            # It may stand in either corner of its height, near or far.
+            corners = [said[f"corner{i}"][row] for i, (sky, _) in enumerate(CORNERS) if name in _THINGS[sky]]
+            near = 1 + 2 * _THINGS[COMPANIONS[name].sky].index(name)
+            found.append(torch.cat([it[near : near + 2] for it in corners]).logsumexp(0).clamp_max(0))
+        for place, (factor, values) in enumerate(FACTORS.items()):
+            if value := getattr(wanted, factor):
+                found.append(said[f"whole{place}"][row, list(values).index(value)])
+        rewards.append(torch.stack(found).mean() if found else pictures.new_zeros(()))
+    return torch.stack(rewards)

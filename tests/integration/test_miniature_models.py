@@ -11,7 +11,7 @@ from emoloop.agents.critic import Critic
 from emoloop.domain import Critique, EmotionTarget
 from emoloop.miniature import law, world
 from emoloop.miniature.codec import PatchAutoencoder
-from emoloop.miniature.judge import WEIGHTS, Guard, LawJudge
+from emoloop.miniature.judge import WEIGHTS, Guard, LawJudge, named
 from emoloop.settings import GeneratorSettings, LVLMSettings
 from emoloop.tools.images.base import ImageRequest
 from emoloop.tools.images.load import load_generator
@@ -146,6 +146,23 @@ def test_the_lvlm_goes_on_with_painted_pictures(tmp_path, model: str, monkeypatc
     assert max(first["critic"], last["critic"]) < 1, "it knows how to answer, and does not forget it"
     same = [(at / "tokenizer.json").read_text() for at in (SHIPPED, tmp_path / "out" / "model")]
     assert same[0] == same[1]
+
+
+def test_the_reward_for_what_is_named_has_a_gradient_towards_it() -> None:
+    scenes = [it for it in held_out(24, 5)[0] if it.companions]
+    pictures = torch.from_numpy(np.stack([world.render(it) for it in scenes])).permute(0, 3, 1, 2) / 255
+    there = [f"a {it.subject} with a {it.companions[0].name}" for it in scenes]
+    shown = {it.name for scene in scenes for it in scene.companions}
+    absent = next(name for name in world.COMPANIONS if name not in shown)
+    missing = [f"a {it.subject} with a {absent}" for it in scenes]
+    nothing = torch.full((len(scenes), 2), torch.nan)
+    assert named(pictures, there, nothing).mean() > -0.3
+    before = named(pictures.requires_grad_(), missing, nothing)
+    assert before.max() < -1
+    (gradient,) = torch.autograd.grad(before.sum(), pictures)
+    after = named((pictures + 0.02 * gradient.sign()).clamp(0, 1).detach(), missing, nothing)
+    assert (after > before).all()
+    assert named(pictures, ["nothing of this world"] * len(scenes), nothing).eq(0).all()
 
 
 async def test_the_shipped_adapter_hears_the_target() -> None:
