@@ -218,7 +218,8 @@ def _checked(request: RewriteRequest, written: Rewrite) -> Rewrite:
     if reason:
         kept = best_prompt(request.neutral, request.rounds)
         return replace(written, prompt=kept, changes="", why=f"{KEPT}: {reason}", refused=reason)
-    return replace(written, prompt=prompt, notes=(f"nobody can draw what was cut: {', '.join(words)}",))
+    note = f"nobody can draw what was cut: {', '.join(words)}"
+    return replace(written, prompt=prompt, notes=(*written.notes, note))
 
 
 def _told(request: RewriteRequest) -> dict[str, Any]:
