@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import and_, select
 
-from ..domain import EmotionTarget, UserError, first_line
+from ..domain import EmotionTarget, UserError, first_error, first_line
 from ..events import EVENT, ImageGenerated, RunStarted, Sha256
 from .schema import candidates, events
 
@@ -174,8 +174,7 @@ def read(path: Path) -> tuple[Image, Recipe | None]:
             raise ValueError(f"it has {len(text)} characters")
         return picture, Recipe.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "recipe"
-        raise UserError(f"{path} carries a recipe that cannot be used: {where}: {first['msg']}") from error
+        wrong = first_error(error, "recipe")
+        raise UserError(f"{path} carries a recipe that cannot be used: {wrong}") from error
     except ValueError as error:
         raise UserError(f"{path} carries a recipe that cannot be used: {error}") from error

@@ -134,9 +134,16 @@ def unusable(prompt: str, limit: int) -> str | None:
     )
 
 
+def keep_best(request: RewriteRequest, refused: str, written: Rewrite) -> Rewrite:
+    """The best prompt so far in the place of one that was refused, which was paid for all the same."""
+    best = best_prompt(request.neutral, request.rounds)
+    return replace(written, prompt=best, changes="", why=f"{KEPT}: {refused}", refused=refused)
+
+
 def _kept(request: RewriteRequest, refused: str, reply: Reply[Any]) -> Rewrite:
-    kept = best_prompt(request.neutral, request.rounds)
-    return Rewrite(kept, "", f"{KEPT}: {refused}", refused, reply.usage, reply.seconds, reply.error)
+    return keep_best(
+        request, refused, Rewrite("", usage=reply.usage, seconds=reply.seconds, error=reply.error)
+    )
 
 
 def question(

@@ -85,6 +85,8 @@ def pairs(store: TraceStore, where: RunFilter | None = None, every: bool = False
         else:
             found = [(best[0], min(first, key=lambda row: row.reward or 0.0))] if first else []
         found = [(better, worse) for better, worse in found if better.reward != worse.reward]
+        if not found:
+            continue
         with store.read() as connection:
             labels = of_runs(connection, [run.run_id])[run.run_id]
         yield from (Pair(run, better, worse, labels, len(found)) for better, worse in found)

@@ -17,11 +17,11 @@ from ...ask import Asker, Reply
 from ...prompt import load_prompt
 from ...schemas import RewriterAnswer, RewriterAnswers, several_schema, target_text
 from .. import history
-from ..base import KEPT, Rewrite, RewriteRequest
+from ..base import Rewrite, RewriteRequest
 from ..simple import (
     TOKENS,
     SimpleRewriter,
-    best_prompt,
+    keep_best,
     number_seed,
     prompt_limit,
     question,
@@ -216,8 +216,7 @@ def _checked(request: RewriteRequest, written: Rewrite) -> Rewrite:
     if written.refused or not (words or reason):
         return written
     if reason:
-        kept = best_prompt(request.neutral, request.rounds)
-        return replace(written, prompt=kept, changes="", why=f"{KEPT}: {reason}", refused=reason)
+        return keep_best(request, reason, written)
     note = f"nobody can draw what was cut: {', '.join(words)}"
     return replace(written, prompt=prompt, notes=(*written.notes, note))
 
