@@ -153,6 +153,8 @@ async def test_a_run_that_waited_before_the_models_came_is_seen_to_wait_once_the
 async def test_a_failed_run_is_running_everywhere_while_it_is_gone_on_with(client, service):
     run_id = (await client.post(f"{API}/runs", json=REQUEST)).json()["run_id"]
     await ended(client, run_id)
+    # The log says that a run is complete before its task has ended.
+    await asyncio.gather(*service._tasks.values())
     failed = RunFinished(run_id=run_id, status=RunStatus.FAILED, stop_reason=StopReason.ERROR, node="again")
     service.store.append(failed)
     assert await service.state(run_id) == (await service.run(run_id)).state == "failed"
