@@ -28,6 +28,7 @@ from PIL import Image
 from ..files import write_atomic
 from ..settings import GeneratorSettings
 from ..tools.images.base import ImageRequest
+from ..tools.images.diffusers import DiffusersGenerator
 from ..tools.images.load import load_generator
 from . import law, world
 from .episodes import critique_of
@@ -36,55 +37,43 @@ from .judge import Guard, LawJudge
 #: Pictures in one pass of the generator.
 BATCH = 16
 #: Times that pictures are noised to, and the share of plain renders.
-TIMES, PLAIN = (0.35, 0.9), 0.4
+TIMES, PLAIN = (0.4, 0.95), 0.15
 #: Largest |ΔV| + |ΔA| between the scene's content and what the guard reads, and the time from which it is asked.
 LOST, DOUBTFUL = 0.6, 0.5
 #: Compositions that are watched: neither those of the critic's training nor the test's.
 WATCHED = (4, 5, 6)
-#: Shift of the noise schedule (weights/generator/scheduler), and steps and guidance of the model's defaults.
-SHIFT, STEPS, GUIDANCE = 2.0, 14, 3.0
 
 
 @torch.inference_mode()
 def repaint(
-    pipe: Any, pixels: NDArray[np.uint8], captions: list[str], t: float, seed: int
-) -> NDArray[np.uint8]:
-    """Pictures noised to `t` and denoised under their captions.
+    generator: DiffusersGenerator, pictures: list[Image.Image], captions: list[str], t: float, seed: int
+) -> list[Image.Image]:
+    """Pictures noised to `t` and denoised under their captions, as the generator paints by default.
 
     Args:
-        pipe: The miniature's pipeline.
-        pixels: RGB, (batch, 96, 96, 3).
+        generator: The miniature's.
+        pictures: RGB, 96 × 96.
         captions: One for each.
         t: In (0, 1]; 1 keeps nothing of the picture.
         seed: Of the noise.
 
     Returns:
-        RGB, the same shape.
+        As many, of the same size.
     """
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    z = (
-        pipe.vae.encode(x).latent_dist.mode() - pipe.vae.config.shift_factor
-    ) * pipe.vae.config.scaling_factor
-    told, untold, pooled, unpooled = pipe.encode_prompt(
-        prompt=captions, prompt_2=captions, prompt_3=None, negative_prompt=[""] * len(captions),
-        do_classifier_free_guidance=True,
-    )  # fmt: skip
-    even = torch.linspace(1, 1 / STEPS, STEPS)
-    times = [t, *(s for s in (SHIFT * even / (1 + (SHIFT - 1) * even)).tolist() if s < t), 0.0]
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
-    z = (1 - t) * z + t * noise
+    family, process, count = generator.family, generator.family.process(), len(pictures)
+    clean = family.encode_images(pictures)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    told = family.encode(captions + [""] * count)
+    schedule = process.schedule(generator.steps, family.image_tokens(tuple(clean.shape[1:])))
+    times = torch.cat([torch.tensor([t]), schedule[schedule < t]])
+    x = process.add_noise(clean, noise, times[:1])
     for now, then in pairwise(times):
-        both = pipe.transformer(
-            hidden_states=torch.cat([z, z]), timestep=torch.full((2 * len(z),), now * 1000),
-            encoder_hidden_states=torch.cat([untold, told]), pooled_projections=torch.cat([unpooled, pooled]),
-            return_dict=False,
-        )[0]  # fmt: skip
-        without, with_ = both.chunk(2)
-        z = z + (then - now) * (without + GUIDANCE * (with_ - without))
-    image = pipe.vae.decode(
-        z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor, return_dict=False
-    )[0]
-    return ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        both = family.denoise(
+            family.module, torch.cat([x, x]), now.expand(2 * count), told, generator.guidance
+        )
+        with_, without = both.chunk(2)
+        x = process.step(x, without + generator.guidance * (with_ - without), now, then)
+    return family.decode(x)
 
 
 def recoloured(render: NDArray[np.uint8], like: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -106,24 +95,26 @@ def recoloured(render: NDArray[np.uint8], like: NDArray[np.uint8]) -> NDArray[np
 
 
 @cache
-def _models() -> tuple[Any, Guard]:
+def _models() -> tuple[DiffusersGenerator, Guard]:
     torch.set_num_threads(1)
-    generator: Any = load_generator("miniature", GeneratorSettings(device="cpu"))
-    return generator.pipe, Guard()
+    generator = load_generator("miniature", GeneratorSettings(device="cpu"))
+    assert isinstance(generator, DiffusersGenerator)
+    return generator, Guard()
 
 
 def _batch(out: Path, split: str, start: int, count: int, seed: int) -> list[dict[str, Any]]:
     """Make and save some pictures; the rows of those that are kept. A function of its arguments alone."""
-    pipe, guard = _models()
+    generator, guard = _models()
     rng = np.random.default_rng([seed, len(split), start])
     folds = WATCHED if split == "held_out" else world.FOLDS["critic"]
     scenes = [world.sample_scene(rng, folds) for _ in range(count)]
-    renders = pixels = np.stack([world.render(scene) for scene in scenes])
+    renders = [world.render(scene) for scene in scenes]
+    pictures = [Image.fromarray(render) for render in renders]
     t = 0.0 if rng.random() < PLAIN else float(rng.uniform(*TIMES))
     if t:
         captions = [world.caption(rng, scene, world.everything(scene)) for scene in scenes]
-        pixels = repaint(pipe, pixels, captions, t, int(rng.integers(2**31)))
-    pictures, rows = [Image.fromarray(one) for one in pixels], []
+        pictures = repaint(generator, pictures, captions, t, int(rng.integers(2**31)))
+    pixels, rows = [np.asarray(one) for one in pictures], []
     for number, (scene, read) in enumerate(zip(scenes, guard.read(pictures), strict=True)):
         example = critique_of(
             np.random.default_rng([seed, len(split), start + number, 1]), scene, pixels[number]

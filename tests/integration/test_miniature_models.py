@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,6 +164,20 @@ def test_the_reward_for_what_is_named_has_a_gradient_towards_it() -> None:
     after = named((pictures + 0.02 * gradient.sign()).clamp(0, 1).detach(), missing, nothing)
     assert (after > before).all()
     assert named(pictures, ["nothing of this world"] * len(scenes), nothing).eq(0).all()
+
+
+def test_a_picture_repainted_from_pure_noise_is_the_pipelines_own() -> None:
+    from emoloop.miniature.critic_data import repaint
+
+    generator: Any = load_generator("miniature")
+    prompts = ["a dog by the sea", "an owl in the forest with a bat"]
+    made = repaint(generator, [Image.new("RGB", (96, 96), "gray")] * 2, prompts, t=1.0, seed=3)
+    latents = torch.randn((2, *generator.family.latent_shape(96, 96)), generator=torch.manual_seed(3))
+    sizes = {"height": 96, "width": 96, "max_sequence_length": 0}
+    steps = {"num_inference_steps": generator.steps, "guidance_scale": generator.guidance}
+    theirs = generator.pipe(prompts, latents=latents, **sizes, **steps).images
+    for ours, other in zip(made, theirs, strict=True):
+        assert np.abs(np.asarray(ours).astype(int) - np.asarray(other)).max() <= 1
 
 
 async def test_the_shipped_adapter_hears_the_target() -> None:
