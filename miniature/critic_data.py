@@ -64,7 +64,7 @@ def repaint(
     clean = family.encode_images(pictures)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
     told = family.encode(captions + [""] * count)
-    schedule = process.schedule(generator.steps, family.image_tokens(tuple(clean.shape[1:])))
+    schedule = process.schedule(generator.steps, family.image_tokens(family.latent_shape(*pictures[0].size)))
     times = torch.cat([torch.tensor([t]), schedule[schedule < t]])
     x = process.add_noise(clean, noise, times[:1])
     for now, then in pairwise(times):

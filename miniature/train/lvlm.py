@@ -34,10 +34,12 @@ from .. import law, world
 from ..episodes import Example, critic_example, critique_of, described, rewriter_example
 from ..judge import WEIGHTS
 from ..world import Scene
-from .common import Heads, Loss, Recipe, draw, fitted_codec, spoil, to_tensor
+from .common import Heads, Loss, Recipe, fitted_codec, spoil, to_tensor
 
 SHIPPED = WEIGHTS / "lvlm"
 IMAGE_TOKENS = 16
+#: Pixels by which a painted picture is moved at most while training.
+MOVED = 2
 # The order fixes the ids: pad, end of answer, roles, then what Idefics3's processor puts around an image.
 SPECIALS = [
     "<|pad|>", "<end_of_utterance>", "<|system|>", "<|user|>", "<|assistant|>",
@@ -152,17 +154,17 @@ class Painted:
         rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text("utf-8").splitlines()]
         rows = [row for row in rows if row["split"] == "train"]
         self.scenes = [described(row["analysis"]) for row in rows]
-        self.pixels, self.clean = (
-            np.stack(
-                [np.asarray(Image.open(folder / row.get(key, row["image"])).convert("RGB")) for row in rows]
-            )
-            for key in ("image", "clean")
-        )
+        self.pixels = np.stack([np.asarray(Image.open(folder / it["image"]).convert("RGB")) for it in rows])
 
-    def draw(self, rng: Rng, count: int) -> tuple[list[Example], NDArray[np.int64]]:
-        """Critiques of some, for prompts that may or may not fit, and which they are."""
+    def critiques(self, rng: Rng, count: int) -> list[Example]:
+        """Critiques of some for prompts that may or may not fit; moved, so that none is learned by heart."""
         which = rng.integers(len(self.scenes), size=count)
-        return [critique_of(rng, self.scenes[i], self.pixels[i]) for i in which], which
+        moves = rng.integers(2 * MOVED + 1, size=(count, 2))
+        wider = np.pad(self.pixels[which], ((0, 0), (MOVED, MOVED), (MOVED, MOVED), (0, 0)), "edge")
+        return [
+            critique_of(rng, self.scenes[i], one[y : y + world.SIZE, x : x + world.SIZE])
+            for i, one, (y, x) in zip(which, wider, moves, strict=True)
+        ]
 
 
 def train(
@@ -176,7 +178,7 @@ def train(
             pictures; a second run takes its checkpoint as `init`. "rewriter" shows three rewrites for each
             critique, "all" the other way round.
         pictures: Folder of painted pictures. Half of the critiques are of them then; "vision" teaches the connector
-            too, and beside its renders each step takes answers on them, or their clean counterparts' features.
+            too, and each step takes some answers beside what the heads see.
     """
     painted = Painted(pictures) if pictures else None
     torch.manual_seed(recipe.seed)
@@ -219,54 +221,44 @@ def train(
         vision.requires_grad_(True)
         connector.requires_grad_(painted is not None)
 
-    def spoiled(rng: Rng, pixels: Sequence[NDArray[np.uint8]]) -> Tensor:
-        return spoil(rng, codec, np.stack(pixels)).to(device)
+    def critiques(rng: Rng, count: int) -> tuple[list[Example], Tensor]:
+        """Critiques, half of them of painted pictures where there are some, and what the vision tower is shown."""
+        folds = world.FOLDS["critic"]
+        told = painted.critiques(rng, count // 2) if painted else []
+        fresh = [critic_example(rng, folds) for _ in range(count - len(told))]
+        shown = spoil(rng, codec, np.stack([e.pixels for e in fresh if e.pixels is not None]))
+        shown = [shown, *(to_tensor(e.pixels[None]) for e in told if e.pixels is not None)]
+        return fresh + told, torch.cat(shown).to(device)
 
-    def features(pixels: NDArray[np.uint8]) -> Tensor:
-        return connector(vision(pixel_values=to_tensor(pixels).to(device)).last_hidden_state).float()
-
-    def painted_loss(step: int, rng: Rng, painted: Painted) -> tuple[Tensor, dict[str, float]]:
-        if step % 2:
-            _, which = painted.draw(rng, 16)
-            with torch.no_grad():
-                goal = features(painted.clean[which])
-            off = (((features(painted.pixels[which]) - goal) / goal.std((0, 1))) ** 2).mean()
-            return 0.5 * off, {"match": off.item()}
-        fresh = [critic_example(rng, world.FOLDS["critic"]) for _ in range(4)]
-        told, which = painted.draw(rng, 12)
-        shown = [spoiled(rng, [e.pixels for e in fresh if e.pixels is not None])]
-        shown.append(to_tensor(painted.pixels[which]).to(device))
-        said = answer_loss(fresh + told, pixel_values=torch.cat(shown)[:, None])
-        return 2 * said, {"critic": said.item()}
+    def looked(examples: Sequence[Example]) -> Loss:
+        """The heads' loss on what the vision tower saw last."""
+        known = [(e.scene, e.pixels) for e in examples if e.scene is not None and e.pixels is not None]
+        return sight.loss(patches.pop(), *zip(*known, strict=True))
 
     def sight_loss(step: int) -> Loss:
         rng = np.random.default_rng([recipe.seed, step])
-        scenes, pixels = draw(rng, 2 * recipe.batch, world.FOLDS["critic"])
+        examples, x = critiques(rng, 2 * recipe.batch)
         patches.clear()
-        vision(pixel_values=spoiled(rng, list(pixels)))
-        looked, parts = sight.loss(patches.pop(), scenes, list(pixels))
+        vision(pixel_values=x)
+        seen, metrics = looked(examples)
         if painted is None:
-            return looked, parts
-        more, metrics = painted_loss(step, rng, painted)
-        return looked + more, parts | metrics
+            return seen, metrics
+        # A quarter renders.
+        some = slice(recipe.batch - 4, recipe.batch + 12)
+        said = answer_loss(examples[some], pixel_values=x[some, None])
+        return seen + 2 * said, metrics | {"critic": said.item()}
 
     def joint_loss(step: int) -> Loss:
         rng = np.random.default_rng([recipe.seed, step])
         looks = recipe.batch // 4 if part == "rewriter" else recipe.batch * 3 // 4
-        told = painted.draw(rng, looks // 2)[0] if painted else []
-        critiques = [critic_example(rng, world.FOLDS["critic"]) for _ in range(looks - len(told))]
-        x = spoiled(rng, [e.pixels for e in critiques if e.pixels is not None])
-        critiques += told
-        shown = [e.pixels for e in critiques if e.pixels is not None]
-        if told:
-            x = torch.cat([x, to_tensor(np.stack(shown[-len(told) :])).to(device)])
+        examples, x = critiques(rng, looks)
         patches.clear()
-        seen = answer_loss(critiques, pixel_values=x[:, None])
-        looked, parts = sight.loss(patches.pop(), [e.scene for e in critiques if e.scene is not None], shown)
+        said = answer_loss(examples, pixel_values=x[:, None])
+        seen, parts = looked(examples)
         written = answer_loss([rewriter_example(rng) for _ in range(recipe.batch - looks)])
         first, second = (0.5, 1.0) if part == "rewriter" else (1.0, 0.5)
-        metrics = {"critic": seen.item(), "rewriter": written.item(), **parts}
-        return first * seen + second * written + 0.5 * looked, metrics
+        metrics = {"critic": said.item(), "rewriter": written.item(), **parts}
+        return first * said + second * written + 0.5 * seen, metrics
 
     recipe.run(trainee, sight_loss if part == "vision" else joint_loss, "lvlm")
     model.tie_weights()
