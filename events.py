@@ -84,7 +84,7 @@ class ImageGenerated(_Event):
     sha256: Sha256
     prompt: str
     negative_prompt: str | None = None
-    seed: int | None
+    seed: int | None = None
     model: str
     revision: str | None = None
     adapter: str | None = None

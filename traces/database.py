@@ -164,7 +164,7 @@ def _sqlite(url: URL, read_only: bool) -> Engine:
         )
         if not read_only:
             # Rows are small and their indexes scattered, and a commit writes whole pages. A new file heeds it.
-            connection.execute("PRAGMA page_size=1024")
+            connection.execute("PRAGMA page_size=512")
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA wal_autocheckpoint=4000")
             connection.execute("PRAGMA synchronous=FULL")

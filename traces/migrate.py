@@ -129,7 +129,7 @@ def row_of(event: Event) -> dict[str, object]:
         "index": event.index,
         "type": event.type,
         "time": event.time,
-        "body": event.model_dump_json(),
+        "body": event.model_dump_json(exclude_none=True),
     }
 
 

@@ -7,7 +7,7 @@ makes them again. Event bodies are JSON text: the log has to give back exactly w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -209,14 +209,16 @@ class Upsert:
     Args:
         dialect: Of the database.
         table: One of ours; the cursor of an event is the database's to give, so nothing is written over there.
+        kept: Columns that a row keeps once it is there. SQLite writes an index wherever a statement sets its column,
+            be it to the same value.
     """
 
-    def __init__(self, dialect: Dialect, table: Table) -> None:
+    def __init__(self, dialect: Dialect, table: Table, kept: Collection[str] = ()) -> None:
         names = [column.name for column in table.columns if column.name != "cursor"]
         statement = (postgresql if dialect.name == "postgresql" else sqlite).insert(table).inline()
         keys = [column.name for column in table.primary_key]
         if set(keys) <= set(names):
-            values = {name: statement.excluded[name] for name in names if name not in keys}
+            values = {name: statement.excluded[name] for name in names if name not in (*keys, *kept)}
             statement = statement.on_conflict_do_update(index_elements=keys, set_=values)
         compiled = statement.compile(dialect=dialect, column_keys=names)
         self._sql, self._positional = str(compiled), compiled.positiontup is not None

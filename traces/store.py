@@ -68,8 +68,12 @@ class TraceStore:
         self.subscribers: list[Subscriber] = []
         self._lock = threading.Lock()
         self._folds: dict[str, _Held] = {}
-        self._insert, *upserts = (Upsert(engine.dialect, table) for table in (events, candidates, runs))
-        self._upsert_candidates, self._upsert_runs = upserts
+        self._insert = Upsert(engine.dialect, events)
+        # A picture is made, or is not, by the first event of its key.
+        self._upsert_candidates = Upsert(
+            engine.dialect, candidates, kept=("sha256", "latents", "prompt_hash")
+        )
+        self._upsert_runs = Upsert(engine.dialect, runs, kept=("started",))
         self._writer = engine.execution_options(**{WRITES: True})
         self.queue = Queue(self.read, self._write)
 

@@ -201,6 +201,15 @@ def test_a_missing_reward_is_never_zero(store):
     assert (row.best_reward, row.gain, row.best_gain, row.missing) == (None, None, None, 2)
 
 
+@pytest.mark.parametrize("table", ["candidates", "runs"])
+def test_what_is_written_over_leaves_the_indexes_of_its_row_alone(store, table):
+    upsert = getattr(store, f"_upsert_{table}")
+    with store.read() as connection:
+        program = connection.exec_driver_sql(f"EXPLAIN {upsert._sql}", (None,) * len(upsert._names)).all()
+    steps = {row.opcode for row in program}
+    assert "IdxInsert" in steps and "IdxDelete" not in steps
+
+
 def test_a_missing_critique_gives_way_to_a_later_one_and_a_value_does_not(store):
     store.append(*a_run(store, "one", [[None]], finish=False))
     sha256 = next(store.candidates("one")).sha256
