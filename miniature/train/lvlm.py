@@ -185,7 +185,9 @@ def train(
     device = recipe.device
     before = recipe.init and (recipe.init if recipe.init.is_dir() else recipe.init.parent / "model")
     # What goes on keeps its words, whatever the corpus is by now.
-    tokenizer = AutoTokenizer.from_pretrained(before) if before and before.is_dir() else build_tokenizer(0)
+    if before and not before.is_dir():
+        raise FileNotFoundError(f"{before} holds the tokenizer of {recipe.init}: let that training end first")
+    tokenizer = AutoTokenizer.from_pretrained(before) if before else build_tokenizer(0)
     model = build_model(tokenizer).to(device)
     model.train()
     # The CPU's fused attention has a backward pass that takes half of the step at these sizes.
