@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ...domain import EmotionTarget
+from ...domain import EmotionTarget, Failure
 from ...events import Event, ImageGenerated, RunStarted
 from ...settings import Settings, load_settings
 from ...traces.recorder import open_recorder
@@ -129,6 +129,8 @@ def _kill_writers(home: Path, kills: int, rng: random.Random) -> Counter[str]:
                 told += receiver.recv()
         except EOFError:
             pass
+    if kills and not told:
+        raise Failure(f"none of {kills} writers lived to acknowledge an event: nothing was tried")
     settings = load_settings({"home": str(home)})
     with open_store(settings) as store:
         pictures = [file for file in home.joinpath("blobs").rglob("*") if file.is_file()]

@@ -68,6 +68,9 @@ def test_the_chosen_additions_reach_the_targets() -> None:
     # A place is what other prompts are about, so an addition that names one stays out however useful.
     assert all("snow" not in phrase for phrase in build(rounds, targets, 99).phrases)
     assert len(build(rounds, targets, 1).phrases) == 1
+    # What prompts name that nobody refined is free: they are there to be told of what was added to others.
+    wishes = [Tried(it, it, 0.0, 0.0, 1.0) for it in ("a dog with a bright kite", "an owl in a storm")]
+    assert build(rounds + wishes, targets, 4).phrases == book.phrases
 
 
 def test_what_a_phrase_is_feared_to_miss() -> None:
