@@ -80,7 +80,8 @@ class Service:
         self._given = loop or (open_loop(settings) if models else None)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._begun: dict[str, asyncio.Future[None]] = {}
-        self._waits: dict[str, tuple[int, bool]] = {}
+        # What a run asked when it had so many events: it cannot begin to wait, nor ask anything else, without one.
+        self._waits: dict[str, tuple[int, dict[str, Any] | None]] = {}
         self.playground = Playground(settings.generator)
         self._stack = AsyncExitStack()
         self._loading: asyncio.Task[Loop] | None = None
@@ -162,10 +163,10 @@ class Service:
         # Whether a run waits is in its saved state, which is read only where it may and once there are models.
         if row.state != "stopped" or not self.ready:
             return row
-        # It cannot begin to wait without an event.
-        if self._waits.get(row.run_id, (0, False))[0] != row.events:
-            self._waits[row.run_id] = row.events, await self.question(row.run_id) is not None
-        return row.model_copy(update={"state": "waiting"}) if self._waits[row.run_id][1] else row
+        if self._waits.get(row.run_id, (0, None))[0] != row.events:
+            self._waits[row.run_id] = row.events, await self.question(row.run_id)
+        waits = self._waits[row.run_id][1] is not None
+        return row.model_copy(update={"state": "waiting"}) if waits else row
 
     async def run(self, run_id: str) -> RunDocument:
         """A run with all that is known of it.
@@ -178,7 +179,7 @@ class Service:
         run.cost = reading.cost(run, self.settings.service)
         run.run = await self._standing(run.run)
         if run.state == "waiting":
-            run.question = await self.question(run_id)
+            run.question = self._waits[run_id][1]
         elif run.state == "stopped":
             run.problem = self.problems.get(run_id)
         return run
