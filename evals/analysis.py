@@ -90,6 +90,10 @@ def of_request(
         "error": mean(metrics.error(reading, target) for reading in readings),
         "valence_error": mean(valence for valence, _ in errors),
         "arousal_error": mean(arousal for _, arousal in errors),
+        "guard_error": mean(metrics.error(reading, target) for reading in guards),
+        "dispute": mean(
+            metrics.apart(*both) for both in zip(row.readings, row.guard_of_delivered, strict=False)
+        ),
         "bias": bias,
         "spread": spread,
         "emotion_accuracy": mean(metrics.emotion_right(reading, target) for reading in readings),

@@ -43,6 +43,13 @@ def error(reading: Reading | Critique, target: EmotionTarget) -> float | None:
     return sum(off for off in errors if off is not None)
 
 
+def apart(one: Reading | None, other: Reading | None) -> float | None:
+    """|ΔV| + |ΔA| between two readings of one picture; None where either does not say."""
+    if one is None or other is None or None in (one.valence, one.arousal, other.valence, other.arousal):
+        return None
+    return error(one, EmotionTarget(valence=other.valence, arousal=other.arousal))
+
+
 def bias_and_spread(readings: Sequence[Reading], target: EmotionTarget) -> tuple[float | None, float | None]:
     """The two parts of the error of several pictures of one wish.
 

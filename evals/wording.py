@@ -23,6 +23,8 @@ METRICS: dict[str, Metric] = {
     "error": Metric("|ΔV| + |ΔA|", less_is_better=True),
     "valence_error": Metric("V-Error", less_is_better=True),
     "arousal_error": Metric("A-Error", less_is_better=True),
+    "guard_error": Metric("guard's |ΔV| + |ΔA|", less_is_better=True),
+    "dispute": Metric("judge − guard", less_is_better=True),
     "bias": Metric("bias", less_is_better=True),
     "spread": Metric("spread", less_is_better=True),
     "error_reduction": Metric("error reduction"),

@@ -199,6 +199,20 @@ def test_images_to_target_counts_the_budget_where_it_is_never_reached():
     assert Table(rows, suite=suite).estimates()["loop"]["images_to_target"].value == 1
 
 
+def test_a_guard_says_how_far_it_is_off_and_how_far_from_the_judge():
+    found = walk([0.9, 1.0], [0.5, 0.2], prompt="a dog")
+    assert {of_request(found)[key] for key in ("guard_error", "dispute")} == {None}
+    aim, judge = found.request.target, found.readings[0]
+    seen = Reading(valence=aim.valence - 0.5, arousal=aim.arousal)
+    place = [one.sha256 for one in found.siblings].index(found.handed_over[0].sha256)
+    found.guard[place] = seen
+    apart = abs(seen.valence - judge.valence) + abs(seen.arousal - judge.arousal)
+    values = of_request(found)
+    assert (values["guard_error"], values["dispute"]) == (pytest.approx(0.5), pytest.approx(apart))
+    found.guard[place] = Reading(alignment=1.0)
+    assert {of_request(found)[key] for key in ("guard_error", "dispute")} == {None}
+
+
 def test_the_bias_of_an_estimate_is_the_judges_error_minus_the_critics():
     rows = [walk([0.9, 1.0], [0.5, 0.2]), walk([0.1], [0.3], prompt="a cat")]
     assert of_request(rows[0])["estimate_bias"] == pytest.approx(1.0 - 0.2)
