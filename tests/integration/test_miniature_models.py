@@ -109,7 +109,7 @@ async def test_critic_reads_held_out_renders() -> None:
     ("model", "steps", "batch"),
     [
         pytest.param("generator", 24, 8, marks=pytest.mark.training),
-        pytest.param("lvlm-vision", 24, 8, marks=pytest.mark.training),
+        pytest.param("lvlm-vision", 60, 12, marks=pytest.mark.training),
         pytest.param("lvlm", 24, 8, marks=pytest.mark.training),
         pytest.param("lvlm-rewriter", 24, 8, marks=pytest.mark.training),
         ("judge", 30, 16),
