@@ -72,7 +72,8 @@ def of_request(
     """
     target = row.request.target
     readings = [reading for reading in row.readings if reading]
-    guards = [reading for reading in row.guard_of_delivered if reading]
+    seen_by_guard = row.guard_of_delivered
+    guards = [reading for reading in seen_by_guard if reading]
 
     def looks(name: str) -> float | None:
         """From the guard where it says such a thing, else from the judge."""
@@ -91,9 +92,7 @@ def of_request(
         "valence_error": mean(valence for valence, _ in errors),
         "arousal_error": mean(arousal for _, arousal in errors),
         "guard_error": mean(metrics.error(reading, target) for reading in guards),
-        "dispute": mean(
-            metrics.apart(*both) for both in zip(row.readings, row.guard_of_delivered, strict=False)
-        ),
+        "dispute": mean(metrics.apart(*both) for both in zip(row.readings, seen_by_guard, strict=False)),
         "bias": bias,
         "spread": spread,
         "emotion_accuracy": mean(metrics.emotion_right(reading, target) for reading in readings),

@@ -164,9 +164,9 @@ class Service:
         if row.state != "stopped" or not self.ready:
             return row
         if self._waits.get(row.run_id, (0, None))[0] != row.events:
-            self._waits[row.run_id] = row.events, await self.question(row.run_id)
-        waits = self._waits[row.run_id][1] is not None
-        return row.model_copy(update={"state": "waiting"}) if waits else row
+            self._waits[row.run_id] = row.events, await self._question(row.run_id)
+        _, question = self._waits[row.run_id]
+        return row if question is None else row.model_copy(update={"state": "waiting"})
 
     async def run(self, run_id: str) -> RunDocument:
         """A run with all that is known of it.
@@ -216,9 +216,9 @@ class Service:
     async def _fold(self, run_id: str) -> Fold:
         return await asyncio.to_thread(self.store.fold, run_id)
 
-    async def question(self, run_id: str) -> dict[str, Any] | None:
-        """What a run asks a person; None where it does not wait, or no models are there to go on with it."""
-        if self._loading is None or not self._loading.done() or not self.ready or run_id in self._tasks:
+    async def _question(self, run_id: str) -> dict[str, Any] | None:
+        """What a run asks a person; None where it does not wait, or there are no models to go on with it."""
+        if self._loading is None or run_id in self._tasks:
             return None
         return await self._loading.result().review(run_id)
 

@@ -225,12 +225,13 @@ def train(
 
     def critiques(rng: Rng, count: int) -> tuple[list[Example], Tensor]:
         """Critiques, half of them of painted pictures where there are some, and what the vision tower is shown."""
-        folds = world.FOLDS["critic"]
         told = painted.critiques(rng, count // 2) if painted else []
-        fresh = [critic_example(rng, folds) for _ in range(count - len(told))]
-        shown = spoil(rng, codec, np.stack([e.pixels for e in fresh if e.pixels is not None]))
-        shown = [shown, *(to_tensor(e.pixels[None]) for e in told if e.pixels is not None)]
-        return fresh + told, torch.cat(shown).to(device)
+        fresh = count - len(told)
+        examples = [critic_example(rng, world.FOLDS["critic"]) for _ in range(fresh)] + told
+        pixels = np.stack([e.pixels for e in examples if e.pixels is not None])
+        x = to_tensor(pixels)
+        x[:fresh] = spoil(rng, codec, pixels[:fresh])
+        return examples, x.to(device)
 
     def looked(examples: Sequence[Example]) -> Loss:
         """The heads' loss on what the vision tower saw last."""

@@ -115,7 +115,7 @@ def every_addition(tried: Sequence[Tried]) -> Phrasebook:
     rng = np.random.default_rng(_SEED)
     if len(tried) > _ROUNDS:
         tried = [tried[place] for place in np.sort(rng.choice(len(tried), _ROUNDS, replace=False))]
-    # What is read behind a prompt that nobody refined says nothing about refining.
+    # A prompt that nobody refined forbids no addition its words: it is there to be told of them.
     neutral = list(dict.fromkeys(it.neutral for it in tried if it.prompt != it.neutral))
     used = Counter(word for prompt in neutral for word in _words(prompt))
     content = {word for word, count in used.items() if count < _ORDINARY * len(neutral)}
