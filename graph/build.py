@@ -6,10 +6,14 @@ nothing but a thread id.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Coroutine
+from functools import wraps
 from typing import Any, get_type_hints
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.errors import NodeTimeoutError
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import Runtime
@@ -40,6 +44,8 @@ class _AsyncGraph(CompiledStateGraph[State, Context, RunInput, State]):
         return create_model(RunInput.__name__, **keys)
 
 
+_Node = Callable[[State, Runtime[Context]], Coroutine[Any, Any, dict[str, Any]]]
+
 #: generate, critique, review, rewrite.
 _STEPS_PER_ROUND = 4
 
@@ -60,14 +66,15 @@ def build_graph(
     """
     nodes = Nodes(parts)
     graph = StateGraph(State, context_schema=Context, input_schema=RunInput)
-    graph.set_node_defaults(retry_policy=retry_policy(), timeout=parts.settings.loop.node_timeout)
-    graph.add_node("start", nodes.start)
-    graph.add_node("generate", nodes.generate)
-    graph.add_node("critique", nodes.critique)
-    graph.add_node("review", nodes.review)
-    graph.add_node("rewrite", _rewriting(nodes))
-    graph.add_node("final", nodes.final)
-    graph.add_node("finish", nodes.finish)
+    graph.set_node_defaults(retry_policy=retry_policy())
+    seconds = parts.settings.loop.node_timeout
+    graph.add_node("start", _timed(nodes.start, seconds))
+    graph.add_node("generate", _timed(nodes.generate, seconds))
+    graph.add_node("critique", _timed(nodes.critique, seconds))
+    graph.add_node("review", _timed(nodes.review, seconds))
+    graph.add_node("rewrite", _rewriting(_timed(nodes.rewrite, seconds)))
+    graph.add_node("final", _timed(nodes.final, seconds))
+    graph.add_node("finish", _timed(nodes.finish, seconds))
     graph.add_edge(START, "start")
     graph.add_conditional_edges("start", _first, ["rewrite", "generate"])
     graph.add_conditional_edges("generate", _or_finish("critique"), ["critique", "finish"])
@@ -81,11 +88,28 @@ def build_graph(
     return compiled.with_config(recursion_limit=_STEPS_PER_ROUND * (_most_rounds() + 1) + 3)
 
 
-def _rewriting(nodes: Nodes) -> Any:
+def _timed(node: _Node, seconds: float) -> Any:
+    # Not LangGraph's `timeout`: that one leaves the node at work when its time is up, beside its own second try,
+    # and drops a cancellation that comes while it puts its watchdog away.
+    @wraps(node)
+    async def timed(state: State, runtime: Runtime[Context]) -> dict[str, Any]:
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                return await node(state, runtime)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise NodeTimeoutError(node.__name__, seconds, kind="run", run_timeout=seconds) from error
+
+    return timed
+
+
+def _rewriting(node: _Node) -> Any:
     async def rewrite(state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         # LangGraph draws, streams and saves the subgraphs that a node's function names.
         _ = MC_AGENT
-        return await nodes.rewrite(state, runtime)
+        return await node(state, runtime)
 
     return rewrite
 

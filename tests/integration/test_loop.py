@@ -1,6 +1,7 @@
 """The loop over a real log, real checkpoints and a real graph; generator and chat model follow simple rules."""
 
 import asyncio
+import functools
 import json
 import sqlite3
 from collections import Counter
@@ -20,6 +21,7 @@ from emoloop.events import (
 )
 from emoloop.graph import build, retry
 from emoloop.graph.loop import Loop, open_loop
+from emoloop.graph.nodes import Nodes
 from emoloop.graph.state import State
 from emoloop.traces.database import StoreError
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
@@ -239,6 +241,52 @@ async def test_a_passing_failure_is_tried_again_and_costs_nothing(tmp_path, fast
     assert [c.reward for c in result.rounds[0].candidates] == [
         c.reward for c in undisturbed.rounds[0].candidates
     ]
+
+
+async def test_a_cancellation_between_two_nodes_ends_the_run(tmp_path, monkeypatch):
+    start, later = Nodes.start, asyncio.get_running_loop().call_soon
+
+    @functools.wraps(start)
+    async def starting(self, state, runtime):
+        done = await start(self, state, runtime)
+        cancel(turns)
+        return done
+
+    def cancel(turns: int) -> None:
+        if turns:
+            later(cancel, turns - 1)
+        else:
+            run.cancel()
+
+    monkeypatch.setattr(Nodes, "start", starting)
+    async with make(tmp_path) as loop:
+        for turns in range(24):  # of the event loop, after the node's end
+            config: Any = {"configurable": {"thread_id": f"t{turns}"}}
+            asked: Any = {"prompt": "a dog", "target": TARGET.model_dump()}
+            run = asyncio.create_task(loop.graph.ainvoke(asked, config))
+            await asyncio.wait([run])
+            assert run.cancelled(), turns
+
+
+async def test_a_node_that_takes_too_long_is_ended_before_it_is_tried_again(tmp_path, fast_retries):
+    at_work = most = 0
+
+    class Slow(Painter):
+        async def generate(self, requests):
+            nonlocal at_work, most
+            at_work += 1
+            most = max(most, at_work)
+            try:
+                self.delay = 60 if len(self.requests) < 2 else 0
+                return await super().generate(requests)
+            finally:
+                await asyncio.sleep(0.01)  # it takes a while to stop
+                at_work -= 1
+
+    options = {"rounds": 1, "images": 1, "proposals": 1, "node_timeout": 0.2}
+    async with make(tmp_path, painter=(slow := Slow()), **options) as loop:
+        result = await loop.run("a dog", TARGET, seed=1)
+    assert result.status is RunStatus.COMPLETED and (len(slow.requests), most) == (3, 1)
 
 
 async def test_a_critic_that_is_down_fails_the_run_and_resume_goes_on(tmp_path, fast_retries):
