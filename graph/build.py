@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from functools import wraps
 from typing import Any, get_type_hints
 
 from langchain_core.runnables import RunnableConfig
@@ -91,7 +90,6 @@ def build_graph(
 def _timed(node: _Node, seconds: float) -> Any:
     # Not LangGraph's `timeout`: that one leaves the node at work when its time is up, beside its own second try,
     # and drops a cancellation that comes while it puts its watchdog away.
-    @wraps(node)
     async def timed(state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         limit = asyncio.timeout(seconds)
         try:

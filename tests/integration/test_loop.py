@@ -1,7 +1,6 @@
 """The loop over a real log, real checkpoints and a real graph; generator and chat model follow simple rules."""
 
 import asyncio
-import functools
 import json
 import sqlite3
 from collections import Counter
@@ -246,7 +245,6 @@ async def test_a_passing_failure_is_tried_again_and_costs_nothing(tmp_path, fast
 async def test_a_cancellation_between_two_nodes_ends_the_run(tmp_path, monkeypatch):
     start, later = Nodes.start, asyncio.get_running_loop().call_soon
 
-    @functools.wraps(start)
     async def starting(self, state, runtime):
         done = await start(self, state, runtime)
         cancel(turns)
